@@ -1,0 +1,163 @@
+"""The 72 emoji of the small world: their names, and their artwork as one atlas of pictures.
+
+Artwork: Noto Color Emoji (SIL Open Font License 1.1). The font is needed only to build the atlas.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from wadi.errors import WadiError
+from wadi.files import load_tensors, save_tensors
+
+FONT_FILE = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+"""Where Debian and Ubuntu put the font (package ``fonts-noto-color-emoji``)."""
+
+STRIKE_SIZE = 109
+"""The one size at which the font holds bitmaps (136 x 128 pixels)."""
+
+ATLAS_SIZE = 96
+"""Side of one picture in the atlas, pixels."""
+
+EMOJI: dict[str, str] = {
+    # animals
+    "panda": "🐼",
+    "dog": "🐶",
+    "cat": "🐱",
+    "mouse": "🐭",
+    "rabbit": "🐰",
+    "fox": "🦊",
+    "bear": "🐻",
+    "koala": "🐨",
+    "tiger": "🐯",
+    "lion": "🦁",
+    "cow": "🐮",
+    "pig": "🐷",
+    "frog": "🐸",
+    "monkey": "🐵",
+    "chicken": "🐔",
+    "penguin": "🐧",
+    "owl": "🦉",
+    "unicorn": "🦄",
+    "bee": "🐝",
+    "butterfly": "🦋",
+    "turtle": "🐢",
+    "octopus": "🐙",
+    "whale": "🐳",
+    "elephant": "🐘",
+    # fruit and food
+    "apple": "🍎",
+    "tangerine": "🍊",
+    "banana": "🍌",
+    "watermelon": "🍉",
+    "bunch of grapes": "🍇",
+    "strawberry": "🍓",
+    "pair of cherries": "🍒",
+    "pineapple": "🍍",
+    "avocado": "🥑",
+    "ear of corn": "🌽",
+    "carrot": "🥕",
+    "mushroom": "🍄",
+    "slice of pizza": "🍕",
+    "burger": "🍔",
+    "doughnut": "🍩",
+    "cookie": "🍪",
+    "birthday cake": "🎂",
+    "ice cream": "🍦",
+    "cup of coffee": "☕",
+    "egg": "🥚",
+    # vehicles
+    "car": "🚗",
+    "bus": "🚌",
+    "bicycle": "🚲",
+    "rocket": "🚀",
+    "airplane": "✈",
+    "sailboat": "⛵",
+    "train": "🚂",
+    "tractor": "🚜",
+    # objects
+    "football": "⚽",
+    "basketball": "🏀",
+    "balloon": "🎈",
+    "guitar": "🎸",
+    "gift": "🎁",
+    "key": "🔑",
+    "alarm clock": "⏰",
+    "light bulb": "💡",
+    "umbrella": "☂",
+    "camera": "📷",
+    "crown": "👑",
+    "bell": "🔔",
+    # plants, sky, faces
+    "cactus": "🌵",
+    "sunflower": "🌻",
+    "evergreen tree": "🌲",
+    "star": "⭐",
+    "smiling face": "😀",
+    "robot": "🤖",
+    "ghost": "👻",
+    "skull": "💀",
+}
+"""Noun -> character. The order is the class index of the judge."""
+
+NAMES: tuple[str, ...] = tuple(EMOJI)
+
+
+def draw_atlas(font_file: str | os.PathLike = FONT_FILE) -> torch.Tensor:
+    """Draw every emoji once.
+
+    Returns:
+        uint8 (72, 4, 96, 96), RGBA with premultiplied alpha, each glyph centred and scaled to fill its longer side.
+
+    Raises:
+        WadiError: the font is missing or is not the bitmap font.
+    """
+    if not Path(font_file).is_file():
+        raise WadiError(
+            f"{font_file}: the emoji font is missing; install it (apt-get install fonts-noto-color-emoji) "
+            "or name it with --font"
+        )
+    try:
+        font = ImageFont.truetype(str(font_file), STRIKE_SIZE)
+    except OSError as error:
+        raise WadiError(f"{font_file}: not the bitmap build of Noto Color Emoji ({error})") from error
+    return torch.stack([_draw_glyph(font, character) for character in EMOJI.values()])
+
+
+def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:
+    canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
+    box = canvas.getbbox()
+    if box is None:
+        raise WadiError(f"the font has no picture for {character!r}; use Noto Color Emoji 2.034 or later")
+    glyph = canvas.crop(box)
+    pixels = np.asarray(glyph, dtype=np.float32) / 255
+    pixels[..., :3] *= pixels[..., 3:]
+    side = max(glyph.size)
+    square = np.zeros((side, side, 4), dtype=np.float32)
+    top, left = (side - glyph.height) // 2, (side - glyph.width) // 2
+    square[top : top + glyph.height, left : left + glyph.width] = pixels
+    # Resized after premultiplication, so that no colour bleeds in from transparent pixels.
+    image = Image.fromarray((square * 255).round().astype(np.uint8), "RGBA")
+    channels = [channel.resize((ATLAS_SIZE, ATLAS_SIZE), Image.Resampling.LANCZOS) for channel in image.split()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+
+
+def save_atlas(path: str | os.PathLike, font_file: str | os.PathLike = FONT_FILE) -> None:
+    """Draw the atlas and write it as safetensors, for machines that lack the font."""
+    save_tensors(path, {"atlas": draw_atlas(font_file)})
+
+
+def load_atlas(path: str | os.PathLike | None = None) -> torch.Tensor:
+    """The atlas from a file of :func:`save_atlas`, or drawn afresh from the font if `path` is None."""
+    if path is None:
+        return draw_atlas()
+    tensors = load_tensors(path)
+    if "atlas" not in tensors or tensors["atlas"].shape != (len(NAMES), 4, ATLAS_SIZE, ATLAS_SIZE):
+        raise WadiError(f"{path}: not an atlas of {len(NAMES)} emoji; write it with `wadi emoji atlas`")
+    return tensors["atlas"]

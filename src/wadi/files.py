@@ -1,0 +1,108 @@
+"""Files written whole or not at all, and weights only as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from wadi.errors import WadiError
+
+
+@contextmanager
+def explain_os_errors(path: str | os.PathLike, doing: str) -> Iterator[None]:
+    """Turn an ``OSError`` (full disk, no permission, no such folder) into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WadiError(f"{path}: could not {doing}: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        raise WadiError(f"{path}: could not {doing}: {error}") from error
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; rename it onto `path` when the block succeeds."""
+    path = Path(path)
+    with explain_os_errors(path, "write the file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a new temporary folder beside `path`; when the block succeeds it takes the place of `path`."""
+    path = Path(path)
+    with explain_os_errors(path, "write the folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o755)
+        try:
+            yield temporary
+            old = None
+            if path.exists():
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                os.replace(path, old)
+            os.replace(temporary, path)
+            if old is not None:
+                shutil.rmtree(old)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 `text`, whole or not at all."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        WadiError: the file is missing, unreadable, or not JSON.
+    """
+    with explain_os_errors(path, "read the file"):
+        text = Path(path).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WadiError(f"{path}: not valid JSON ({error}); write it again or name another file") from error
+
+
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replacing_file(path) as temporary:
+        safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file, on the CPU.
+
+    Raises:
+        WadiError: the file is missing or is not safetensors.
+    """
+    with explain_os_errors(path, "read the safetensors file"):
+        return safetensors.torch.load_file(path)
