@@ -1,0 +1,1 @@
+"""The result: one-step scheduler, pipeline and export that any diffusers user can load."""

@@ -1,0 +1,153 @@
+"""The stock scheduler against the formula of one step, in float64."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler
+
+from wadi.errors import WadiError
+from wadi.onestep.scheduler import Float32Step, one_step_scheduler
+
+SD = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "clip_sample": True,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
+PIXART = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "algorithm_type": "dpmsolver++",
+    "timestep_spacing": "linspace",
+}
+
+
+def alpha_T_squared_float64(config):
+    start, end, steps = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if config["beta_schedule"] == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, steps) ** 2
+    else:
+        betas = np.linspace(start, end, steps)
+    return np.prod(1 - betas)
+
+
+def formula(z, output, alpha_T_squared, prediction_type):
+    alpha, sigma = alpha_T_squared**0.5, (1 - alpha_T_squared) ** 0.5
+    z, output = z.double(), output.double()
+    return (z - sigma * output) / alpha if prediction_type == "epsilon" else alpha * z - sigma * output
+
+
+def run(scheduler, z, output):
+    scheduler.set_timesteps(1)
+    (timestep,) = scheduler.timesteps
+    return int(timestep), scheduler.step(output, timestep, z).prev_sample
+
+
+def noise(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(2, 4, 8, 8, generator=generator).to(dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1000, 500, 37])
+@pytest.mark.parametrize(
+    ("config", "alpha_T_squared"), [(SD, None), (SD, 0.0047), (PIXART, 0.0047), (PIXART, None)]
+)
+def test_is_the_formula(config, alpha_T_squared, steps, prediction_type):
+    config = {**config, "num_train_timesteps": steps, "prediction_type": prediction_type}
+    z, output = noise()
+    timestep, x0 = run(one_step_scheduler(config, alpha_T_squared), z, output)
+    expected = formula(z, output, alpha_T_squared or alpha_T_squared_float64(config), prediction_type)
+    assert timestep == steps - 1
+    # float32's cumprod of `steps` factors is the only source of error beyond one rounding
+    tolerance = 1e-6 if alpha_T_squared else 1e-7 * steps**0.5 * 5
+    assert (x0.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_sd_keeps_its_schedule_and_its_own_alpha_adds_nothing():
+    own = float(one_step_scheduler(SD).alphas_cumprod[-1])
+    assert own == pytest.approx(0.00466010, rel=1e-5)  # STACK: the paper rounds it to 0.0047
+    assert one_step_scheduler(SD, own).config.trained_betas is None
+    assert one_step_scheduler(SD, 0.0047).config.trained_betas is not None
+
+
+@pytest.mark.parametrize("alpha_T_squared", [0.9, 0.5, 0.25, 0.0047, 4.04e-5, 1e-7])
+def test_any_alpha_is_hit_to_float32_rounding(alpha_T_squared):
+    scheduler = one_step_scheduler(SD, alpha_T_squared)
+    assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(alpha_T_squared, rel=1.2e-7)
+
+
+def test_survives_saving_and_is_idempotent(tmp_path):
+    scheduler = one_step_scheduler(PIXART, 0.0047)
+    scheduler.save_pretrained(tmp_path)
+    loaded = LCMScheduler.from_pretrained(tmp_path)
+    z, output = noise()
+    assert torch.equal(run(loaded, z, output)[1], run(scheduler, z, output)[1])
+    assert torch.equal(run(one_step_scheduler(loaded), z, output)[1], run(scheduler, z, output)[1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"],
+)
+def test_takes_any_scheduler_of_stable_diffusion(name):
+    teacher = getattr(diffusers, name).from_config(SD)
+    z, output = noise()
+    x0 = run(one_step_scheduler(teacher), z, output)[1]
+    assert torch.allclose(
+        x0.double(), formula(z, output, alpha_T_squared_float64(SD), "epsilon"), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_once(dtype):
+    z, output = noise(dtype)
+    scheduler = Float32Step.from_config(one_step_scheduler(SD).config)
+    x0 = run(scheduler, z, output)[1]
+    assert x0.dtype == dtype
+    expected = formula(z, output, alpha_T_squared_float64(SD), "epsilon")
+    half_ulp = torch.finfo(dtype).eps / 2
+    assert ((x0.double() - expected).abs() <= half_ulp * expected.abs() * 1.01 + 1e-4).all()
+
+
+def test_float32_is_the_stock_step_bit_for_bit():
+    z, output = noise()
+    stock = one_step_scheduler(SD)
+    assert torch.equal(run(Float32Step.from_config(stock.config), z, output)[1], run(stock, z, output)[1])
+
+
+def test_more_than_one_step_is_refused():
+    with pytest.raises(ValueError, match="original_steps"):
+        one_step_scheduler(SD).set_timesteps(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "alpha_T_squared", "message"),
+    [
+        ({"prediction_type": "sample"}, None, "prediction_type 'sample'"),
+        ({"beta_schedule": "sigmoid"}, None, "noise schedule"),
+        ({"rescale_betas_zero_snr": True}, None, "alpha_T is zero"),
+        ({}, 0.0, "not between 0 and 1"),
+        ({}, 1.5, "not between 0 and 1"),
+        ({"num_train_timesteps": 3}, 0.0047, "too small"),
+    ],
+)
+def test_refusals_are_one_line(change, alpha_T_squared, message):
+    with pytest.raises(WadiError, match=message) as caught:
+        one_step_scheduler({**SD, **change}, alpha_T_squared)
+    assert "\n" not in str(caught.value)
+
+
+def test_zero_terminal_snr_is_fine_for_v():
+    config = {**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    z, output = noise()
+    x0 = run(one_step_scheduler(config), z, output)[1]
+    assert torch.allclose(x0, -output, atol=1e-6)
