@@ -1,0 +1,269 @@
+"""The mathematics of LoRaD (WaDi, arXiv 2603.08258): the rows of a weight turned, pair by pair of columns.
+
+Read the columns ``2i`` and ``2i + 1`` of a weight ``W`` (out, in) as one complex number ``o + i e``. LoRaD
+turns it by the angle ``Theta = scale * A B`` with ``A`` (out, r) and ``B`` (r, in // 2):
+
+    o' + i e' = (o + i e) exp(i Theta)        that is   o' = o cos Theta - e sin Theta
+                                                        e' = o sin Theta + e cos Theta
+
+So the norm of every row stays what it was, ``Theta = 0`` changes nothing, ``-Theta`` undoes ``Theta``, and
+the angles of several adapters on one weight add up. An odd fan-in leaves the last column as it is.
+
+With ``g`` the gradient of the loss for the turned weight, backward needs only ``W``, ``A`` and ``B`` again:
+
+    dL/dTheta = g_e o' - g_o e'                 dL/dW = g turned by -Theta
+    dL/dA = scale dL/dTheta B^T                 dL/dB = scale A^T dL/dTheta
+
+Angles, sine, cosine and rotation are computed in float32, or in float64 if an operand is float64, whatever
+the dtypes of base and adapter and whatever `torch.autocast` says; only the finished weight is rounded to the
+compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+class Factors(NamedTuple):
+    """The angles of one adapter on one weight, factored: ``Theta = scale * A B``."""
+
+    A: torch.Tensor  # (out, r)
+    B: torch.Tensor  # (r, in // 2)
+    scale: float = 1.0
+
+
+def angles(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Return ``scale * A B`` in radians, (out, in // 2), float32 or wider."""
+    wide = _wide_dtype(A, B)
+    A = A.to(wide)
+    with _without_autocast(A.device.type):
+        return (A if scale == 1.0 else A * scale) @ B.to(wide)
+
+
+def rotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs of columns of `weight` by `theta`.
+
+    Args:
+        weight: (out, in), any floating dtype.
+        theta: radians, (out, in // 2).
+
+    Returns:
+        The turned weight, (out, in), float32 or wider, differentiable.
+    """
+    wide = _wide_dtype(weight, theta)
+    theta = theta.to(wide)
+    turned = _as_complex(weight, wide) * torch.polar(torch.ones_like(theta), theta)
+    return _as_real(turned, weight)
+
+
+def unrotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Undo `rotate`: turn by ``-theta``."""
+    return rotate(weight, -theta)
+
+
+def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.Tensor:
+    """Turn `weight` by the sum of the angles of `adapters`; keeps only W, A, B for backward.
+
+    Args:
+        weight: (out, in), any floating dtype.
+        adapters: one or more, their shapes matching `weight`.
+
+    Returns:
+        (out, in) in the dtype of `weight`.
+    """
+    factors = [tensor for adapter in adapters for tensor in adapter[:2]]
+    if _needs_graph(weight, *factors):
+        return _RotatedWeight.apply(weight, tuple(adapter.scale for adapter in adapters), *factors)
+    return rotate(weight, _total_angles(adapters)).to(weight.dtype)
+
+
+def rotated_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]
+) -> torch.Tensor:
+    """Return ``x W'^T + bias`` with W' the turned weight; keeps only x, W, A, B for backward.
+
+    The matrix products run in the dtype `torch.nn.functional.linear` would choose for `weight`: its own, or
+    that of the surrounding `torch.autocast` region.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), any floating dtype.
+        bias: (out,) or None.
+        adapters: one or more, their shapes matching `weight`.
+
+    Returns:
+        (..., out) in the compute dtype.
+    """
+    dtype = _compute_dtype(weight)
+    factors = [tensor for adapter in adapters for tensor in adapter[:2]]
+    if _needs_graph(x, weight, bias, *factors):
+        scales = tuple(adapter.scale for adapter in adapters)
+        return _RotatedLinear.apply(x, weight, bias, dtype, scales, *factors)
+    return _linear(x, rotate(weight, _total_angles(adapters)), bias, dtype)
+
+
+class _RotatedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, scales: tuple[float, ...], *factors: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, *factors)
+        ctx.scales = scales
+        return rotate(weight, _total_angles(_pack(factors, scales))).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *factors = ctx.saved_tensors
+        adapters = _pack(factors, ctx.scales)
+        theta = _total_angles(adapters)
+        needs_weight, _, *needs_factors = ctx.needs_input_grad
+        grad_weight, grad_factors = _gradients(
+            grad, weight, theta, rotate(weight, theta), adapters, needs_weight, needs_factors
+        )
+        return grad_weight, None, *grad_factors
+
+
+class _RotatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        scales: tuple[float, ...],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        _, needs_weight, _, _, _, *needs_factors = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight or any(needs_factors) else None, weight, *factors)
+        ctx.dtype, ctx.scales, ctx.x_dtype = dtype, scales, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _linear(x, rotate(weight, _total_angles(_pack(factors, scales))), bias, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, *factors = ctx.saved_tensors
+        adapters = _pack(factors, ctx.scales)
+        needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
+        theta = _total_angles(adapters)
+        rotated = rotate(weight, theta)
+
+        grad_x = grad_weight = grad_bias = None
+        grad_factors: Sequence[torch.Tensor | None] = [None] * len(factors)
+        with _without_autocast(grad.device.type):
+            if needs_x:
+                grad_x = (grad @ rotated.to(ctx.dtype)).to(ctx.x_dtype)
+            if needs_bias:
+                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+            if x is not None:
+                flat_x = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+                grad_rotated = grad.reshape(-1, grad.shape[-1]).T @ flat_x
+                grad_weight, grad_factors = _gradients(
+                    grad_rotated, weight, theta, rotated, adapters, needs_weight, needs_factors
+                )
+        return grad_x, grad_weight, grad_bias, None, None, *grad_factors
+
+
+def _gradients(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    rotated: torch.Tensor,
+    adapters: Sequence[Factors],
+    needs_weight: bool,
+    needs_factors: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients of W and of every A and B, each in its dtype, from `grad` (out, in) of the turned weight."""
+    grad = grad.to(rotated.dtype)
+    grad_weight = unrotate(grad, theta).to(weight.dtype) if needs_weight else None
+    grad_factors: list[torch.Tensor | None] = [None] * len(needs_factors)
+    if not any(needs_factors):
+        return grad_weight, grad_factors
+
+    paired = 2 * theta.shape[1]
+    # dL/dTheta = g_e o' - g_o e'
+    grad_theta = grad[:, 1:paired:2] * rotated[:, 0:paired:2]
+    grad_theta.addcmul_(grad[:, 0:paired:2], rotated[:, 1:paired:2], value=-1)
+    with _without_autocast(grad.device.type):
+        for i, (A, B, scale) in enumerate(adapters):
+            scaled = grad_theta if scale == 1.0 else grad_theta * scale
+            if needs_factors[2 * i]:
+                grad_factors[2 * i] = (scaled @ B.to(scaled.dtype).T).to(A.dtype)
+            if needs_factors[2 * i + 1]:
+                grad_factors[2 * i + 1] = (A.to(scaled.dtype).T @ scaled).to(B.dtype)
+    return grad_weight, grad_factors
+
+
+def _linear(
+    x: torch.Tensor, rotated: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    return F.linear(x.to(dtype), rotated.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _total_angles(adapters: Sequence[Factors]) -> torch.Tensor:
+    theta = angles(*adapters[0])
+    for adapter in adapters[1:]:
+        theta = theta + angles(*adapter)
+    return theta
+
+
+def _pack(factors: Sequence[torch.Tensor], scales: Sequence[float]) -> list[Factors]:
+    return [Factors(A, B, scale) for A, B, scale in zip(factors[::2], factors[1::2], scales, strict=True)]
+
+
+def _as_complex(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """View paired columns as complex numbers, (out, in // 2); copies only what cannot be viewed."""
+    weight = weight.to(dtype)
+    rows, columns = weight.shape
+    if columns % 2:
+        weight = weight[:, :-1]
+    pairs = weight.contiguous().view(rows, columns // 2, 2)
+    if pairs.storage_offset() % 2:
+        pairs = pairs.clone()
+    return torch.view_as_complex(pairs)
+
+
+def _as_real(turned: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Lay complex pairs out as columns again, (out, in), with the column of `weight` that has no partner."""
+    real = torch.view_as_real(turned).flatten(1)
+    if weight.shape[1] % 2:
+        return torch.cat((real, weight[:, -1:].to(real.dtype)), dim=1)
+    return real
+
+
+def _wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which `F.linear` would multiply by `weight` here; autocast leaves float64 alone."""
+    device_type = weight.device.type
+    if weight.dtype != torch.float64 and _is_autocast(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Keep matrix products in the dtype of their operands: autocast would halve the precision of angles."""
+    if _is_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _needs_graph(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
