@@ -35,7 +35,7 @@ class LoRaDConfig(PeftConfig):
             Which biases are trained: none, all of the model, or those of the adapted layers. Trained biases
             belong to the base model: they stay when the adapter is disabled.
         init_weights (`bool`):
-            True: the adapter starts as the identity (A zero, B Xavier uniform). False: A is Xavier uniform too.
+            True: start as the identity (A zero, B Xavier uniform). False: A is Xavier uniform too.
 
     Raises:
         ValueError: a value is out of range, or options contradict each other.
@@ -44,9 +44,7 @@ class LoRaDConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of the angles."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Modules to adapt: names or name endings, a regular expression of whole names, 'all-linear'."
-        },
+        metadata={"help": "Modules to adapt: names or name endings, a regular expression, or 'all-linear'."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None,

@@ -1,0 +1,168 @@
+"""Adapter folders of models that carry their adapter without a `PeftModel` around them, as in diffusers.
+
+The folder is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. `PeftModel.from_pretrained` loads
+what `save_adapter` writes, and `load_adapter` what `PeftModel.save_pretrained` writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.tuners_utils import cast_adapter_dtype, set_adapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from wadi.lorad.config import LoRaDConfig
+from wadi.lorad.layer import LoRaDLayer
+
+_PREFIX = "base_model.model."  # of every key in PEFT's files; a model without a PeftModel around it has none
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write one adapter of `model`; each of the two files is written whole or not at all.
+
+    Args:
+        model: the adapted model, inside a `PeftModel` or not.
+        folder: created if missing.
+        adapter_name: which adapter.
+        state_dict: values to write in place of the model's own (an average of weights, say), with the keys of
+            `model.state_dict()`; entries beside the adapter are ignored.
+
+    Raises:
+        ValueError: `model` has no such LoRaD adapter, or `state_dict` lacks some of its tensors.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+        state_dict = state_dict and {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, LoRaDConfig):
+        raise ValueError(f"{type(model).__name__} has no LoRaD adapter {adapter_name!r} to save.")
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = own if state_dict is None else get_peft_model_state_dict(model, dict(state_dict), adapter_name)
+    missing = own.keys() - tensors.keys()
+    if missing:
+        raise ValueError(
+            f"state_dict lacks {len(missing)} tensors of adapter {adapter_name!r}: {_some(missing)}."
+        )
+    config = copy.copy(config)
+    config.inference_mode = True
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        temporary = Path(name)
+        contiguous = {_PREFIX + key: tensors[key].detach().contiguous() for key in own}
+        save_file(contiguous, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(name)
+        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(temporary / file, folder / file)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
+    """Add the adapter in `folder` to `model` and make it the active one.
+
+    As with `PeftModel.from_pretrained`, the adapter is held in float32 at least, whatever the model's dtype,
+    and is not trainable if its configuration says `inference_mode`, as saved ones do.
+
+    Args:
+        model: a module that is not inside a `PeftModel` (which has its own `load_adapter`).
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: a name that is still free.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: a file is missing or unreadable, or is not a LoRaD adapter for exactly this model; the
+            message names the file. The model then has no adapter of that name.
+    """
+    config_file, weights_file = Path(folder, CONFIG_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    config, tensors = _read_config(config_file), _read_tensors(weights_file)
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f"{type(model).__name__} already has an adapter {adapter_name!r}; choose another name."
+        )
+    try:
+        inject_adapter_in_model(config, model, adapter_name)
+    except (TypeError, ValueError) as error:
+        _remove_adapter(model, adapter_name)
+        raise ValueError(f"{config_file}: does not fit {type(model).__name__}: {error}") from error
+
+    problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors)
+    if problem:
+        _remove_adapter(model, adapter_name)
+        raise ValueError(f"{weights_file}: does not fit {type(model).__name__}: {problem}")
+    cast_adapter_dtype(model, adapter_name)
+    set_peft_model_state_dict(model, tensors, adapter_name)
+    set_adapter(model, adapter_name, inference_mode=config.inference_mode)
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = (
+            True  # without it the adapter methods of diffusers' models refuse to work
+        )
+    return model
+
+
+def _read_config(file: Path) -> LoRaDConfig:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot read the adapter's configuration: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    if kind != "LORAD":
+        raise ValueError(f"{file}: peft_type is {kind!r}, not 'LORAD'")
+    try:
+        return LoRaDConfig.from_peft_type(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a LoRaD configuration: {error}") from error
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot read the adapter's weights: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _mismatch(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str | None:
+    """Say in one line why `found` is not exactly the tensors that `expected` names, or None if it is."""
+    if missing := expected.keys() - found.keys():
+        return f"{len(missing)} of {len(expected)} tensors are missing, such as {_some(missing)}"
+    if unexpected := found.keys() - expected.keys():
+        return f"{len(unexpected)} of {len(found)} tensors have no layer, such as {_some(unexpected)}"
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            return f"{key} has shape {tuple(found[key].shape)}, the model needs {tuple(tensor.shape)}"
+    return None
+
+
+def _some(keys: set[str]) -> str:
+    return min(keys)
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRaDLayer):
+            module.delete_adapter(adapter_name)
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
