@@ -5,10 +5,22 @@ from __future__ import annotations
 from peft.utils import PeftType, register_peft_method
 
 from wadi.lorad.config import LoRaDConfig
+from wadi.lorad.io import load_adapter, save_adapter
 from wadi.lorad.layer import LoRaDConv2d, LoRaDLayer, LoRaDLinear
 from wadi.lorad.model import LoRaDModel
+from wadi.lorad.presets import fake_config, student_config
 
-__all__ = ["LoRaDConfig", "LoRaDConv2d", "LoRaDLayer", "LoRaDLinear", "LoRaDModel"]
+__all__ = [
+    "LoRaDConfig",
+    "LoRaDConv2d",
+    "LoRaDLayer",
+    "LoRaDLinear",
+    "LoRaDModel",
+    "fake_config",
+    "load_adapter",
+    "save_adapter",
+    "student_config",
+]
 
 
 def _add_peft_type(name: str) -> None:
