@@ -1,7 +1,7 @@
 """WaDi: one-step text-to-image diffusion by learning how the weights turn (arXiv 2603.08258).
 
-Importing the package registers the LoRaD adapter with PEFT: at once if PEFT is imported already, otherwise the
-moment it is. So ``import wadi`` itself takes milliseconds, not PEFT's seconds.
+Importing the package registers the LoRaD adapter with PEFT: at once if PEFT is imported already, otherwise
+the moment it is. So ``import wadi`` itself takes milliseconds, not PEFT's seconds.
 """
 
 import importlib

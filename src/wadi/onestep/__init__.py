@@ -1,1 +1,22 @@
 """The result: one-step scheduler, pipeline and export that any diffusers user can load."""
+
+from wadi.onestep.export import export_pipeline
+from wadi.onestep.pictures import image_grid, labelled_grid
+from wadi.onestep.pipeline import (
+    OneStepPipeline,
+    load_pipeline,
+    read_alpha_T_squared,
+    write_alpha_T_squared,
+)
+from wadi.onestep.scheduler import one_step_scheduler
+
+__all__ = [
+    "OneStepPipeline",
+    "export_pipeline",
+    "image_grid",
+    "labelled_grid",
+    "load_pipeline",
+    "one_step_scheduler",
+    "read_alpha_T_squared",
+    "write_alpha_T_squared",
+]

@@ -26,14 +26,14 @@ def one_step_scheduler(
 ) -> LCMScheduler:
     r"""Configure diffusers' `LCMScheduler` to be exactly one step from pure noise to the picture.
 
-    With ``num_inference_steps=1`` its ``step`` is, at T = ``num_train_timesteps - 1`` (WaDi, arXiv 2603.08258,
-    section 3),
+    With ``num_inference_steps=1`` its ``step`` is, at T = ``num_train_timesteps - 1`` (WaDi,
+    arXiv 2603.08258),
 
         epsilon:       x0 = (z - sigma_T eps) / alpha_T
         v_prediction:  x0 = alpha_T z - sigma_T v
 
-    The result is a stock object: saved in a pipeline folder, it works where wadi is not installed. More than one
-    step is refused by `set_timesteps`.
+    The result is a stock object: saved in a pipeline folder, it works where wadi is not installed. More than
+    one step is refused by `set_timesteps`.
 
         scheduler = one_step_scheduler(pipeline.scheduler)
         scheduler.set_timesteps(1)
@@ -41,8 +41,8 @@ def one_step_scheduler(
 
     Args:
         scheduler: the teacher's scheduler or its config; any diffusers scheduler with a beta schedule.
-        alpha_T_squared: the student's own alpha_T^2 in (0, 1), where it was trained with another value than the
-            teacher's schedule has. ``None`` keeps the schedule's.
+        alpha_T_squared: the student's own alpha_T^2 in (0, 1), where it was trained with another value than
+            the teacher's schedule has. ``None`` keeps the schedule's.
 
     Raises:
         WadiError: the prediction type is neither epsilon nor v_prediction, the schedule has no betas, or
@@ -75,7 +75,7 @@ def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:
             **schedule,
             prediction_type=prediction_type,
             original_inference_steps=1,  # the only timestep is then num_train_timesteps - 1, whatever that is
-            timestep_scaling=1e6,  # c_out == 1 and c_skip z vanishes in float32: LCM's boundary condition is off
+            timestep_scaling=1e6,  # in float32 c_out is 1 and c_skip z vanishes: no boundary condition
             clip_sample=False,
             steps_offset=1,  # unused here; StableDiffusionPipeline rewrites any other value with a warning
         )
@@ -84,7 +84,7 @@ def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:
 
 
 def _betas_ending_at(alpha_T_squared: float, length: int) -> list[float]:
-    """Betas whose product of (1 - beta) is `alpha_T_squared` to float32 rounding: zeros, halves, and the rest.
+    """Zeros, halves and a rest whose product of (1 - beta) is `alpha_T_squared` to float32 rounding.
 
     One big last beta would lose digits in 1 - beta; halvings are exact.
     """
@@ -102,8 +102,8 @@ def _betas_ending_at(alpha_T_squared: float, length: int) -> list[float]:
 class Float32Step(LCMScheduler):
     """The one-step scheduler with x0 formed in float32 and rounded to the sample's dtype last.
 
-    1 / alpha_T is about 15: in half precision it would multiply the rounding of epsilon by as much. In float32 it
-    is the stock scheduler bit for bit. Used at run time only, never saved.
+    1 / alpha_T is about 15: in half precision it would multiply the rounding of epsilon by as much. In
+    float32 it is the stock scheduler bit for bit. Used at run time only, never saved.
     """
 
     def step(

@@ -1,0 +1,37 @@
+"""From teacher and adapter to a folder that stock diffusers loads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from wadi.onestep.pipeline import OneStepPipeline
+
+
+def export_pipeline(
+    teacher: str | os.PathLike,
+    adapter: str | os.PathLike,
+    out_folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Merge a student into its teacher and write a diffusers folder of stock classes, whole or not at all.
+
+    The folder needs neither wadi nor peft:
+
+        pipeline = StableDiffusionPipeline.from_pretrained(out_folder)
+        pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
+
+    In float32 its pictures are `OneStepPipeline`'s bit for bit. A half-precision folder must be loaded with
+    that dtype (``torch_dtype=torch.float16``); the stock scheduler then forms x0 in half precision too.
+
+    Args:
+        teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.
+        adapter: folder or hub id of the student's adapter.
+        out_folder: where to write; replaced if it exists.
+        dtype: dtype of the written weights; float32 when ``None``.
+
+    Raises:
+        WadiError: teacher or adapter cannot be loaded, or the folder cannot be written.
+    """
+    OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).save_pretrained(out_folder)

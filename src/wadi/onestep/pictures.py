@@ -1,0 +1,65 @@
+"""Grids of pictures, with words where words help."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from textwrap import wrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+READABLE = 128
+"""Pixels: smaller pictures are enlarged by the smallest whole factor that reaches this width."""
+
+_GAP = 6
+_PAPER = (255, 255, 255)
+_INK = (40, 40, 40)
+
+
+def enlarge(image: Image.Image, width: int = READABLE) -> Image.Image:
+    """Scale a small picture up by a whole factor until it is at least `width` pixels wide; RGB."""
+    factor = max(1, math.ceil(width / image.width))
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Lay equally sized pictures out row by row; as square as possible when `columns` is ``None``."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = [("", images[start : start + columns]) for start in range(0, len(images), columns)]
+    return labelled_grid(rows)
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], headings: Sequence[str] = ()
+) -> Image.Image:
+    """Lay rows of equally sized pictures out, each with its label (a prompt, a method) on the left.
+
+    Args:
+        rows: label and pictures of each row; an empty label everywhere leaves the column of labels away.
+        headings: words above the columns; they may be fewer than the columns.
+
+    Returns:
+        An RGB picture on white.
+    """
+    rows = [(label, [enlarge(image) for image in images]) for label, images in rows]
+    width, height = rows[0][1][0].size
+    font = ImageFont.load_default(size=max(13, height // 10))
+    left = int(1.4 * width) if any(label for label, _ in rows) else 0
+    top = int(1.8 * font.size) if any(headings) else 0
+    columns = max(len(images) for _, images in rows)
+    size = (_GAP + left + columns * (width + _GAP), _GAP + top + len(rows) * (height + _GAP))
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        x = _GAP + left + column * (width + _GAP) + width // 2
+        draw.text((x, _GAP + top // 2), heading, _INK, font, anchor="mm")
+    for row, (label, images) in enumerate(rows):
+        y = _GAP + top + row * (height + _GAP)
+        characters = max(8, int(left / (0.55 * font.size)))
+        text = "\n".join(wrap(label, characters))
+        if text:
+            draw.multiline_text((left - _GAP, y + height // 2), text, _INK, font, anchor="rm", align="right")
+        for column, image in enumerate(images):
+            sheet.paste(image, (_GAP + left + column * (width + _GAP), y))
+    return sheet

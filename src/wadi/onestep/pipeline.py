@@ -1,0 +1,264 @@
+"""Any diffusers text-to-image pipeline, in one step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+
+from wadi.errors import WadiError
+from wadi.files import load_tensors, read_json, replacing_folder, write_json
+from wadi.onestep.scheduler import Float32Step, one_step_scheduler
+
+ONE_STEP_FILE = "one_step.json"
+
+
+class OneStepPipeline:
+    """A stock diffusers pipeline whose every call is one step: noise in, picture out.
+
+        pipeline = OneStepPipeline.from_pretrained("runs/emoji/pipeline")
+        images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
+
+    In float32 the images are, bit for bit, those of the stock pipeline called with ``num_inference_steps=1,
+    guidance_scale=1.0`` and the same generators. In half precision x0 is still formed in float32.
+
+    Args:
+        pipeline: any loaded text-to-image pipeline with a `unet` or `transformer`. It is left as it is; the
+            modules are shared.
+        alpha_T_squared: see `one_step_scheduler`.
+
+    Attributes:
+        pipeline: the stock pipeline, with the one-step scheduler in place.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, alpha_T_squared: float | None = None) -> None:
+        scheduler = one_step_scheduler(pipeline.scheduler, alpha_T_squared)
+        self.pipeline = copy.copy(pipeline)
+        self.pipeline.scheduler = Float32Step.from_config(scheduler.config)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        adapter: str | os.PathLike | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> OneStepPipeline:
+        """Load an exported pipeline, or a teacher with a student's adapter merged into it.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id of a diffusers pipeline.
+            adapter: folder or hub id of a PEFT adapter of its U-Net or transformer. It is merged, so a step
+                costs what the teacher's does. Its `one_step.json`, if any, holds the student's own alpha_T^2.
+            torch_dtype: dtype of all modules; float32 when ``None``, whatever the files hold.
+            device: where to put the modules; ``None`` leaves them on the CPU.
+
+        Raises:
+            WadiError: something is missing, is not safetensors, or does not fit.
+        """
+        pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
+        alpha_T_squared = None
+        if adapter is not None:
+            folder = _adapter_folder(adapter)
+            name = "unet" if hasattr(pipeline, "unet") else "transformer"
+            setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
+            alpha_T_squared = read_alpha_T_squared(folder)
+        if device is not None:
+            pipeline.to(device)
+        return cls(pipeline, alpha_T_squared)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        guidance_scale: float = 1.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make ``len(prompts) * num_images_per_prompt`` images, prompt by prompt.
+
+        Args:
+            prompt: one prompt or several.
+            seed: image i starts from noise of its own generator, seeded ``seed + i``: it does not depend on
+                how many are made at once. The generators are on the CPU: every device gets the same noise.
+            generator: instead of `seed`, as in diffusers: one, or one per image.
+            num_images_per_prompt: images of each prompt.
+            height: pixels; the model's own when ``None``.
+            width: pixels; the model's own when ``None``.
+            output_type: "pil", "np" (N, height, width, 3 in [0, 1]), "pt" (N, 3, height, width) or "latent".
+            guidance_scale: only 1.0: a one-step student has its guidance built in.
+            negative_prompt: only ``None``, for the same reason.
+            **kwargs: passed to the pipeline (a ControlNet's image, ...).
+
+        Returns:
+            A list of PIL images, or one array or tensor.
+
+        Raises:
+            WadiError: guidance or more steps are asked for, or a prompt is longer than the tokenizer takes.
+        """
+        if guidance_scale != 1.0 or negative_prompt is not None:
+            raise WadiError(
+                "guidance_scale, negative_prompt: a one-step student cannot be guided, its guidance was built "
+                "in by distillation; leave both away (guidance_scale=1.0, negative_prompt=None)"
+            )
+        if kwargs.pop("num_inference_steps", 1) != 1:
+            raise WadiError("num_inference_steps: a one-step student takes 1 step; leave it away")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._check_lengths(prompts)
+        if seed is not None:
+            if generator is not None:
+                raise WadiError("seed, generator: give one of the two")
+            images = len(prompts) * num_images_per_prompt
+            generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+        return self.pipeline(
+            prompt=prompt if isinstance(prompt, str) else prompts,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            height=height,
+            width=width,
+            output_type=output_type,
+            **kwargs,
+        ).images
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the whole pipeline as a folder of stock classes, whole or not at all.
+
+        `StableDiffusionPipeline.from_pretrained(folder)` makes pictures of it without wadi.
+        """
+        stock = copy.copy(self.pipeline)
+        stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
+        with replacing_folder(folder) as temporary:
+            stock.save_pretrained(temporary, safe_serialization=True)
+            _forget_origin(temporary)
+
+    def _check_lengths(self, prompts: list[str]) -> None:
+        """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
+        tokenizer = self.pipeline.tokenizer
+        for prompt in prompts:
+            length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            if length > tokenizer.model_max_length:
+                raise WadiError(
+                    f"prompt: {prompt[:40]!r}... has {length} tokens and the model takes "
+                    f"{tokenizer.model_max_length}; shorten it"
+                )
+
+
+def load_pipeline(
+    pretrained_model_name_or_path: str | os.PathLike, torch_dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """Load a diffusers pipeline from a folder or the hub, all modules in one dtype, safetensors only.
+
+    Args:
+        pretrained_model_name_or_path: folder or hub id.
+        torch_dtype: float32 when ``None`` (diffusers' own default mixes dtypes if files hold half precision).
+
+    Raises:
+        WadiError: there is no such folder or hub id, a sub-folder is missing, or a file is unreadable.
+    """
+    name = os.fspath(pretrained_model_name_or_path)
+    if Path(name).exists():
+        _check_pipeline_folder(Path(name))
+    else:
+        _check_hub_id(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            return DiffusionPipeline.from_pretrained(
+                name, torch_dtype=torch_dtype or torch.float32, use_safetensors=True
+            )
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
+
+
+def write_alpha_T_squared(folder: str | os.PathLike, alpha_T_squared: float) -> None:
+    """Keep a student's alpha_T^2 beside its adapter, in `one_step.json`."""
+    write_json(Path(folder) / ONE_STEP_FILE, {"alpha_T_squared": alpha_T_squared})
+
+
+def read_alpha_T_squared(folder: str | os.PathLike) -> float | None:
+    """Read what `write_alpha_T_squared` wrote; ``None`` (the schedule's own) where there is no such file."""
+    path = Path(folder) / ONE_STEP_FILE
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("alpha_T_squared"), float):
+        raise WadiError(f'{path}: not of the form {{"alpha_T_squared": 0.0047}}; write it again or delete it')
+    return value["alpha_T_squared"]
+
+
+def _check_pipeline_folder(folder: Path) -> None:
+    index = read_json(folder / "model_index.json") if folder.is_dir() else None
+    if not isinstance(index, dict):
+        raise WadiError(f"{folder}: not a diffusers pipeline folder; name one with a model_index.json")
+    for name, value in index.items():
+        wanted = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if wanted and not (folder / name).is_dir():
+            raise WadiError(f"{folder}: its model_index.json lists {name!r}, but the sub-folder is missing")
+
+
+def _adapter_folder(adapter: str | os.PathLike) -> Path:
+    folder = Path(adapter)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        _check_hub_id(os.fspath(adapter))
+        try:
+            folder = Path(snapshot_download(os.fspath(adapter), allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:
+            raise WadiError(f"{adapter}: could not fetch the adapter: {_first_line(error)}") from error
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise WadiError(f"{folder}: not a PEFT adapter folder, {file} is missing")
+    return folder
+
+
+def _check_hub_id(name: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise WadiError(f"{name}: no such folder, and not a hub id of the form owner/name")
+
+
+def _merge(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise WadiError(f"{folder}: the adapter does not fit the model: {_first_line(error)}") from error
+    # PEFT only warns about weights that the file lacks
+    wrong = (
+        get_peft_model_state_dict(adapted).keys() ^ load_tensors(folder / "adapter_model.safetensors").keys()
+    )
+    if wrong:
+        raise WadiError(
+            f"{folder}: the adapter does not fit the model: {len(wrong)} weights differ, as {min(wrong)}"
+        )
+    return adapted.merge_and_unload()
+
+
+def _forget_origin(folder: Path) -> None:
+    """Remove the teacher's path on this machine from the configs that diffusers wrote."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
