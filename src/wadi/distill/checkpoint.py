@@ -1,0 +1,76 @@
+"""Checkpoints: folders `checkpoints/step-000100/` that are complete or absent.
+
+    student.safetensors, fake.safetensors             the adapters
+    ema.safetensors                                   the student's moving average
+    student_optimizer.safetensors, fake_optimizer...  AdamW's moments and step, as "<parameter>.<moment>"
+    state.json                                        step, config fingerprint, seconds trained, loss scale
+
+Noise needs no entry: it derives from (seed, rank, step).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors, load_tensors, read_json, replacing_folder, save_tensors, write_json
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def save_checkpoint(
+    folder: Path, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], limit: int | None
+) -> Path:
+    """Write `folder`/step-N beside its place, rename it, then remove the oldest beyond `limit`.
+
+    Raises:
+        WadiError: the folder cannot be written; nothing half-written stays, and older checkpoints do.
+    """
+    path = folder / f"step-{step:06d}"
+    with replacing_folder(path) as temporary:
+        for name, tensors in groups.items():
+            save_tensors(temporary / f"{name}.safetensors", tensors)
+        write_json(temporary / "state.json", {"step": step, **state})
+    for old in _checkpoints(folder)[: -limit if limit else 0]:
+        with explain_os_errors(old, "remove the old checkpoint"):
+            shutil.rmtree(old)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def load_checkpoint(
+    path: Path, expected: Mapping[str, Tensors], fingerprint: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Read a checkpoint and check it against the tensors that it must hold.
+
+    Returns:
+        Its groups of tensors, on the CPU, and its state.
+
+    Raises:
+        WadiError: missing or damaged files, other names or shapes, or a run with other options.
+    """
+    state = read_json(path / "state.json")
+    if state.get("config") != fingerprint:
+        raise WadiError(f"{path}: was trained with other options; resume it with its own config.yaml")
+    groups = {name: load_tensors(path / f"{name}.safetensors") for name in expected}
+    for name, tensors in expected.items():
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        if shapes != {key: tuple(value.shape) for key, value in groups[name].items()}:
+            raise WadiError(f"{path / name}.safetensors: does not fit this model; name the run's own teacher")
+    return groups, state
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = {int(m[1]): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    return [found[step] for step in sorted(found)]

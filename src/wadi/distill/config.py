@@ -1,0 +1,347 @@
+"""The options of a distillation, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors, write_text
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Options of `distill`. Names are those of diffusers' training scripts; defaults are the paper's for SD 1.5.
+
+    Raises:
+        WadiError: a value is of the wrong type or outside its range; the message names the option.
+    """
+
+    pretrained_model_name_or_path: str | None = None
+    """Teacher: a StableDiffusionPipeline folder or a hub id."""
+
+    prompts: str | None = None
+    """Training prompts: a .txt file (one a line), a .jsonl, .csv or .parquet file, or a `datasets` id."""
+
+    caption_column: str = "text"
+    """Column (or key) of the prompts in .jsonl, .csv, .parquet files and data sets."""
+
+    dataset_split: str = "train"
+    """Split to read when the prompts are a `datasets` id."""
+
+    truncate_prompts: bool = False
+    """Cut prompts that are longer than the tokenizer takes, instead of stopping."""
+
+    output_dir: str = "runs/distill"
+    """Run folder; must not exist or be empty, unless a run is resumed."""
+
+    resume_from_checkpoint: str | None = None
+    """Run folder (its last checkpoint) or checkpoint folder to go on from, with the options it was started with."""
+
+    seed: int = 0
+    """Seed of adapters, noise, timesteps and order of prompts."""
+
+    train_batch_size: int = 4
+    """Samples per process and micro-batch."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+
+    max_train_steps: int = 20_000
+    """Updates of the student."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, more time."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the frozen base. Adapters, one-step pictures and losses are float32 always."""
+
+    allow_tf32: bool = False
+    """Let float32 matrix products use TF32 on Ampere and later GPUs."""
+
+    cuda_graphs: bool = False
+    """Record one iteration as a CUDA graph and replay it: faster for small networks. One CUDA process only."""
+
+    student_rank: int = 256
+    """Rank of the student's LoRaD adapter."""
+
+    fake_rank: int = 32
+    """Rank of the fake model's adapter. As large as the student's, with two updates, it keeps diversity."""
+
+    fake_layers: Literal["attention", "student"] = "attention"
+    """Layers of the fake model's adapter: the paper's smaller selection, or the student's own."""
+
+    fake_updates: int = 1
+    """Updates of the fake model per update of the student."""
+
+    fake_fresh_samples: bool = False
+    """Draw new pictures from the student for every further update of the fake model, instead of reusing them."""
+
+    guidance_scale: float = 1.5
+    """Classifier-free guidance of the teacher in the distillation gradient; 1 is none."""
+
+    fake_guidance_scale: float = 1.5
+    """Classifier-free guidance of the fake model in the distillation gradient; 1 is none."""
+
+    min_timestep: float = 0.02
+    """Lowest timestep of the distillation gradient, as a fraction of all."""
+
+    max_timestep: float = 0.98
+    """Highest timestep of the distillation gradient, as a fraction of all."""
+
+    weighting: Literal["sigma_squared", "normalized"] = "sigma_squared"
+    """Weight of the distillation gradient: the paper's sigma_t^2, or DMD's normalization per sample."""
+
+    fake_weighting: Literal["alpha_squared", "none"] = "alpha_squared"
+    """Weight of the fake model's loss: the paper's alpha_t^2, or none."""
+
+    null_prompt_probability: float = 0.1
+    """Probability that an update of the fake model sees the empty prompt, the whole batch at once."""
+
+    alpha_T_squared: float | None = None
+    """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
+
+    student_learning_rate: float = 1e-4
+    """Learning rate of the student."""
+
+    fake_learning_rate: float = 1e-2
+    """Learning rate of the fake model."""
+
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up of both learning rates."""
+
+    lr_decay_fraction: float = 0.0
+    """Last fraction of the training over which both learning rates fall linearly to zero."""
+
+    adam_beta1: float = 0.9
+    """AdamW's beta1."""
+
+    adam_beta2: float = 0.999
+    """AdamW's beta2."""
+
+    adam_weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = 1.0
+    """Norm to which the gradients of student and fake model are clipped, each on its own."""
+
+    ema_decay: float = 0.999
+    """Decay of the moving average of the student, which is what ships; warms up as min(decay, (1+n)/(10+n))."""
+
+    logging_steps: int = 10
+    """Steps between lines of metrics.jsonl; losses leave the device only then."""
+
+    checkpointing_steps: int = 500
+    """Steps between checkpoints."""
+
+    checkpoints_total_limit: int | None = 2
+    """Checkpoints to keep; the oldest go first."""
+
+    validation_steps: int = 500
+    """Steps between grids of sample pictures; 0 for none."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the sample grids, one row each; without any, the first four training prompts."""
+
+    validation_seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Seeds of the sample grids, one column each."""
+
+    report_to: str | None = None
+    """Tracker of Accelerate that gets the metrics too, such as "tensorboard"."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
+        for names, holds, rule in _RULES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise WadiError(f"--{_option(name)}: must be {rule}, but is {value}")
+        if self.min_timestep > self.max_timestep:
+            raise WadiError("--min-timestep: must not exceed --max-timestep")
+        if self.cuda_graphs and self.gradient_accumulation_steps > 1:
+            raise WadiError("--cuda-graphs: does not go with --gradient-accumulation-steps above 1")
+        if self.cuda_graphs and self.mixed_precision == "fp16":
+            raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
+        if self.validation_steps and not self.validation_seeds:
+            raise WadiError("--validation-seeds: name at least one, or set --validation-steps 0")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype of the frozen base."""
+        return DTYPES[self.mixed_precision]
+
+    def fingerprint(self) -> str:
+        """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in CHANGEABLE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write every option as YAML."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistillConfig:
+        """Read what `save` wrote; absent options take their defaults.
+
+        Raises:
+            WadiError: unreadable file, unknown option, or a bad value.
+        """
+        with explain_os_errors(path, "read the config"):
+            text = Path(path).read_text(encoding="utf-8")
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise WadiError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise WadiError(f"{path}: must hold options as `name: value` lines")
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = get_close_matches(str(key), names, 1)
+                raise WadiError(
+                    f"{path}: unknown option {key!r}" + (f"; did you mean {near[0]}?" if near else "")
+                )
+        try:
+            return cls(**values)
+        except WadiError as error:
+            raise WadiError(f"{path}: {error}") from error
+
+
+CHANGEABLE = frozenset(
+    {
+        "output_dir",
+        "resume_from_checkpoint",
+        "max_train_steps",
+        "logging_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "validation_steps",
+        "validation_prompts",
+        "validation_seeds",
+        "report_to",
+        "cuda_graphs",
+    }
+)
+"""Options that may differ when a run is resumed. (A longer `max_train_steps` also moves the decay of the rates.)"""
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` as `hint` has it: numbers that are whole pass as floats, and lists as tuples."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        choices = ", ".join(map(str, get_args(hint)))
+        raise WadiError(f"--{_option(name)}: must be one of {choices}, but is {value!r}")
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_checked(name, item, get_args(hint)[0]) for item in value)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif hint in (int, bool, str) and type(value) is hint:
+        return value
+    kind = getattr(hint, "__name__", str(hint))
+    raise WadiError(f"--{_option(name)}: must be a value of type {kind}, but is {value!r}")
+
+
+_RULES = (
+    (
+        (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "student_rank",
+            "fake_rank",
+            "fake_updates",
+            "logging_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+        ),
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    (("seed", "lr_warmup_steps", "validation_steps"), lambda v: v >= 0, "zero or more"),
+    (
+        ("student_learning_rate", "fake_learning_rate", "adam_epsilon", "max_grad_norm"),
+        lambda v: 0 < v < math.inf,
+        "a positive number",
+    ),
+    (
+        ("guidance_scale", "fake_guidance_scale", "adam_weight_decay"),
+        lambda v: 0 <= v < math.inf,
+        "zero or more",
+    ),
+    (
+        ("min_timestep", "max_timestep", "null_prompt_probability", "lr_decay_fraction"),
+        lambda v: 0 <= v <= 1,
+        "between 0 and 1",
+    ),
+    (("adam_beta1", "adam_beta2", "ema_decay"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    (("alpha_T_squared",), lambda v: 0 < v < 1, "between 0 and 1"),
+    (("validation_seeds",), lambda v: all(seed >= 0 for seed in v), "zero or more each"),
+)
+
+_EMOJI = DistillConfig(
+    output_dir="runs/emoji",
+    train_batch_size=8,
+    max_train_steps=500,
+    student_rank=24,
+    fake_rank=24,
+    fake_layers="student",
+    fake_updates=2,
+    student_learning_rate=3e-3,
+    fake_learning_rate=3e-3,
+    lr_decay_fraction=0.4,
+    ema_decay=0.98,
+    checkpointing_steps=250,
+    validation_steps=100,
+)
+_SD15 = DistillConfig(
+    pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    output_dir="runs/sd15",
+    mixed_precision="bf16",
+)
+
+PRESETS: dict[str, DistillConfig] = {
+    "emoji": _EMOJI,
+    "emoji-paper": dataclasses.replace(
+        _EMOJI, output_dir="runs/emoji-paper", fake_rank=4, fake_layers="attention", fake_updates=1
+    ),
+    "sd15": _SD15,
+    "sd21-base": dataclasses.replace(
+        _SD15,
+        pretrained_model_name_or_path="stabilityai/stable-diffusion-2-1-base",
+        output_dir="runs/sd21-base",
+    ),
+    "sd21": dataclasses.replace(
+        _SD15, pretrained_model_name_or_path="stabilityai/stable-diffusion-2-1", output_dir="runs/sd21"
+    ),
+}
+"""Starting points by name: the built-in emoji teacher (as recommended, and in the paper's proportions) and the
+authors' settings for Stable Diffusion."""

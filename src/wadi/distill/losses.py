@@ -1,0 +1,43 @@
+"""The losses of WaDi (arXiv 2603.08258): pure functions of float32 tensors that know no model.
+
+Shapes: predictions, noise and latents are (N, C, H, W); alpha_t and sigma_t are (N, 1, 1, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def guided(null: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null)."""
+    return null + scale * (cond - null)
+
+
+def vsd_gradient(eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: torch.Tensor) -> torch.Tensor:
+    """Variational score distillation, grad_x0 = sigma_t^2 (eps_teacher - eps_fake), as the paper weighs it."""
+    return sigma_t**2 * (eps_teacher - eps_fake)
+
+
+def normalized_vsd_gradient(
+    eps_teacher: torch.Tensor, eps_fake: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """The same direction with DMD's weight (arXiv 2311.18828, eq. 8): one size for every sample and timestep.
+
+    DMD divides (x0_fake - x0_teacher) by mean |x0 - x0_teacher|, the mean over a sample's elements. Both
+    differences are sigma_t / alpha_t times differences of noise, which cancels:
+
+        grad_x0 = (eps_teacher - eps_fake) / mean |eps_teacher - n|
+    """
+    size = (eps_teacher - noise).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return (eps_teacher - eps_fake) / size.clamp_min(1e-6)
+
+
+def generator_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """1/2 ||x0 - stopgrad(x0 - grad)||^2, mean over elements: its derivative by x0 is grad / numel."""
+    return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
+
+
+def fake_loss(eps_fake: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """weight (eps_fake - n)^2, mean over elements; the paper's weight is alpha_t^2."""
+    return (weight * (eps_fake - noise) ** 2).mean()

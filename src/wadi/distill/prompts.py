@@ -1,0 +1,177 @@
+"""Training prompts: read from a file or a data set, and encoded once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from wadi.distill.backbone import UNetBackbone
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and where it stands: the line of a text file, or the row of a table, from 1."""
+
+    text: str
+    line: int
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Encoded prompts on the CPU, in the compute dtype.
+
+    Attributes:
+        embeddings: (N, L, D), the training prompts.
+        null: (1, L, D), the empty prompt.
+        validation: (V, L, D), the prompts of the sample grids; V may be 0.
+    """
+
+    embeddings: torch.Tensor
+    null: torch.Tensor
+    validation: torch.Tensor
+
+
+def read_prompts(source: str, column: str = "text", split: str = "train") -> list[Prompt]:
+    """Read prompts; blank ones are skipped, and of identical ones the first is kept.
+
+    Args:
+        source: a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a `datasets` id.
+        column: key or column of the prompt, except in .txt.
+        split: split of a `datasets` id.
+
+    Raises:
+        WadiError: unreadable or empty file, missing column, unknown kind of file, or `datasets` not installed.
+    """
+    path = Path(source)
+    if path.suffix.lower() in SUFFIXES:
+        reader = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+        with explain_os_errors(path, "read the prompts"):
+            try:
+                prompts = list(reader[path.suffix.lower()](path, column))
+            except UnicodeDecodeError as error:
+                raise WadiError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    elif path.exists():
+        raise WadiError(f"{source}: unknown kind of prompt file; use one of {', '.join(SUFFIXES)}")
+    else:
+        prompts = list(_read_dataset(source, column, split))
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.text:
+            unique.setdefault(prompt.text, prompt)
+    if not unique:
+        raise WadiError(f"{source}: holds no prompts")
+    return list(unique.values())
+
+
+def check_length(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, source: str, truncate: bool = False
+) -> None:
+    """Check that the tokenizer takes every prompt whole, unless `truncate` says that it need not.
+
+    Raises:
+        WadiError: with the number of prompts that are too long and the line of the first.
+    """
+    if truncate:
+        return
+    limit = tokenizer.model_max_length
+    lengths = [len(ids) for ids in tokenizer([p.text for p in prompts], verbose=False).input_ids]
+    long = [(prompt, n) for prompt, n in zip(prompts, lengths, strict=True) if n > limit]
+    if long:
+        prompt, n = long[0]
+        raise WadiError(
+            f"{source}: {len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that the tokenizer "
+            f"takes; the first is on line {prompt.line} ({n} tokens); shorten them or pass --truncate-prompts"
+        )
+
+
+def encode_prompts(backbone: UNetBackbone, prompts: list[str], validation: list[str]) -> PromptEmbeddings:
+    """Encode everything that the training will need; the text encoder then leaves the device."""
+    encoded = backbone.encode(["", *validation, *prompts])
+    null, grid, embeddings = encoded.split([1, len(validation), len(prompts)])
+    return PromptEmbeddings(embeddings, null, grid)
+
+
+def _read_txt(path: Path, column: str) -> Iterator[Prompt]:
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        yield Prompt(text.strip(), line)
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[Prompt]:
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise WadiError(f"{path}: line {line} is not valid JSON ({error.msg})") from error
+        yield Prompt(_cell(row, column, f"{path}: line {line}"), line)
+
+
+def _read_csv(path: Path, column: str) -> Iterator[Prompt]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            yield Prompt(_cell(row, column, f"{path}: line {rows.line_num}"), rows.line_num)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[Prompt]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise WadiError(f"{path}: reading .parquet needs pyarrow; pip install 'wadi[data]'") from error
+    try:
+        names = parquet.read_schema(path).names
+        _check_column(column, names, str(path))
+        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+    except pyarrow.ArrowException as error:
+        raise WadiError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from error
+    for line, value in enumerate(values, 1):
+        yield Prompt(_text(value, f"{path}: row {line}"), line)
+
+
+def _read_dataset(name: str, column: str, split: str) -> Iterator[Prompt]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise WadiError(
+            f"{name}: no such file, and reading a data set needs `datasets`; pip install 'wadi[data]'"
+        ) from error
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # every kind of failure of the hub and of a data set's files
+        raise WadiError(
+            f"{name}: no such file, and not loaded as a data set: {' '.join(str(error).split())}"
+        ) from error
+    _check_column(column, data.column_names, name)
+    for line, value in enumerate(data[column], 1):
+        yield Prompt(_text(value, f"{name}: row {line}"), line)
+
+
+def _check_column(column: str, names: list[str], where: str) -> None:
+    if column not in names:
+        raise WadiError(
+            f"{where}: has no column {column!r} but {', '.join(map(str, names))}; set --caption-column"
+        )
+
+
+def _cell(row: Any, column: str, where: str) -> str:
+    _check_column(column, list(row) if isinstance(row, dict) else [], where)
+    return _text(row[column], where)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise WadiError(f"{where}: the prompt must be text, but is {value!r}")
+    return value.strip()

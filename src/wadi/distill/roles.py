@@ -1,0 +1,72 @@
+"""Teacher, student and fake model: three views of one frozen base.
+
+Each view has its own modules and its own adapter, and all of them hold the same Parameter objects, so the card
+carries one base. Switching the active adapter of a single module instead would break gradient checkpointing,
+whose recomputation in backward sees whatever adapter is active by then.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import PeftConfig, inject_adapter_in_model
+from torch.utils.checkpoint import checkpoint
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The three networks of variational score distillation, all on one frozen base."""
+
+    teacher: torch.nn.Module
+    student: torch.nn.Module
+    fake: torch.nn.Module
+
+
+def view(module: Module) -> Module:
+    """Copy the modules of `module` but none of its parameters and buffers: both hold the same tensors."""
+    memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, memo)
+
+
+def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by name, in the order of the modules."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def build_roles(base: torch.nn.Module, student: PeftConfig, fake: PeftConfig, seed: int) -> Roles:
+    """Freeze `base` and put the student's and the fake model's adapters, in float32, on views of it.
+
+    Args:
+        base: the teacher's network, on its device and in the compute dtype.
+        student, fake: configurations of the two adapters.
+        seed: of the adapters' initialization; torch's own generators are left as they were.
+    """
+    base.requires_grad_(False).eval()
+    device = next(base.parameters()).device
+    views = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for config in (student, fake):
+            network = inject_adapter_in_model(config, view(base))
+            cast_training_params(network, torch.float32)
+            views.append(network)
+    return Roles(base, *views)
+
+
+def enable_gradient_checkpointing(network: torch.nn.Module) -> None:
+    """Recompute the blocks of a diffusers model in backward.
+
+    The random state is not saved: the networks draw nothing, and reading it is forbidden inside a CUDA graph.
+    """
+
+    def run(module: torch.nn.Module, *args: object) -> object:
+        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
+
+    network.enable_gradient_checkpointing(run)

@@ -1,0 +1,146 @@
+"""`distill`: everything from a teacher and prompts to a run folder with a one-step student."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from wadi.distill.backbone import UNetBackbone
+from wadi.distill.checkpoint import latest_checkpoint
+from wadi.distill.config import CHANGEABLE, DistillConfig
+from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
+from wadi.distill.trainer import Interrupted, Trainer, make_accelerator, truncate_metrics
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors
+from wadi.lorad.io import save_adapter
+from wadi.onestep import export_pipeline, write_alpha_T_squared
+
+GRID_PROMPTS = 4
+"""Training prompts in the sample grids where the config names none."""
+
+
+def distill(config: DistillConfig) -> Path:
+    """Distil a teacher into a one-step student.
+
+    The run folder then holds config.yaml, metrics.jsonl, samples/, checkpoints/, adapter/ (the averaged student, PEFT
+    format) and pipeline/ (merged, diffusers format).
+
+    Returns:
+        The run folder.
+
+    Raises:
+        WadiError: any mistake of the user or failure of the surroundings, in one line.
+        SystemExit: code 130, after Ctrl-C; the run can be resumed.
+    """
+    config, checkpoint = resolve(config)
+    run = Path(config.output_dir)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    accelerator = make_accelerator(config)
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
+    prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
+    backbone = UNetBackbone.from_pretrained(
+        config.pretrained_model_name_or_path, config.dtype, accelerator.device
+    )
+    if not config.validation_prompts:
+        config = dataclasses.replace(config, validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
+    embeddings = _encode(config, backbone, prompts)
+    trainer = Trainer(config, backbone, embeddings, accelerator)
+    if accelerator.is_main_process:
+        _open_run(run, config)
+    if checkpoint is not None:
+        trainer.load_checkpoint(checkpoint)
+    if accelerator.is_main_process:
+        truncate_metrics(run / "metrics.jsonl", trainer.global_step)
+    if config.report_to:
+        accelerator.init_trackers(
+            "wadi",
+            {k: v if isinstance(v, (int, float)) else str(v) for k, v in dataclasses.asdict(config).items()},
+        )
+    try:
+        trainer.train()
+    except Interrupted:
+        accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
+        raise SystemExit(130) from None
+    if accelerator.is_main_process:
+        export(trainer, run)
+    accelerator.end_training()
+    return run
+
+
+def export(trainer: Trainer, run: Path) -> None:
+    """Write the averaged student: adapter/ in PEFT format, pipeline/ merged into the teacher."""
+    config = trainer.config
+    student = trainer.accelerator.unwrap_model(trainer.student)
+    save_adapter(student, run / "adapter", state_dict=trainer.ema_state())
+    if config.alpha_T_squared is not None:
+        write_alpha_T_squared(run / "adapter", config.alpha_T_squared)
+    export_pipeline(config.pretrained_model_name_or_path, run / "adapter", run / "pipeline")
+
+
+def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
+    """Make paths absolute; where a run is resumed, take its options and find its checkpoint.
+
+    Of a resumed run, `CHANGEABLE` options may be given anew; others must be its own or left at their defaults.
+
+    Returns:
+        The config to train with, and the checkpoint to load, if any.
+
+    Raises:
+        WadiError: a required option is missing, the run folder is in use, or the run cannot be resumed.
+    """
+    if config.resume_from_checkpoint is not None:
+        return _resume(config)
+    for name in ("pretrained_model_name_or_path", "prompts"):
+        if getattr(config, name) is None:
+            raise WadiError(f"--{name.replace('_', '-')}: is required")
+    run = Path(config.output_dir).absolute()
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise WadiError(
+            f"{config.output_dir}: exists and is not empty; name another --output-dir, "
+            f"or go on with --resume-from-checkpoint {config.output_dir}"
+        )
+    paths = {
+        name: str(Path(value).absolute()) if Path(value).exists() else value
+        for name in ("pretrained_model_name_or_path", "prompts")
+        if (value := getattr(config, name))
+    }
+    return dataclasses.replace(config, output_dir=str(run), **paths), None
+
+
+def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
+    given = Path(config.resume_from_checkpoint).absolute()
+    checkpoint = given if given.parent.name == "checkpoints" else latest_checkpoint(given / "checkpoints")
+    run = given.parent.parent if given.parent.name == "checkpoints" else given
+    if not (run / "config.yaml").is_file():
+        raise WadiError(f"{given}: not a run folder (no config.yaml) nor one of its checkpoints")
+    saved, defaults = DistillConfig.load(run / "config.yaml"), DistillConfig()
+    changed = {}
+    for field in dataclasses.fields(DistillConfig):
+        value = getattr(config, field.name)
+        if field.name in ("output_dir", "resume_from_checkpoint") or value == getattr(defaults, field.name):
+            continue
+        if field.name in CHANGEABLE:
+            changed[field.name] = value
+        elif value != getattr(saved, field.name):
+            raise WadiError(
+                f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)} and "
+                f"cannot go on with {value}; leave the option away or start a new run"
+            )
+    return dataclasses.replace(saved, output_dir=str(run), **changed), checkpoint
+
+
+def _encode(config: DistillConfig, backbone: UNetBackbone, prompts: list[Prompt]) -> PromptEmbeddings:
+    tokenizer = backbone.pipeline.tokenizer
+    check_length(prompts, tokenizer, config.prompts, config.truncate_prompts)
+    grid = [Prompt(text, line) for line, text in enumerate(config.validation_prompts, 1)]
+    check_length(grid, tokenizer, "--validation-prompts", config.truncate_prompts)
+    return encode_prompts(backbone, [prompt.text for prompt in prompts], list(config.validation_prompts))
+
+
+def _open_run(run: Path, config: DistillConfig) -> None:
+    with explain_os_errors(run, "create the run folder"):
+        run.mkdir(parents=True, exist_ok=True)
+    config.save(run / "config.yaml")

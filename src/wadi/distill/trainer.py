@@ -1,0 +1,571 @@
+"""The training loop of WaDi (arXiv 2603.08258): one linear iteration, every random number drawn before it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from tqdm.auto import tqdm
+
+from wadi.distill import checkpoint
+from wadi.distill.backbone import UNetBackbone
+from wadi.distill.config import DistillConfig
+from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
+from wadi.distill.prompts import PromptEmbeddings
+from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
+from wadi.distill.schedule import Schedule
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors, replacing_file
+from wadi.lorad.presets import fake_config, student_config
+from wadi.onestep import labelled_grid
+
+WARMUP_ITERATIONS = 3
+"""Eager iterations before a CUDA graph is recorded: they allocate what the recording may not."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C arrived; the step was finished and a checkpoint written."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that is random or drawn from data in one step, on the device.
+
+    n = train_batch_size x gradient_accumulation_steps; u = fake_updates; k = u - 1 with fresh samples, else 0.
+    """
+
+    z: torch.Tensor  # (n, C, H, W) float32, the student's noise
+    condition: torch.Tensor  # (n, L, D) compute dtype
+    t: torch.Tensor  # (n,) int64, of the distillation gradient
+    noise: torch.Tensor  # (n, C, H, W) float32, to t
+    fake_t: torch.Tensor  # (u, n) int64
+    fake_noise: torch.Tensor  # (u, n, C, H, W) float32, to fake_t
+    fake_null: torch.Tensor  # (u,) bool, whole batch on the empty prompt
+    fresh_z: torch.Tensor  # (k, n, C, H, W) float32
+    fresh_condition: torch.Tensor  # (k, n, L, D) compute dtype
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The fields, in order."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+
+def make_accelerator(config: DistillConfig) -> Accelerator:
+    """The Accelerator that a config asks for; autocast stays off, the base itself is in the compute dtype."""
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to,
+            project_dir=config.output_dir,
+            kwargs_handlers=[AutocastKwargs(enabled=False)],
+        )
+    except (ValueError, ImportError) as error:
+        raise WadiError(f"--mixed-precision or --report-to: {' '.join(str(error).split())}") from error
+
+
+class Trainer:
+    """Distils a backbone into a one-step student.
+
+        trainer = Trainer(config, backbone, prompts, accelerator)
+        for step in range(100):
+            losses = trainer.step(step)      # asynchronous on a GPU: nothing waits for the device
+        average = trainer.ema_state()
+
+    Holds no global state and works on a CUDA stream of its own, so that several trainers can share one GPU,
+    one process and one backbone.
+
+    Args:
+        config: the options.
+        backbone: the loaded teacher, on the accelerator's device and in `config.dtype`.
+        prompts: encoded prompts.
+        accelerator: from `make_accelerator`.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        backbone: UNetBackbone,
+        prompts: PromptEmbeddings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
+        self.device = accelerator.device
+        self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
+            self.device
+        )
+        self.null = prompts.null.to(self.device)
+
+        base = backbone.network
+        small = fake_config if config.fake_layers == "attention" else student_config
+        roles = build_roles(
+            base, student_config(base, r=config.student_rank), small(base, r=config.fake_rank), config.seed
+        )
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(roles.student)
+            enable_gradient_checkpointing(roles.fake)
+        self.teacher = roles.teacher
+        self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
+        self.student, self.fake, self.student_optimizer, self.fake_optimizer = accelerator.prepare(
+            roles.student,
+            roles.fake,
+            self._adamw(self.student_parameters, config.student_learning_rate),
+            self._adamw(self.fake_parameters, config.fake_learning_rate),
+        )
+        self.ema = {name: p.detach().clone() for name, p in self.student_parameters.items()}
+        self.ema_weight = torch.ones((), device=self.device)
+
+        self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
+        self.global_step, self.seconds = 0, 0.0
+        self.stream, self.graph = None, None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        elif config.cuda_graphs:
+            raise WadiError("--cuda-graphs: needs a CUDA device; leave it out here")
+        if config.cuda_graphs and accelerator.num_processes > 1:
+            raise WadiError("--cuda-graphs: works in one process only; leave it out or start one process")
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> dict[str, torch.Tensor]:
+        """Run step number `step` (from 0): draw its randomness, set its rates, do one iteration.
+
+        Returns:
+            Losses and gradient norms, 0-dimensional tensors on the device; valid until the next step.
+        """
+        with self.on_stream():
+            inputs = self.draw(step)
+            self._set_rates(step)
+            if not self.config.cuda_graphs:
+                return self.iteration(inputs)
+            if self.graph is None:
+                self._record(inputs)
+            for buffer, value in zip(self.static_inputs.tensors(), inputs.tensors(), strict=True):
+                buffer.copy_(value)
+            self.graph.replay()
+            return self.static_losses
+
+    def draw(self, step: int) -> StepInputs:
+        """All randomness of a step, from (seed, rank, step) alone: a resumed run draws what the first one drew."""
+        config, schedule = self.config, self.schedule
+        seeds = np.random.SeedSequence([config.seed, self.accelerator.process_index, step]).generate_state(2)
+        self.generator.manual_seed(int(seeds[0]))
+        self.prompt_generator.manual_seed(int(seeds[1]))
+        n, u = config.train_batch_size * config.gradient_accumulation_steps, config.fake_updates
+        k = u - 1 if config.fake_fresh_samples else 0
+        shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
+        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
+        on_device = {"device": self.device, "generator": self.generator}
+        return StepInputs(
+            z=torch.randn(n, *shape, **on_device),
+            condition=self._draw_prompts(n),
+            t=torch.randint(low, high + 1, (n,), **on_device),
+            noise=torch.randn(n, *shape, **on_device),
+            fake_t=torch.randint(0, steps, (u, n), **on_device),
+            fake_noise=torch.randn(u, n, *shape, **on_device),
+            fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
+            fresh_z=torch.randn(k, n, *shape, **on_device),
+            fresh_condition=self._draw_prompts(k * n).unflatten(0, (k, n)),
+        )
+
+    def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
+        """One update of the student and its average, then `fake_updates` updates of the fake model.
+
+        Runs on the device alone: no host branch on data, no synchronization, so that a CUDA graph can hold it.
+        """
+        x0, losses = self._update_student(inputs)
+        self._update_ema()
+        for update in range(self.config.fake_updates):
+            condition = inputs.condition
+            if self.config.fake_fresh_samples and update > 0:
+                condition = inputs.fresh_condition[update - 1]
+                with torch.no_grad():
+                    x0 = self.generate(inputs.fresh_z[update - 1], condition)
+            condition = torch.where(inputs.fake_null[update], self.null, condition)
+            losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
+        return losses
+
+    def generate(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """The student's one step: x0 (N, C, H, W) float32 from z ~ N(0, I) and text embeddings (N, L, D)."""
+        t = torch.full((len(z),), self.schedule.num_train_timesteps - 1, device=z.device)
+        return self.schedule.one_step(self.backbone.predict(self.student, z, t, condition), z)
+
+    def _update_student(self, inputs: StepInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config, schedule = self.config, self.schedule
+        samples, losses = [], []
+        for micro, synchronize in self._micro_batches(self.student):
+            z, condition, t, noise = (x[micro] for x in (inputs.z, inputs.condition, inputs.t, inputs.noise))
+            with synchronize:
+                x0 = self.generate(z, condition)
+                with torch.no_grad():
+                    # p = p_null + s (p_cond - p_null), for teacher and fake model alike
+                    x_t = schedule.add_noise(x0, noise, t)
+                    eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, config.guidance_scale)
+                    eps_fake = self._guided_epsilon(self.fake, x_t, t, condition, config.fake_guidance_scale)
+                    # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
+                    if config.weighting == "normalized":
+                        gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
+                    else:
+                        gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
+                # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
+                loss = generator_loss(x0, gradient) / config.gradient_accumulation_steps
+                self.accelerator.backward(loss)
+            samples.append(x0.detach())
+            losses.append(loss.detach())
+        norm = self._optimize(self.student_optimizer, self.student_parameters)
+        return torch.cat(samples), {"student_loss": torch.stack(losses).sum(), "student_grad_norm": norm}
+
+    def _update_fake(
+        self, x0: torch.Tensor, condition: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        config, schedule = self.config, self.schedule
+        losses = []
+        for micro, synchronize in self._micro_batches(self.fake):
+            with synchronize:
+                x_t = schedule.add_noise(x0[micro], noise[micro], t[micro])
+                prediction = self.backbone.predict(self.fake, x_t, t[micro], condition[micro])
+                # ||alpha_t eps_fake(x_t, t, c) - alpha_t n||^2
+                weight = schedule.alpha(t[micro]) ** 2 if config.fake_weighting == "alpha_squared" else 1.0
+                loss = fake_loss(schedule.epsilon(prediction, x_t, t[micro]), noise[micro], weight)
+                loss = loss / config.gradient_accumulation_steps
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        norm = self._optimize(self.fake_optimizer, self.fake_parameters)
+        return {"fake_loss": torch.stack(losses).sum(), "fake_grad_norm": norm}
+
+    def _guided_epsilon(
+        self,
+        network: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Guided noise prediction, condition and null prompt in one batched call; one half where s = 1 needs one."""
+        if scale == 1:
+            return self.schedule.epsilon(self.backbone.predict(network, x_t, t, condition), x_t, t)
+        both = torch.cat([self.null.expand_as(condition), condition])
+        prediction = self.backbone.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        return self.schedule.epsilon(guided(*prediction.chunk(2), scale), x_t, t)
+
+    def _micro_batches(
+        self, network: torch.nn.Module
+    ) -> Iterator[tuple[slice, contextlib.AbstractContextManager]]:
+        """Slices of the step's batch, each with the context that exchanges gradients on the last one only."""
+        size, count = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        for i in range(count):
+            last = i == count - 1
+            synchronize = contextlib.nullcontext() if last else self.accelerator.no_sync(network)
+            yield slice(i * size, (i + 1) * size), synchronize
+
+    def _optimize(
+        self, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+    ) -> torch.Tensor:
+        """Clip, AdamW, clear; returns the gradient norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """ema += (1 - decay) (student - ema)."""
+        average = list(self.ema.values())
+        change = torch._foreach_sub(list(self.student_parameters.values()), average)
+        torch._foreach_mul_(change, self.ema_weight)
+        torch._foreach_add_(average, change)
+
+    def _set_rates(self, step: int) -> None:
+        factor = learning_rate_factor(self.config, step)
+        for optimizer, rate in (
+            (self.student_optimizer, self.config.student_learning_rate),
+            (self.fake_optimizer, self.config.fake_learning_rate),
+        ):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+        self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
+
+    def _adamw(self, parameters: dict[str, torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
+        """Fused AdamW; on a GPU its step and rate live on the device, as a CUDA graph needs them."""
+        config, on_gpu = self.config, self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=torch.tensor(rate, device=self.device) if on_gpu else rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+            capturable=on_gpu,
+        )
+        for p in (
+            parameters.values()
+        ):  # what AdamW's first step would create; a checkpoint or a graph needs it before
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        return optimizer
+
+    def _draw_prompts(self, count: int) -> torch.Tensor:
+        """Embeddings of `count` random prompts (count, L, D), copied to the device without waiting."""
+        embeddings = self.prompts.embeddings
+        indices = torch.randint(len(embeddings), (count,), generator=self.prompt_generator)
+        chosen = embeddings[indices.to(embeddings.device)]
+        if self.device.type == "cuda" and chosen.device.type == "cpu":
+            chosen = chosen.pin_memory()
+        return chosen.to(self.device, non_blocking=True)
+
+    # --- CUDA graph ---------------------------------------------------------------------------------------------
+
+    def on_stream(self) -> contextlib.AbstractContextManager:
+        """Work on this trainer's CUDA stream; on the CPU, nothing."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all steps."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def _record(self, inputs: StepInputs) -> None:
+        """Record `iteration` as a CUDA graph over static inputs; weights and optimizers are left as they were."""
+        self.static_inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
+        before = [tensor.clone() for tensor in self._state_tensors()]
+        for _ in range(WARMUP_ITERATIONS):
+            self.iteration(self.static_inputs)
+        for tensor, value in zip(self._state_tensors(), before, strict=True):
+            tensor.copy_(value)
+        self.stream.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.static_losses = self.iteration(self.static_inputs)
+
+    def _state_tensors(self) -> list[torch.Tensor]:
+        """Everything that an iteration changes."""
+        return [tensor for group in self.checkpoint_tensors().values() for tensor in group.values()]
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to `max_train_steps`: log, validate and save on the way.
+
+        Raises:
+            WadiError: a loss is no longer finite, or a file cannot be written.
+            Interrupted: Ctrl-C, after the step was finished and saved.
+        """
+        config, start = self.config, time.monotonic() - self.seconds
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
+        with bar, _catch_interrupt() as interrupted:
+            while self.global_step < config.max_train_steps:
+                losses = self.step(self.global_step)
+                self.global_step += 1
+                bar.update()
+                stop, end = self._any_process(interrupted), self.global_step == config.max_train_steps
+                if self._due(config.logging_steps) or self._due(config.checkpointing_steps) or stop or end:
+                    self.seconds = time.monotonic() - start
+                    bar.set_postfix(self._log(losses))
+                if self._due(config.validation_steps) or (end and config.validation_steps):
+                    self.validate()
+                if self._due(config.checkpointing_steps) or stop or end:
+                    self.save_checkpoint()
+                if stop:
+                    raise Interrupted
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.global_step % every == 0
+
+    def _any_process(self, interrupted: threading.Event) -> bool:
+        if self.accelerator.num_processes == 1:
+            return interrupted.is_set()
+        flag = torch.tensor(float(interrupted.is_set()), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _log(self, losses: dict[str, torch.Tensor]) -> dict[str, str]:
+        """Fetch the losses (the only wait for the device), append them to metrics.jsonl, stop if not finite."""
+        with self.on_stream():
+            values = self.accelerator.reduce(torch.stack(list(losses.values())), "mean").tolist()
+        fetched = dict(zip(losses, values, strict=True))
+        step = self.global_step
+        for name, value in fetched.items():
+            if not math.isfinite(value):
+                raise WadiError(
+                    f"step {step}: {name} is {value}; nothing was saved from here on; lower the learning rates, "
+                    f"or resume the last checkpoint in {self.config.output_dir}"
+                )
+        factor = learning_rate_factor(self.config, step - 1)
+        rates = {
+            "student_learning_rate": self.config.student_learning_rate * factor,
+            "fake_learning_rate": self.config.fake_learning_rate * factor,
+        }
+        self.accelerator.log(fetched | rates, step=step)
+        if self.accelerator.is_main_process:
+            row = {"step": step, **fetched, **rates, "seconds": round(self.seconds, 3)}
+            append_metrics(Path(self.config.output_dir) / "metrics.jsonl", row)
+        return {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
+
+    def validate(self) -> None:
+        """Write samples/step-N.png: one picture per validation prompt (rows) and seed (columns), from the EMA."""
+        seeds, conditions = self.config.validation_seeds, self.prompts.validation
+        if not self.accelerator.is_main_process or not len(conditions):
+            return
+        shape = self.backbone.latent_shape
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        with self.on_stream(), self.ema_weights(), torch.no_grad():
+            z = noise.to(self.device)
+            latents = torch.cat(
+                [self.generate(z, c.to(self.device).expand(len(z), -1, -1)) for c in conditions]
+            )
+            pictures = self.backbone.decode(latents)
+        path = Path(self.config.output_dir) / "samples" / f"step-{self.global_step:06d}.png"
+        with replacing_file(path) as temporary:
+            n = len(seeds)
+            rows = [
+                (text, pictures[i * n : (i + 1) * n]) for i, text in enumerate(self.config.validation_prompts)
+            ]
+            labelled_grid(rows, [f"seed {seed}" for seed in seeds]).save(temporary, format="PNG")
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Give the student its averaged weights for the block, and its own back afterwards."""
+        parameters = [p.data for p in self.student_parameters.values()]
+        self.synchronize()
+        own = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, list(self.ema.values()))
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, own)
+            if self.stream is not None:
+                torch.cuda.synchronize(self.device)
+
+    def ema_state(self) -> dict[str, torch.Tensor]:
+        """A copy of the student's averaged adapter, float32, by parameter name."""
+        self.synchronize()
+        return {name: tensor.clone() for name, tensor in self.ema.items()}
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint holds, by file and name; live tensors, not copies."""
+        return {
+            "student": {name: p.data for name, p in self.student_parameters.items()},
+            "fake": {name: p.data for name, p in self.fake_parameters.items()},
+            "ema": self.ema,
+            "student_optimizer": _moments(self.student_optimizer, self.student_parameters),
+            "fake_optimizer": _moments(self.fake_optimizer, self.fake_parameters),
+        }
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoints/step-N of the run folder.
+
+        Raises:
+            WadiError: the state is not finite, or the folder cannot be written; nothing half-written stays.
+        """
+        self.synchronize()
+        if self.accelerator.is_main_process:
+            groups = self.checkpoint_tensors()
+            if not all(bool(t.isfinite().all()) for tensors in groups.values() for t in tensors.values()):
+                raise WadiError(
+                    f"step {self.global_step}: the weights are not finite; no checkpoint was written"
+                )
+            scaler = self.accelerator.scaler
+            state = {
+                "config": self.config.fingerprint(),
+                "seconds": self.seconds,
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            folder = Path(self.config.output_dir) / "checkpoints"
+            checkpoint.save_checkpoint(
+                folder, self.global_step, groups, state, self.config.checkpoints_total_limit
+            )
+        self.accelerator.wait_for_everyone()
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Take weights, average, optimizers and step from a checkpoint folder.
+
+        Raises:
+            WadiError: damaged, of other options, or of another model.
+        """
+        groups, state = checkpoint.load_checkpoint(path, self.checkpoint_tensors(), self.config.fingerprint())
+        with self.on_stream():
+            for name, tensors in self.checkpoint_tensors().items():
+                for key, tensor in tensors.items():
+                    tensor.copy_(groups[name][key])
+        self.synchronize()
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.global_step, self.seconds = state["step"], state["seconds"]
+
+
+def learning_rate_factor(config: DistillConfig, step: int) -> float:
+    """Linear warm-up, constant, then linear to zero over the last `lr_decay_fraction`; 1 in between."""
+    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    decay_steps = config.lr_decay_fraction * config.max_train_steps
+    decay = min(1.0, (config.max_train_steps - step) / decay_steps) if decay_steps else 1.0
+    return warmup * decay
+
+
+def append_metrics(path: Path, row: dict[str, float]) -> None:
+    """Append one line to metrics.jsonl."""
+    with explain_os_errors(path, "append to the file"), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a half-written last one: a resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            lines.append(line + "\n")
+    with replacing_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """AdamW's state by "<parameter>.<moment>"."""
+    return {
+        f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()
+    }
+
+
+@contextlib.contextmanager
+def _catch_interrupt() -> Iterator[threading.Event]:
+    """Set an event on the first Ctrl-C; a second one interrupts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+        tqdm.write("Ctrl-C: finishing this step, then saving; press again to stop at once")
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
