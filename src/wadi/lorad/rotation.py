@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 class Factors(NamedTuple):
@@ -38,9 +37,11 @@ class Factors(NamedTuple):
     scale: float = 1.0
 
 
-def angles(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Return ``scale * A B`` in radians, (out, in // 2), float32 or wider."""
-    wide = _wide_dtype(A, B)
+def angles(
+    A: torch.Tensor, B: torch.Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return ``scale * A B`` in radians, (out, in // 2), in `dtype` or in that of A or B if that is wider."""
+    wide = _wide_dtype(A, B, dtype)
     A = A.to(wide)
     with _without_autocast(A.device.type):
         return (A if scale == 1.0 else A * scale) @ B.to(wide)
@@ -80,7 +81,7 @@ def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.T
     factors = [tensor for adapter in adapters for tensor in adapter[:2]]
     if _needs_graph(weight, *factors):
         return _RotatedWeight.apply(weight, tuple(adapter.scale for adapter in adapters), *factors)
-    return rotate(weight, _total_angles(adapters)).to(weight.dtype)
+    return rotate(weight, _total_angles(adapters, weight.dtype)).to(weight.dtype)
 
 
 def rotated_linear(
@@ -105,7 +106,7 @@ def rotated_linear(
     if _needs_graph(x, weight, bias, *factors):
         scales = tuple(adapter.scale for adapter in adapters)
         return _RotatedLinear.apply(x, weight, bias, dtype, scales, *factors)
-    return _linear(x, rotate(weight, _total_angles(adapters)), bias, dtype)
+    return _linear(x, rotate(weight, _total_angles(adapters, weight.dtype)), bias, dtype)
 
 
 class _RotatedWeight(torch.autograd.Function):
@@ -115,14 +116,13 @@ class _RotatedWeight(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, *factors)
         ctx.scales = scales
-        return rotate(weight, _total_angles(_pack(factors, scales))).to(weight.dtype)
+        return rotate(weight, _total_angles(_pack(factors, scales), weight.dtype)).to(weight.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, *factors = ctx.saved_tensors
         adapters = _pack(factors, ctx.scales)
-        theta = _total_angles(adapters)
+        theta = _total_angles(adapters, weight.dtype)
         needs_weight, _, *needs_factors = ctx.needs_input_grad
         grad_weight, grad_factors = _gradients(
             grad, weight, theta, rotate(weight, theta), adapters, needs_weight, needs_factors
@@ -145,15 +145,14 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight or any(needs_factors) else None, weight, *factors)
         ctx.dtype, ctx.scales, ctx.x_dtype = dtype, scales, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, rotate(weight, _total_angles(_pack(factors, scales))), bias, dtype)
+        return _linear(x, rotate(weight, _total_angles(_pack(factors, scales), weight.dtype)), bias, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *factors = ctx.saved_tensors
         adapters = _pack(factors, ctx.scales)
         needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
-        theta = _total_angles(adapters)
+        theta = _total_angles(adapters, weight.dtype)
         rotated = rotate(weight, theta)
 
         grad_x = grad_weight = grad_bias = None
@@ -208,10 +207,11 @@ def _linear(
     return F.linear(x.to(dtype), rotated.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _total_angles(adapters: Sequence[Factors]) -> torch.Tensor:
-    theta = angles(*adapters[0])
+def _total_angles(adapters: Sequence[Factors], dtype: torch.dtype) -> torch.Tensor:
+    dtype = _wide_dtype(dtype)
+    theta = angles(*adapters[0], dtype)
     for adapter in adapters[1:]:
-        theta = theta + angles(*adapter)
+        theta = theta + angles(*adapter, dtype)
     return theta
 
 
@@ -239,10 +239,10 @@ def _as_real(turned: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return real
 
 
-def _wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def _wide_dtype(*operands: torch.Tensor | torch.dtype) -> torch.dtype:
     dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    for operand in operands:
+        dtype = torch.promote_types(dtype, operand.dtype if isinstance(operand, torch.Tensor) else operand)
     return dtype
 
 
