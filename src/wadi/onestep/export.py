@@ -34,4 +34,5 @@ def export_pipeline(
     Raises:
         WadiError: teacher or adapter cannot be loaded, or the folder cannot be written.
     """
-    OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).save_pretrained(out_folder)
+    student = OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype)
+    student.save_pretrained(out_folder)

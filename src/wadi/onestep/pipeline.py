@@ -114,7 +114,7 @@ class OneStepPipeline:
         """
         if guidance_scale != 1.0 or negative_prompt is not None:
             raise WadiError(
-                "guidance_scale, negative_prompt: a one-step student cannot be guided, its guidance was built "
+                "guidance_scale, negative_prompt: a one-step student cannot be guided, guidance was built "
                 "in by distillation; leave both away (guidance_scale=1.0, negative_prompt=None)"
             )
         if kwargs.pop("num_inference_steps", 1) != 1:
@@ -162,7 +162,8 @@ class OneStepPipeline:
 
 
 def load_pipeline(
-    pretrained_model_name_or_path: str | os.PathLike, torch_dtype: torch.dtype | None = None
+    pretrained_model_name_or_path: str | os.PathLike,
+    torch_dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline from a folder or the hub, all modules in one dtype, safetensors only.
 
