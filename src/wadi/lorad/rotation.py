@@ -226,7 +226,7 @@ def _as_complex(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if columns % 2:
         weight = weight[:, :-1]
     pairs = weight.contiguous().view(rows, columns // 2, 2)
-    if pairs.storage_offset() % 2:
+    if not torch.compiler.is_compiling() and pairs.storage_offset() % 2:  # the compiler cannot trace offsets
         pairs = pairs.clone()
     return torch.view_as_complex(pairs)
 

@@ -1,0 +1,81 @@
+"""Parameter counts of the paper, on the real architectures, without memory (meta device)."""
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from peft import inject_adapter_in_model
+from torch import nn
+
+from tests.tiny import tiny_pipeline
+from wadi.lorad import LoRaDConfig, fake_config, student_config
+
+ARCHITECTURES = {
+    "sd15": lambda: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
+    "sd21": lambda: UNet2DConditionModel(
+        cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
+    ),
+    "pixart": lambda: PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        cross_attention_dim=1152,
+        sample_size=32,
+        patch_size=2,
+        caption_channels=4096,
+        norm_type="ada_norm_single",
+    ),
+}
+
+
+def count(model: nn.Module, config: LoRaDConfig) -> int:
+    inject_adapter_in_model(config, model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("by", ["name", "model"])
+@pytest.mark.parametrize(
+    ("architecture", "student", "fake"),
+    [
+        ("sd15", 83_795_968, 9_378_816),  # WaDi, table 1: 83.80 M
+        ("sd21", 94_429_184, 9_509_888),  # 94.43 M
+        ("pixart", 81_219_584, 20_127_744),  # 81.22 M
+    ],
+)
+def test_counts_of_the_paper(architecture, student, fake, by):
+    for preset, expected in ((student_config, student), (fake_config, fake)):
+        with torch.device("meta"):
+            model = ARCHITECTURES[architecture]()
+            assert count(model, preset(architecture if by == "name" else model)) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rank_is_an_option(architecture):
+    with torch.device("meta"):
+        counts = [count(ARCHITECTURES[architecture](), student_config(architecture, r=r)) for r in (1, 16)]
+    assert counts[1] == 16 * counts[0]
+
+
+def test_any_size_and_an_already_adapted_model():
+    unet = tiny_pipeline().unet
+    linear = [
+        n for n, m in unet.named_modules() if isinstance(m, nn.Linear) and not n.startswith("time_embedding")
+    ]
+    student, fake = student_config(unet, r=2), fake_config(unet, r=3)
+    assert student.target_modules == set(linear)
+    inject_adapter_in_model(student, unet, "student")
+    assert fake_config(unet, r=3).target_modules == fake.target_modules
+    assert not [
+        name for name in fake.target_modules if name.endswith(("proj_in", "proj_out", "time_emb_proj"))
+    ]
+    inject_adapter_in_model(fake, unet, "fake")
+
+
+def test_unknown_architectures():
+    with pytest.raises(ValueError, match="Unknown architecture 'sd3'; choose one of sd15, sd21, pixart"):
+        student_config("sd3")
+    with pytest.raises(ValueError, match="No preset for Linear"):
+        fake_config(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="at least 1"):
+        student_config("sd15", r=0)
