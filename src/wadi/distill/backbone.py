@@ -17,7 +17,7 @@ class UNetBackbone:
 
     Args:
         pipeline: a stock pipeline; its U-Net is frozen, in the compute dtype and on the training device.
-        device: where the text encoder and the VAE work while they are used; between uses they rest on the CPU.
+        device: where the text encoder and the VAE work while they are used; they rest on the CPU.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, device: torch.device | str = "cpu") -> None:
@@ -25,6 +25,7 @@ class UNetBackbone:
         self.device = torch.device(device)
         self.network: UNet2DConditionModel = pipeline.unet
         self.network.requires_grad_(False).eval().to(self.device)
+        self.dtype = self.network.dtype
         self.scheduler_config = pipeline.scheduler.config
 
     @classmethod
@@ -37,7 +38,8 @@ class UNetBackbone:
         """Load a `StableDiffusionPipeline` folder or hub id; weights from safetensors only, U-Net in `dtype`.
 
         Raises:
-            WadiError: no such folder or id, a missing sub-folder, no safetensors weights, or another architecture.
+            WadiError: no such folder or id, a missing sub-folder, no safetensors weights, or another
+                architecture.
         """
         pipeline = load_pipeline(name_or_path, {"unet": dtype, "default": torch.float32})
         if not isinstance(pipeline, StableDiffusionPipeline):
@@ -62,19 +64,19 @@ class UNetBackbone:
     def predict(
         self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
     ) -> torch.Tensor:
-        """What `network` predicts for latents (N, C, H, W), timesteps (N,), text embeddings (N, L, D); float32."""
-        dtype = self.network.dtype
-        output = network(x_t.to(dtype), t, encoder_hidden_states=condition.to(dtype), return_dict=False)
+        """What `network` predicts for latents (N, C, H, W), timesteps (N,) and text (N, L, D); float32."""
+        x_t, condition = x_t.to(self.dtype), condition.to(self.dtype)
+        output = network(x_t, t, encoder_hidden_states=condition, return_dict=False)
         return output[0].float()
 
     def encode(self, prompts: list[str], batch_size: int = 64) -> torch.Tensor:
-        """Text embeddings (N, L, D) on the CPU, in the compute dtype, padded as diffusers' pipeline pads them."""
+        """Text embeddings (N, L, D) on the CPU, in the compute dtype, padded as diffusers pads them."""
         encoder = self.pipeline.text_encoder.to(self.device)
         batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
         with torch.no_grad():
             embeddings = [self.pipeline.encode_prompt(b, self.device, 1, False)[0].cpu() for b in batches]
         encoder.to("cpu")
-        return torch.cat(embeddings).to(self.network.dtype)
+        return torch.cat(embeddings).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int = 16) -> list[Image.Image]:

@@ -23,7 +23,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Options of `distill`. Names are those of diffusers' training scripts; defaults are the paper's for SD 1.5.
+    """Options of `distill`, named as in diffusers' training scripts; the defaults are the paper's for SD 1.5.
 
     Raises:
         WadiError: a value is of the wrong type or outside its range; the message names the option.
@@ -48,7 +48,7 @@ class DistillConfig:
     """Run folder; must not exist or be empty, unless a run is resumed."""
 
     resume_from_checkpoint: str | None = None
-    """Run folder (its last checkpoint) or checkpoint folder to go on from, with the options it was started with."""
+    """Run folder (its last checkpoint) or checkpoint folder to go on from, with that run's options."""
 
     seed: int = 0
     """Seed of adapters, noise, timesteps and order of prompts."""
@@ -72,7 +72,7 @@ class DistillConfig:
     """Let float32 matrix products use TF32 on Ampere and later GPUs."""
 
     cuda_graphs: bool = False
-    """Record one iteration as a CUDA graph and replay it: faster for small networks. One CUDA process only."""
+    """Record one iteration as a CUDA graph and replay it: faster for small networks. One process only."""
 
     student_rank: int = 256
     """Rank of the student's LoRaD adapter."""
@@ -87,7 +87,7 @@ class DistillConfig:
     """Updates of the fake model per update of the student."""
 
     fake_fresh_samples: bool = False
-    """Draw new pictures from the student for every further update of the fake model, instead of reusing them."""
+    """Draw new pictures from the student for every further update of the fake model."""
 
     guidance_scale: float = 1.5
     """Classifier-free guidance of the teacher in the distillation gradient; 1 is none."""
@@ -110,7 +110,7 @@ class DistillConfig:
     null_prompt_probability: float = 0.1
     """Probability that an update of the fake model sees the empty prompt, the whole batch at once."""
 
-    alpha_T_squared: float | None = None
+    alpha_T_squared: float | None = None  # noqa: N815
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
 
     student_learning_rate: float = 1e-4
@@ -141,7 +141,7 @@ class DistillConfig:
     """Norm to which the gradients of student and fake model are clipped, each on its own."""
 
     ema_decay: float = 0.999
-    """Decay of the moving average of the student, which is what ships; warms up as min(decay, (1+n)/(10+n))."""
+    """Decay of the student's moving average, which is what ships; warms up as min(decay, (1+n)/(10+n))."""
 
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl; losses leave the device only then."""
@@ -239,7 +239,7 @@ CHANGEABLE = frozenset(
         "cuda_graphs",
     }
 )
-"""Options that may differ when a run is resumed. (A longer `max_train_steps` also moves the decay of the rates.)"""
+"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay.)"""
 
 
 def _option(name: str) -> str:
@@ -343,5 +343,5 @@ PRESETS: dict[str, DistillConfig] = {
         _SD15, pretrained_model_name_or_path="stabilityai/stable-diffusion-2-1", output_dir="runs/sd21"
     ),
 }
-"""Starting points by name: the built-in emoji teacher (as recommended, and in the paper's proportions) and the
+"""Starting points by name: the emoji teacher (as recommended, and in the paper's proportions) and the
 authors' settings for Stable Diffusion."""

@@ -15,7 +15,7 @@ def guided(null: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor
 
 
 def vsd_gradient(eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: torch.Tensor) -> torch.Tensor:
-    """Variational score distillation, grad_x0 = sigma_t^2 (eps_teacher - eps_fake), as the paper weighs it."""
+    """Variational score distillation with the paper's weight: sigma_t^2 (eps_teacher - eps_fake)."""
     return sigma_t**2 * (eps_teacher - eps_fake)
 
 

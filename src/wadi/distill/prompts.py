@@ -46,12 +46,12 @@ def read_prompts(source: str, column: str = "text", split: str = "train") -> lis
     """Read prompts; blank ones are skipped, and of identical ones the first is kept.
 
     Args:
-        source: a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a `datasets` id.
+        source: a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a `datasets` id or folder.
         column: key or column of the prompt, except in .txt.
         split: split of a `datasets` id.
 
     Raises:
-        WadiError: unreadable or empty file, missing column, unknown kind of file, or `datasets` not installed.
+        WadiError: unreadable or empty file, missing column, unknown kind of file, or no `datasets`.
     """
     path = Path(source)
     if path.suffix.lower() in SUFFIXES:
@@ -61,7 +61,7 @@ def read_prompts(source: str, column: str = "text", split: str = "train") -> lis
                 prompts = list(reader[path.suffix.lower()](path, column))
             except UnicodeDecodeError as error:
                 raise WadiError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    elif path.exists():
+    elif path.is_file():
         raise WadiError(f"{source}: unknown kind of prompt file; use one of {', '.join(SUFFIXES)}")
     else:
         prompts = list(_read_dataset(source, column, split))
@@ -90,8 +90,9 @@ def check_length(
     if long:
         prompt, n = long[0]
         raise WadiError(
-            f"{source}: {len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that the tokenizer "
-            f"takes; the first is on line {prompt.line} ({n} tokens); shorten them or pass --truncate-prompts"
+            f"{source}: {len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that the "
+            f"tokenizer takes; the first is on line {prompt.line} ({n} tokens); shorten them or pass "
+            "--truncate-prompts"
         )
 
 

@@ -1,7 +1,7 @@
 """Teacher, student and fake model: three views of one frozen base.
 
-Each view has its own modules and its own adapter, and all of them hold the same Parameter objects, so the card
-carries one base. Switching the active adapter of a single module instead would break gradient checkpointing,
+Each view has its own modules and its own adapter, and all hold the same Parameter objects: the card carries
+one base. Switching the active adapter of a single module instead would break gradient checkpointing,
 whose recomputation in backward sees whatever adapter is active by then.
 """
 
@@ -49,10 +49,9 @@ def build_roles(base: torch.nn.Module, student: PeftConfig, fake: PeftConfig, se
         seed: of the adapters' initialization; torch's own generators are left as they were.
     """
     base.requires_grad_(False).eval()
-    device = next(base.parameters()).device
     views = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         for config in (student, fake):
             network = inject_adapter_in_model(config, view(base))
             cast_training_params(network, torch.float32)

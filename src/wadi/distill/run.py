@@ -11,7 +11,7 @@ from wadi.distill.backbone import UNetBackbone
 from wadi.distill.checkpoint import latest_checkpoint
 from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
-from wadi.distill.trainer import Interrupted, Trainer, make_accelerator, truncate_metrics
+from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 from wadi.lorad.io import save_adapter
@@ -24,8 +24,8 @@ GRID_PROMPTS = 4
 def distill(config: DistillConfig) -> Path:
     """Distil a teacher into a one-step student.
 
-    The run folder then holds config.yaml, metrics.jsonl, samples/, checkpoints/, adapter/ (the averaged student, PEFT
-    format) and pipeline/ (merged, diffusers format).
+    The run folder holds config.yaml, metrics.jsonl, samples/, checkpoints/, adapter/ (the averaged student,
+    PEFT format) and pipeline/ (merged, diffusers format).
 
     Returns:
         The run folder.
@@ -59,11 +59,9 @@ def distill(config: DistillConfig) -> Path:
             "wadi",
             {k: v if isinstance(v, (int, float)) else str(v) for k, v in dataclasses.asdict(config).items()},
         )
-    try:
-        trainer.train()
-    except Interrupted:
+    if not trainer.train():
         accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
-        raise SystemExit(130) from None
+        raise SystemExit(130)
     if accelerator.is_main_process:
         export(trainer, run)
     accelerator.end_training()
@@ -83,7 +81,7 @@ def export(trainer: Trainer, run: Path) -> None:
 def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     """Make paths absolute; where a run is resumed, take its options and find its checkpoint.
 
-    Of a resumed run, `CHANGEABLE` options may be given anew; others must be its own or left at their defaults.
+    Of a resumed run, `CHANGEABLE` options may be given anew; others must be its own or the defaults.
 
     Returns:
         The config to train with, and the checkpoint to load, if any.
@@ -126,8 +124,8 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
             changed[field.name] = value
         elif value != getattr(saved, field.name):
             raise WadiError(
-                f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)} and "
-                f"cannot go on with {value}; leave the option away or start a new run"
+                f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)}, "
+                f"it cannot go on with {value}; leave the option away or start a new run"
             )
     return dataclasses.replace(saved, output_dir=str(run), **changed), checkpoint
 

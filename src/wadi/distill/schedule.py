@@ -2,7 +2,7 @@
 
 With x_0 a clean latent and n ~ N(0, I):
 
-    x_t = alpha_t x_0 + sigma_t n                   alpha_t^2 = prod_{s <= t} (1 - beta_s),  sigma_t^2 = 1 - alpha_t^2
+    x_t = alpha_t x_0 + sigma_t n           alpha_t^2 = prod_{s <= t} (1 - beta_s), sigma_t^2 = 1 - alpha_t^2
     v_t = alpha_t n - sigma_t x_0
     x_0 = (x_t - sigma_t epsilon) / alpha_t = alpha_t x_t - sigma_t v
     epsilon = sigma_t x_t + alpha_t v
@@ -36,8 +36,8 @@ class Schedule(torch.nn.Module):
 
     alphas: torch.Tensor
     sigmas: torch.Tensor
-    alpha_T: torch.Tensor
-    sigma_T: torch.Tensor
+    alpha_T: torch.Tensor  # noqa: N815
+    sigma_T: torch.Tensor  # noqa: N815
 
     def __init__(
         self, alphas_cumprod: torch.Tensor, prediction_type: str, alpha_T_squared: float | None = None
@@ -111,7 +111,7 @@ class Schedule(torch.nn.Module):
     def one_step(self, prediction: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The student's picture: x_0 from its prediction at the last timestep on z ~ N(0, I), in float32.
 
-        Half precision would not do: an epsilon prediction is amplified by 1/alpha_T (14.6 for Stable Diffusion).
+        Half precision would not do: epsilon is amplified by 1/alpha_T (14.6 for Stable Diffusion).
         """
         prediction, z = prediction.float(), z.float()
         if self.prediction_type == "epsilon":

@@ -35,15 +35,11 @@ WARMUP_ITERATIONS = 3
 """Eager iterations before a CUDA graph is recorded: they allocate what the recording may not."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C arrived; the step was finished and a checkpoint written."""
-
-
 @dataclass(frozen=True)
 class StepInputs:
     """Everything that is random or drawn from data in one step, on the device.
 
-    n = train_batch_size x gradient_accumulation_steps; u = fake_updates; k = u - 1 with fresh samples, else 0.
+    n = train_batch_size x gradient_accumulation_steps, u = fake_updates, k = u - 1 if fresh, else 0.
     """
 
     z: torch.Tensor  # (n, C, H, W) float32, the student's noise
@@ -62,10 +58,14 @@ class StepInputs:
 
 
 def make_accelerator(config: DistillConfig) -> Accelerator:
-    """The Accelerator that a config asks for; autocast stays off, the base itself is in the compute dtype."""
+    """The Accelerator that a config asks for.
+
+    Of mixed precision it brings the loss scaling that fp16 needs. Autocast stays off: the base itself is in
+    the compute dtype.
+    """
     try:
         return Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
             log_with=config.report_to,
             project_dir=config.output_dir,
             kwargs_handlers=[AutocastKwargs(enabled=False)],
@@ -136,7 +136,7 @@ class Trainer:
         if config.cuda_graphs and accelerator.num_processes > 1:
             raise WadiError("--cuda-graphs: works in one process only; leave it out or start one process")
 
-    # --- one step -----------------------------------------------------------------------------------------------
+    # --- one step ---
 
     def step(self, step: int) -> dict[str, torch.Tensor]:
         """Run step number `step` (from 0): draw its randomness, set its rates, do one iteration.
@@ -157,7 +157,7 @@ class Trainer:
             return self.static_losses
 
     def draw(self, step: int) -> StepInputs:
-        """All randomness of a step, from (seed, rank, step) alone: a resumed run draws what the first one drew."""
+        """All randomness of a step, from (seed, rank, step) alone: a resumed run draws the same."""
         config, schedule = self.config, self.schedule
         seeds = np.random.SeedSequence([config.seed, self.accelerator.process_index, step]).generate_state(2)
         self.generator.manual_seed(int(seeds[0]))
@@ -182,7 +182,8 @@ class Trainer:
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
         """One update of the student and its average, then `fake_updates` updates of the fake model.
 
-        Runs on the device alone: no host branch on data, no synchronization, so that a CUDA graph can hold it.
+        Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
+        hold it.
         """
         x0, losses = self._update_student(inputs)
         self._update_ema()
@@ -252,7 +253,7 @@ class Trainer:
         condition: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Guided noise prediction, condition and null prompt in one batched call; one half where s = 1 needs one."""
+        """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt."""
         if scale == 1:
             return self.schedule.epsilon(self.backbone.predict(network, x_t, t, condition), x_t, t)
         both = torch.cat([self.null.expand_as(condition), condition])
@@ -330,7 +331,7 @@ class Trainer:
             chosen = chosen.pin_memory()
         return chosen.to(self.device, non_blocking=True)
 
-    # --- CUDA graph ---------------------------------------------------------------------------------------------
+    # --- CUDA graph ---
 
     def on_stream(self) -> contextlib.AbstractContextManager:
         """Work on this trainer's CUDA stream; on the CPU, nothing."""
@@ -342,7 +343,7 @@ class Trainer:
             self.stream.synchronize()
 
     def _record(self, inputs: StepInputs) -> None:
-        """Record `iteration` as a CUDA graph over static inputs; weights and optimizers are left as they were."""
+        """Record `iteration` as a CUDA graph over static inputs; weights and optimizers stay as they were."""
         self.static_inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
         before = [tensor.clone() for tensor in self._state_tensors()]
         for _ in range(WARMUP_ITERATIONS):
@@ -358,14 +359,16 @@ class Trainer:
         """Everything that an iteration changes."""
         return [tensor for group in self.checkpoint_tensors().values() for tensor in group.values()]
 
-    # --- the run ------------------------------------------------------------------------------------------------
+    # --- the run ---
 
-    def train(self) -> None:
+    def train(self) -> bool:
         """Train to `max_train_steps`: log, validate and save on the way.
+
+        Returns:
+            Whether the end was reached; False after Ctrl-C, when the step was finished and saved.
 
         Raises:
             WadiError: a loss is no longer finite, or a file cannot be written.
-            Interrupted: Ctrl-C, after the step was finished and saved.
         """
         config, start = self.config, time.monotonic() - self.seconds
         main = self.accelerator.is_main_process
@@ -384,7 +387,8 @@ class Trainer:
                 if self._due(config.checkpointing_steps) or stop or end:
                     self.save_checkpoint()
                 if stop:
-                    raise Interrupted
+                    return end
+        return True
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.global_step % every == 0
@@ -396,7 +400,7 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _log(self, losses: dict[str, torch.Tensor]) -> dict[str, str]:
-        """Fetch the losses (the only wait for the device), append them to metrics.jsonl, stop if not finite."""
+        """Fetch the losses (the only wait for the device), append to metrics.jsonl, stop if not finite."""
         with self.on_stream():
             values = self.accelerator.reduce(torch.stack(list(losses.values())), "mean").tolist()
         fetched = dict(zip(losses, values, strict=True))
@@ -404,8 +408,8 @@ class Trainer:
         for name, value in fetched.items():
             if not math.isfinite(value):
                 raise WadiError(
-                    f"step {step}: {name} is {value}; nothing was saved from here on; lower the learning rates, "
-                    f"or resume the last checkpoint in {self.config.output_dir}"
+                    f"step {step}: {name} is {value}; nothing of it was saved, the last checkpoint in "
+                    f"{self.config.output_dir} is good; lower the learning rates and start again"
                 )
         factor = learning_rate_factor(self.config, step - 1)
         rates = {
@@ -419,7 +423,7 @@ class Trainer:
         return {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
 
     def validate(self) -> None:
-        """Write samples/step-N.png: one picture per validation prompt (rows) and seed (columns), from the EMA."""
+        """Write samples/step-N.png: a row per validation prompt, a column per seed, by the EMA student."""
         seeds, conditions = self.config.validation_seeds, self.prompts.validation
         if not self.accelerator.is_main_process or not len(conditions):
             return
@@ -427,16 +431,12 @@ class Trainer:
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         with self.on_stream(), self.ema_weights(), torch.no_grad():
             z = noise.to(self.device)
-            latents = torch.cat(
-                [self.generate(z, c.to(self.device).expand(len(z), -1, -1)) for c in conditions]
-            )
-            pictures = self.backbone.decode(latents)
+            latents = [self.generate(z, c.to(self.device).expand(len(z), -1, -1)) for c in conditions]
+            pictures = self.backbone.decode(torch.cat(latents))
         path = Path(self.config.output_dir) / "samples" / f"step-{self.global_step:06d}.png"
         with replacing_file(path) as temporary:
-            n = len(seeds)
-            rows = [
-                (text, pictures[i * n : (i + 1) * n]) for i, text in enumerate(self.config.validation_prompts)
-            ]
+            texts, n = self.config.validation_prompts, len(seeds)
+            rows = [(text, pictures[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
             labelled_grid(rows, [f"seed {seed}" for seed in seeds]).save(temporary, format="PNG")
 
     @contextlib.contextmanager
@@ -458,7 +458,7 @@ class Trainer:
         self.synchronize()
         return {name: tensor.clone() for name, tensor in self.ema.items()}
 
-    # --- checkpoints --------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def checkpoint_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint holds, by file and name; live tensors, not copies."""
@@ -478,11 +478,8 @@ class Trainer:
         """
         self.synchronize()
         if self.accelerator.is_main_process:
-            groups = self.checkpoint_tensors()
-            if not all(bool(t.isfinite().all()) for tensors in groups.values() for t in tensors.values()):
-                raise WadiError(
-                    f"step {self.global_step}: the weights are not finite; no checkpoint was written"
-                )
+            if not all(bool(tensor.isfinite().all()) for tensor in self._state_tensors()):
+                raise WadiError(f"step {self.global_step}: weights are not finite; no checkpoint was written")
             scaler = self.accelerator.scaler
             state = {
                 "config": self.config.fingerprint(),
@@ -491,7 +488,11 @@ class Trainer:
             }
             folder = Path(self.config.output_dir) / "checkpoints"
             checkpoint.save_checkpoint(
-                folder, self.global_step, groups, state, self.config.checkpoints_total_limit
+                folder,
+                self.global_step,
+                self.checkpoint_tensors(),
+                state,
+                self.config.checkpoints_total_limit,
             )
         self.accelerator.wait_for_everyone()
 

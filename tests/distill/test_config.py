@@ -1,0 +1,125 @@
+"""Options: round trip through YAML, every number checked, presets that hold the paper's values."""
+
+import dataclasses
+
+import pytest
+
+from wadi.distill.config import PRESETS, DistillConfig
+from wadi.distill.trainer import learning_rate_factor
+from wadi.errors import WadiError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_yaml(tmp_path, name):
+    config = dataclasses.replace(
+        PRESETS[name],
+        validation_prompts=("ein Bär: 'groß'",),
+        alpha_T_squared=0.0047,
+        report_to="tensorboard",
+    )
+    config.save(tmp_path / "config.yaml")
+    assert DistillConfig.load(tmp_path / "config.yaml") == config
+
+
+def test_yaml_written_by_hand(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("student_learning_rate: 1e-3\nguidance_scale: 2\nvalidation_seeds: [1, 2]\n")
+    config = DistillConfig.load(path)
+    assert (config.student_learning_rate, config.guidance_scale) == (1e-3, 2.0)
+    assert config.validation_seeds == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("studnet_rank: 3", "unknown option 'studnet_rank'; did you mean student_rank"),
+        ("student_rank: three", "--student-rank"),
+        ("mixed_precision: fp8", "--mixed-precision: must be one of no, fp16, bf16"),
+        ("- 1", "name: value"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_gives_one_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(WadiError, match=message) as error:
+        DistillConfig.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("train_batch_size", 0),
+        ("max_train_steps", -1),
+        ("student_rank", 0),
+        ("fake_updates", 0),
+        ("seed", -1),
+        ("student_learning_rate", 0.0),
+        ("fake_learning_rate", float("nan")),
+        ("fake_learning_rate", float("inf")),
+        ("guidance_scale", -1.0),
+        ("min_timestep", 1.5),
+        ("ema_decay", 1.0),
+        ("null_prompt_probability", 2.0),
+        ("alpha_T_squared", 0.0),
+        ("weighting", "best"),
+        ("validation_seeds", (-1,)),
+        ("train_batch_size", 2.5),
+        ("gradient_checkpointing", "yes"),
+    ],
+)
+def test_bad_values_name_the_option(option, value):
+    with pytest.raises(WadiError, match=f"--{option.replace('_', '-')}"):
+        DistillConfig(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_timestep": 0.6, "max_timestep": 0.5},
+        {"cuda_graphs": True, "gradient_accumulation_steps": 2},
+        {"cuda_graphs": True, "mixed_precision": "fp16"},
+        {"validation_seeds": ()},
+    ],
+)
+def test_options_that_do_not_go_together(options):
+    with pytest.raises(WadiError):
+        DistillConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21-base", "sd21"])
+def test_stable_diffusion_presets_hold_the_papers_values(name):
+    config = PRESETS[name]
+    assert (config.student_rank, config.fake_rank) == (256, 32)
+    assert (config.student_learning_rate, config.fake_learning_rate) == (1e-4, 1e-2)
+    assert (config.guidance_scale, config.fake_guidance_scale) == (1.5, 1.5)
+    assert (config.min_timestep, config.max_timestep, config.null_prompt_probability) == (0.02, 0.98, 0.1)
+    assert (config.fake_updates, config.weighting, config.fake_weighting) == (
+        1,
+        "sigma_squared",
+        "alpha_squared",
+    )
+    assert config.fake_layers == "attention"
+
+
+def test_emoji_paper_preset_keeps_the_papers_proportions():
+    config = PRESETS["emoji-paper"]
+    assert (config.student_rank, config.fake_rank, config.fake_updates) == (24, 4, 1)
+    assert config.fake_layers == "attention"
+
+
+def test_fingerprint_follows_what_decides_the_numbers():
+    config = DistillConfig()
+    assert config.fingerprint() == dataclasses.replace(config, logging_steps=3, output_dir="x").fingerprint()
+    assert config.fingerprint() != dataclasses.replace(config, fake_updates=2).fingerprint()
+
+
+def test_learning_rate_schedule():
+    config = DistillConfig(max_train_steps=100, lr_warmup_steps=10, lr_decay_fraction=0.4)
+    factors = [learning_rate_factor(config, step) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert set(factors[10:60]) == {1.0}
+    assert factors[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])
+    assert learning_rate_factor(DistillConfig(), 0) == learning_rate_factor(DistillConfig(), 19_999) == 1

@@ -1,0 +1,117 @@
+"""Prompt files of every kind, and the one clear line for each mistake."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.tiny import PROMPTS, tiny_pipeline, tiny_tokenizer
+from wadi.distill.backbone import UNetBackbone
+from wadi.distill.prompts import Prompt, check_length, encode_prompts, read_prompts
+from wadi.errors import WadiError
+
+
+def write(path, prompts, column="text"):
+    if path.suffix == ".txt":
+        path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({column: p, "n": i}) + "\n" for i, p in enumerate(prompts)))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["n", column], *([i, p] for i, p in enumerate(prompts))])
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet.write_table(pyarrow.table({column: prompts}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_every_kind_of_file(tmp_path, suffix):
+    wanted = ["a red cat", "ein grüner Hund, groß", 'a "quoted" prompt']
+    source = write(tmp_path / f"prompts{suffix}", wanted, column="caption")
+    assert [p.text for p in read_prompts(source, column="caption")] == wanted
+
+
+def test_blank_and_repeated_prompts_are_dropped(tmp_path):
+    source = write(tmp_path / "p.txt", ["a", "", "b ", "  ", "a", "b"])
+    assert read_prompts(source) == [Prompt("a", 1), Prompt("b", 3)]
+
+
+def test_a_dataset_id(tmp_path):
+    pytest.importorskip("datasets")
+    write(tmp_path / "train.csv", PROMPTS, column="caption")
+    assert [p.text for p in read_prompts(str(tmp_path), "caption")] == PROMPTS
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_missing_column_is_named(tmp_path, suffix):
+    source = write(tmp_path / f"p{suffix}", ["a"], column="caption")
+    with pytest.raises(WadiError, match=r"'text'.*caption"):
+        read_prompts(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"", "holds no prompts"),
+        ("p.txt", b"\n \n", "holds no prompts"),
+        ("p.txt", b"caf\xe9", "not UTF-8"),
+        ("p.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
+        ("p.jsonl", b'{"text": 3}', "line 1: the prompt must be text"),
+        ("p.jsonl", b'["a"]', "line 1: has no column"),
+        ("p.csv", b"text,n\na,1\n", None),
+        ("p.csv", b"", "holds no prompts"),
+        ("p.parquet", b"not parquet", "not a readable parquet"),
+        ("p.docx", b"a", "unknown kind of prompt file"),
+    ],
+)
+def test_bad_files_give_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    if message is None:
+        assert read_prompts(str(path)) == [Prompt("a", 2)]
+        return
+    with pytest.raises(WadiError, match=message) as error:
+        read_prompts(str(path))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(WadiError, match=r"none\.txt.*No such file"):
+        read_prompts(str(tmp_path / "none.txt"))
+
+
+def test_missing_datasets_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(WadiError, match=r"pip install 'wadi\[data\]'"):
+        read_prompts("someone/prompts")
+
+
+def test_long_prompts_are_counted_and_located():
+    tokenizer = tiny_tokenizer(10)  # one token a letter, and two for start and end
+    prompts = [Prompt("a" * 8, 1), Prompt("b" * 9, 4), Prompt("c" * 20, 7)]
+    check_length(prompts[:1], tokenizer, "p.txt")
+    with pytest.raises(
+        WadiError, match=r"p\.txt: 2 of 3 .* 10 tokens .* line 4 \(11 tokens\).*--truncate-prompts"
+    ):
+        check_length(prompts, tokenizer, "p.txt")
+    check_length(prompts, tokenizer, "p.txt", truncate=True)
+
+
+def test_embeddings_are_diffusers_own():
+    pipeline = tiny_pipeline()
+    encoded = encode_prompts(UNetBackbone(pipeline), PROMPTS, PROMPTS[:2])
+    expected, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    torch.testing.assert_close(encoded.embeddings, expected)
+    torch.testing.assert_close(encoded.null, null[:1])
+    torch.testing.assert_close(encoded.validation, expected[:2])
+
+
+def test_embeddings_have_the_compute_dtype():
+    pipeline = tiny_pipeline()
+    pipeline.unet.bfloat16()
+    assert encode_prompts(UNetBackbone(pipeline), ["a"], []).embeddings.dtype == torch.bfloat16

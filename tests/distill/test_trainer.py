@@ -1,0 +1,328 @@
+"""One iteration against the same iteration written out plainly, and the laws of the loop."""
+
+import dataclasses
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import PROMPTS, tiny_pipeline
+from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator
+from wadi.errors import WadiError
+
+CONFIG = DistillConfig(
+    train_batch_size=2,
+    student_rank=2,
+    fake_rank=2,
+    fake_layers="student",
+    fake_updates=2,
+    student_learning_rate=1e-2,
+    fake_learning_rate=1e-2,
+    max_train_steps=4,
+    logging_steps=2,
+    checkpointing_steps=100,
+    validation_steps=0,
+    validation_prompts=("a red cat", "the sun"),
+    validation_seeds=(0, 1, 2),
+)
+
+
+def make(prediction_type="epsilon", pipeline=None, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    accelerator = make_accelerator(config)
+    pipeline = pipeline or tiny_pipeline(prediction_type, channels=(8, 16))
+    torch.nn.Module.to(pipeline.unet, config.dtype)
+    backbone = UNetBackbone(pipeline, accelerator.device)
+    prompts = encode_prompts(backbone, PROMPTS, list(config.validation_prompts))
+    return Trainer(config, backbone, prompts, accelerator)
+
+
+def snapshot(trainer):
+    return {
+        f"{group}/{name}": tensor.clone()
+        for group, tensors in trainer.checkpoint_tensors().items()
+        for name, tensor in tensors.items()
+    }
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_close_by_group(first, second):
+    """Within 3 % in each group of tensors: a GPU's sums differ in their last bits, which Adam magnifies."""
+    for group, tensors in first.checkpoint_tensors().items():
+        other = second.checkpoint_tensors()[group]
+        assert all(torch.equal(tensors[name], other[name]) for name in tensors if name.endswith(".step"))
+        a, b = (torch.cat([t[name].flatten() for name in tensors]) for t in (tensors, other))
+        assert float((a - b).norm()) <= 0.03 * float(a.norm())
+
+
+def plain_epsilon(trainer, network, x_t, t, condition):
+    """The network's noise prediction, in float64, one sample at a time."""
+    levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()
+    result = []
+    for x, step, c in zip(x_t, t, condition, strict=True):
+        output = network(x[None].float(), step, encoder_hidden_states=c[None]).sample.double()[0]
+        if trainer.schedule.prediction_type == "v_prediction":
+            output = (1 - levels[step]).sqrt() * x + levels[step].sqrt() * output
+        result.append(output)
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_student_gradient_is_the_equations(prediction_type):
+    """dL/dparameters of the student's update against the paper's equations, unbatched guidance, float64."""
+    trainer = make(prediction_type, guidance_scale=2.0, fake_guidance_scale=1.5, max_grad_norm=1e9)
+    trainer.step(0)  # so that student, fake model and teacher differ
+    inputs, gradients = trainer.draw(1), {}
+    parameters = trainer.student_parameters
+    null = trainer.null.expand_as(inputs.condition)
+    levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()
+
+    T = torch.full((2,), 999)
+    eps = plain_epsilon(trainer, trainer.student, inputs.z, T, inputs.condition)
+    x0 = (inputs.z - (1 - levels[-1]).sqrt() * eps) / levels[-1].sqrt()
+    alpha2 = levels[inputs.t].view(-1, 1, 1, 1)
+    x_t = (alpha2.sqrt() * x0 + (1 - alpha2).sqrt() * inputs.noise).detach()
+    guided = []
+    for network, scale in ((trainer.teacher, 2.0), (trainer.fake, 1.5)):
+        p_null, p_cond = (plain_epsilon(trainer, network, x_t, inputs.t, c) for c in (null, inputs.condition))
+        guided.append(p_null + scale * (p_cond - p_null))
+    direction = ((1 - alpha2) * (guided[0] - guided[1])).detach()
+    expected = torch.autograd.grad((x0 * direction).sum() / x0.numel(), list(parameters.values()))
+
+    for name, p in parameters.items():
+        p.register_hook(lambda g, name=name: gradients.__setitem__(name, g.clone()))
+    _, losses = trainer._update_student(inputs)
+    for name, want in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(
+            gradients[name], want, rtol=2e-3, atol=1e-6 + 1e-3 * float(want.abs().max())
+        )
+    value = 0.5 * direction.square().mean()
+    torch.testing.assert_close(losses["student_loss"].double(), value.double(), rtol=1e-3, atol=1e-7)
+
+
+def test_fake_loss_is_the_equation():
+    trainer = make()
+    trainer.step(0)
+    inputs = trainer.draw(1)
+    x0, t, noise = inputs.z, inputs.fake_t[0], inputs.fake_noise[0]
+    alpha2 = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+    x_t = alpha2.sqrt() * x0 + (1 - alpha2).sqrt() * noise
+    with torch.no_grad():
+        eps = plain_epsilon(trainer, trainer.fake, x_t, t, inputs.condition)
+    expected = (alpha2 * (eps - noise) ** 2).mean()
+    loss = trainer._update_fake(x0, inputs.condition, t, noise)["fake_loss"]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_guidance_of_one_skips_the_null_prompt():
+    trainer, sizes = make(guidance_scale=1.0, fake_guidance_scale=1.0), []
+    trainer.teacher.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    trainer.step(0)
+    other = make(guidance_scale=1.0, fake_guidance_scale=1.5)
+    other.teacher.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    other.fake.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    other.step(0)
+    assert sizes == [2, 2, 4, 2, 2]
+
+
+def test_randomness_is_of_seed_and_step():
+    trainer = make()
+    first, again = trainer.draw(3).tensors(), trainer.draw(3).tensors()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    others = [trainer.draw(4), make(seed=1).draw(3)]
+    trainer.accelerator = type("Rank", (), {"process_index": 1})()
+    others.append(trainer.draw(3))
+    assert not any(torch.equal(first[0], other.z) for other in others)
+
+
+def test_timesteps_stay_in_their_ranges():
+    trainer = make(train_batch_size=512, min_timestep=0.02, max_timestep=0.98)
+    inputs = trainer.draw(0)
+    assert 20 <= int(inputs.t.min()) < 60
+    assert 940 < int(inputs.t.max()) <= 980
+    assert 0 <= int(inputs.fake_t.min()) < 20
+    assert 980 < int(inputs.fake_t.max()) <= 999
+
+
+def test_null_prompt_probability():
+    trainer = make(fake_updates=1000, train_batch_size=1)
+    assert 60 < int(trainer.draw(0).fake_null.sum()) < 140
+    for probability in (0.0, 1.0):
+        flags = make(null_prompt_probability=probability).draw(0).fake_null
+        assert flags.tolist() == [bool(probability)] * 2
+
+
+def test_null_prompt_reaches_the_whole_batch():
+    trainer, seen = make(null_prompt_probability=1.0), []
+    inner = trainer.backbone.predict
+    trainer.backbone.predict = lambda network, x, t, c: (seen.append((network, c)), inner(network, x, t, c))[
+        1
+    ]
+    trainer.step(0)
+    updates = [c for network, c in seen if network is trainer.fake][1:]  # the first call is the guided one
+    assert len(updates) == 2
+    assert all(torch.equal(c, trainer.null.expand_as(c)) for c in updates)
+
+
+def test_accumulation_equals_the_larger_batch():
+    large, small = make(train_batch_size=4), make(train_batch_size=2, gradient_accumulation_steps=2)
+    for trainer in (large, small):
+        trainer.step(0)
+    first, second = snapshot(large), snapshot(small)
+    for name in first:
+        if "exp_avg" in name:
+            scale = float(first[name].abs().max())
+            torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-3 * scale + 1e-12)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_fresh_samples_are_drawn_for_further_fake_updates(fresh):
+    trainer, calls = make(fake_fresh_samples=fresh, fake_updates=3), []
+    inner = trainer.generate
+    trainer.generate = lambda z, c: (calls.append((z, torch.is_grad_enabled())), inner(z, c))[1]
+    trainer.step(0)
+    assert [grad for _, grad in calls] == [True, False, False][: 3 if fresh else 1]
+    assert len({z.sum().item() for z, _ in calls}) == len(calls)
+
+
+def test_average_follows_its_recursion():
+    trainer, decay = make(ema_decay=0.3), [min(0.3, (1 + n) / (10 + n)) for n in range(3)]
+    expected = {name: p.detach().clone() for name, p in trainer.student_parameters.items()}
+    for step in range(3):
+        trainer.step(step)
+        for name, p in trainer.student_parameters.items():
+            expected[name] = decay[step] * expected[name] + (1 - decay[step]) * p.detach()
+    for name, average in trainer.ema_state().items():
+        torch.testing.assert_close(average, expected[name])
+
+
+def test_average_is_lent_and_the_own_weights_come_back():
+    trainer = make()
+    trainer.step(0)
+    before = snapshot(trainer)
+    with trainer.ema_weights():
+        for name, p in trainer.student_parameters.items():
+            assert torch.equal(p, trainer.ema[name])
+    assert same(before, snapshot(trainer))
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}])
+def test_variants_train_close_to_the_plain_step(changes):
+    plain, other = make(), make(**changes)
+    tolerance = 0.1 if "mixed_precision" in changes else 1e-4
+    plain_losses, losses = plain.step(0), other.step(0)
+    assert all(p.dtype == torch.float32 for p in other.student_parameters.values())
+    for name in ("student_loss", "fake_loss"):
+        assert losses[name].dtype == torch.float32
+        assert float(losses[name]) == pytest.approx(float(plain_losses[name]), rel=tolerance, abs=1e-6)
+
+
+def test_base_never_changes():
+    trainer = make()
+    before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
+    for step in range(2):
+        trainer.step(step)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.teacher.state_dict().items())
+
+
+def test_two_trainers_share_a_backbone_and_do_not_disturb_each_other():
+    pipeline = tiny_pipeline(channels=(8, 16))
+    alone = make()
+    first, second = make(pipeline=pipeline), make(pipeline=pipeline, seed=7)
+    for step in range(2):
+        alone.step(step), first.step(step), second.step(step)
+    assert same(snapshot(alone), snapshot(first))
+    assert not same(snapshot(first), snapshot(second))
+
+
+def test_fake_model_learns_pictures_that_stand_still():
+    trainer = make(fake_learning_rate=3e-2)
+    inputs = trainer.draw(0)
+    fixed = inputs.z, inputs.condition, inputs.fake_t[0], inputs.fake_noise[0]
+    losses = [float(trainer._update_fake(*fixed)["fake_loss"]) for _ in range(15)]
+    assert sum(later < earlier for earlier, later in pairwise(losses)) >= 12
+    assert losses[-1] < losses[0]
+
+
+def test_student_learns_to_please_a_known_target():
+    """With eps_teacher - eps_fake replaced by the error to a fixed picture, the surrogate descends on it."""
+    trainer = make(student_learning_rate=3e-2, train_batch_size=1, max_grad_norm=1e9)
+    target, inputs = torch.zeros(1, 4, 8, 8), trainer.draw(0)
+    trainer._set_rates(0)
+    trainer._guided_epsilon = lambda network, x_t, t, c, s: (
+        (x_t - trainer.schedule.alpha(t) * target) / trainer.schedule.sigma(t)
+        if network is trainer.teacher
+        else inputs.noise
+    )  # eps_teacher - eps_fake = alpha_t / sigma_t (x0 - target)
+
+    def error():
+        with torch.no_grad():
+            return float((trainer.generate(inputs.z, inputs.condition) - target).square().mean())
+
+    before = error()
+    for _ in range(25):
+        trainer._update_student(inputs)
+    assert error() < 0.9 * before
+
+
+def test_train_writes_metrics_samples_and_checkpoints(tmp_path):
+    trainer = make(output_dir=str(tmp_path), validation_steps=2, checkpointing_steps=3, logging_steps=2)
+    assert trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4]
+    assert all(math.isfinite(row["student_loss"]) and row["student_learning_rate"] == 1e-2 for row in rows)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert Image.open(tmp_path / "samples/step-000004.png").size > (16 * 3, 16 * 2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("role", ["student", "fake"])
+def test_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path, role):
+    trainer = make(output_dir=str(tmp_path), checkpointing_steps=1)
+    with torch.no_grad():
+        next(iter(getattr(trainer, f"{role}_parameters").values())).fill_(math.nan)
+    with pytest.raises(WadiError, match=r"step 1: \w+ is nan") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_cuda_graphs_without_cuda_are_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(WadiError, match="--cuda-graphs"):
+        make(cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
+def test_cuda_graph_replays_the_eager_iteration(changes):
+    changes |= {"fake_fresh_samples": True, "lr_decay_fraction": 0.5, "max_train_steps": 6}
+    eager, graphed = make(**changes), make(cuda_graphs=True, **changes)
+    for step in range(6):
+        expected, losses = eager.step(step), graphed.step(step)
+        for name in expected:
+            torch.testing.assert_close(losses[name], expected[name], rtol=2e-2, atol=1e-5)
+    eager.synchronize(), graphed.synchronize()
+    assert_close_by_group(eager, graphed)
+
+
+@pytest.mark.gpu
+def test_trainers_on_one_gpu_work_round_robin():
+    alone, pipeline = make(cuda_graphs=True), tiny_pipeline(channels=(8, 16))
+    both = [make(pipeline=pipeline, cuda_graphs=True, seed=seed) for seed in (0, 7)]
+    for step in range(4):
+        alone.step(step)
+        for trainer in both:
+            trainer.step(step)
+    for trainer in (alone, *both):
+        trainer.synchronize()
+    assert_close_by_group(alone, both[0])
