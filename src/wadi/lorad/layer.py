@@ -111,7 +111,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge`, and the turned weight is not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lorad_A]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
         base_layer, original = self.get_base_layer(), self._unmerged_weight()
@@ -146,7 +146,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         return self._rotated_forward(x, factors) if factors else self.base_layer(x)
 
     def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lorad_A]
+        return [name for name in self.active_adapters if name in self.r]
 
     def _factors(self, names: list[str]) -> list[Factors]:
         return [Factors(self.lorad_A[name], self.lorad_B[name], self.scaling[name]) for name in names]

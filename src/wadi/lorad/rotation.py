@@ -16,7 +16,7 @@ With ``g`` the gradient of the loss for the turned weight, backward needs only `
 
 Angles, sine, cosine and rotation are computed in float32, or in float64 if an operand is float64, whatever
 the dtypes of base and adapter and whatever `torch.autocast` says; only the finished weight is rounded to the
-compute dtype.
+compute dtype. (TF32, where the user allows it, applies to the product ``A B`` as to any other.)
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def rotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """
     wide = _wide_dtype(weight, theta)
     theta = theta.to(wide)
-    turned = _as_complex(weight, wide) * torch.polar(torch.ones_like(theta), theta)
+    turn, pairs = torch.polar(torch.ones_like(theta), theta), _as_complex(weight, wide)
+    # in place unless autograd watches: a buffer of the weight's size less
+    turned = turn * pairs if torch.is_grad_enabled() else turn.mul_(pairs)
     return _as_real(turned, weight)
 
 
