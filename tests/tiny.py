@@ -1,4 +1,4 @@
-"""A complete, tiny Stable Diffusion pipeline of real classes with random weights, built offline in a second."""
+"""A complete, tiny Stable Diffusion pipeline of real classes with random weights, built offline."""
 
 from __future__ import annotations
 

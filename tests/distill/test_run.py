@@ -1,0 +1,174 @@
+"""`distill` from folders to folders: what it leaves behind, and one clear line for every mistake."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from tests.tiny import PROMPTS
+from wadi.distill import DistillConfig, UNetBackbone, distill
+from wadi.distill.run import resolve
+from wadi.distill.trainer import append_metrics
+from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline, read_alpha_T_squared
+
+
+@pytest.fixture
+def options(teacher_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return DistillConfig(
+        pretrained_model_name_or_path=str(teacher_folder),
+        prompts=str(tmp_path / "prompts.txt"),
+        output_dir=str(tmp_path / "run"),
+        train_batch_size=1,
+        student_rank=2,
+        fake_rank=2,
+        student_learning_rate=3e-2,
+        max_train_steps=2,
+        logging_steps=1,
+        validation_seeds=(3,),
+    )
+
+
+def refuses(options, message, tmp_path):
+    """The run stops with one line and leaves no run folder."""
+    with pytest.raises(WadiError, match=message) as error:
+        distill(options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("alpha_T_squared", [None, 0.0047])
+def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha_T_squared):
+    run = distill(dataclasses.replace(options, alpha_T_squared=alpha_T_squared, report_to="tensorboard"))
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples",
+        "checkpoints",
+        "adapter",
+        "pipeline",
+    }
+    saved = DistillConfig.load(run / "config.yaml")
+    assert saved.validation_prompts == tuple(PROMPTS[:4])
+    assert (saved.student_rank, saved.alpha_T_squared) == (2, alpha_T_squared)
+    assert list(run.rglob("events.out.tfevents.*"))
+    assert not list(run.rglob("*.bin")) + list(run.rglob("*.pt"))
+    assert read_alpha_T_squared(run / "adapter") == alpha_T_squared
+
+    stock = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)
+    ours = OneStepPipeline.from_pretrained(options.pretrained_model_name_or_path, run / "adapter")
+    arguments = {"generator": torch.Generator().manual_seed(3), "output_type": "np"}
+    pictures = stock(PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, **arguments).images
+    assert (pictures == ours(PROMPTS[0], seed=3, output_type="np")).all()
+    teacher = OneStepPipeline.from_pretrained(options.pretrained_model_name_or_path)
+    assert not (pictures == teacher(PROMPTS[0], seed=3, output_type="np")).all()
+
+
+def test_v_prediction_trains(options, v_teacher_folder):
+    run = distill(dataclasses.replace(options, pretrained_model_name_or_path=str(v_teacher_folder)))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_sample_grid_is_what_generate_draws(options, monkeypatch):
+    """The pictures of the grid are those of the finished pipeline for the same prompts and seeds."""
+    drawn = []
+    monkeypatch.setattr(
+        "wadi.distill.trainer.labelled_grid",
+        lambda rows, headings: drawn.append(rows) or Image.new("RGB", (1, 1)),
+    )
+    run = distill(options)
+    pipeline = OneStepPipeline.from_pretrained(run / "pipeline")
+    for prompt, pictures in drawn[-1]:
+        ours, theirs = (np.asarray(picture, int) for picture in (pictures[0], pipeline(prompt, seed=3)[0]))
+        assert abs(ours - theirs).max() <= 1  # rounding of the merged weights
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_missing_subfolder_is_named(options, tmp_path, part):
+    folder = tmp_path / "teacher"
+    shutil.copytree(options.pretrained_model_name_or_path, folder)
+    shutil.rmtree(folder / part)
+    refuses(
+        dataclasses.replace(options, pretrained_model_name_or_path=str(folder)), f"teacher.*{part}", tmp_path
+    )
+
+
+def test_pickled_weights_are_not_read(options, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(options.pretrained_model_name_or_path, folder)
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refuses(dataclasses.replace(options, pretrained_model_name_or_path=str(folder)), "teacher", tmp_path)
+
+
+def test_other_pipelines_are_refused(options, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(options.pretrained_model_name_or_path, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "StableDiffusionInstructPix2PixPipeline"})
+    )
+    with pytest.raises(WadiError, match="InstructPix2Pix"):
+        UNetBackbone.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_model_name_or_path": "/nowhere/sd"}, "/nowhere/sd"),
+        ({"pretrained_model_name_or_path": None}, "--pretrained-model-name-or-path: is required"),
+        ({"prompts": None}, "--prompts: is required"),
+        ({"prompts": "none.txt"}, "none.txt"),
+        ({"mixed_precision": "fp16"}, "--mixed-precision"),
+        ({"cuda_graphs": True}, "--cuda-graphs"),
+        ({"report_to": "nobody"}, "--report-to"),
+        ({"validation_prompts": ("x" * 99,)}, "--validation-prompts.*tokens"),
+    ],
+)
+def test_mistakes_give_one_line_and_no_run_folder(options, tmp_path, changes, message):
+    if torch.cuda.is_available() and changes.keys() & {"mixed_precision", "cuda_graphs"}:
+        pytest.skip("no mistake where there is a GPU")
+    refuses(dataclasses.replace(options, **changes), message, tmp_path)
+
+
+def test_long_prompts_stop_or_are_cut(options, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n" + "x" * 99)
+    refuses(options, r"prompts\.txt: 1 of 2 .* line 2 \(101 tokens\)", tmp_path)
+    assert distill(dataclasses.replace(options, truncate_prompts=True)).is_dir()
+
+
+def test_used_run_folder_is_refused(options, tmp_path):
+    (tmp_path / "run").mkdir()
+    resolve(options)  # empty is fine
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(WadiError, match="exists and is not empty.*--resume-from-checkpoint"):
+        distill(options)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
+    run = distill(options)
+    config, checkpoint = resolve(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=5))
+    assert (config.max_train_steps, config.student_rank, config.output_dir) == (5, 2, str(run))
+    assert checkpoint == run / "checkpoints/step-000002"
+    with pytest.raises(WadiError, match="--student-rank: the run was started with 2"):
+        resolve(DistillConfig(resume_from_checkpoint=str(run), student_rank=8))
+    with pytest.raises(WadiError, match="not a run folder"):
+        resolve(DistillConfig(resume_from_checkpoint=str(tmp_path)))
+    shutil.rmtree(run / "checkpoints")
+    assert (
+        resolve(DistillConfig(resume_from_checkpoint=str(run)))[1] is None
+    )  # starts over, from (seed, step)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_full_disk_while_logging_gives_one_line():
+    with pytest.raises(WadiError, match="/dev/full: could not append.*No space left on device"):
+        append_metrics(Path("/dev/full"), {"step": 1})
