@@ -57,7 +57,12 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
             if path.exists():
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 os.replace(path, old)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old is not None:
+                    os.replace(old, path)
+                raise
             if old is not None:
                 shutil.rmtree(old)
         finally:
@@ -82,10 +87,10 @@ def read_json(path: str | os.PathLike) -> Any:
         WadiError: the file is missing, unreadable, or not JSON.
     """
     with explain_os_errors(path, "read the file"):
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(content)
+    except ValueError as error:  # not JSON, or not text
         raise WadiError(f"{path}: not valid JSON ({error}); write it again or name another file") from error
 
 

@@ -39,7 +39,7 @@ class Figure:
     name: str
     before: float
     after: float
-    teacher: float
+    teacher: float | None
     better: Literal["higher", "lower"]
     meaning: str
     """One sentence for someone who has never heard of it."""

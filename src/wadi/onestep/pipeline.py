@@ -67,10 +67,10 @@ class OneStepPipeline:
         Raises:
             WadiError: something is missing, is not safetensors, or does not fit.
         """
+        folder = None if adapter is None else _adapter_folder(adapter)
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
         alpha_T_squared = None
-        if adapter is not None:
-            folder = _adapter_folder(adapter)
+        if folder is not None:
             name = "unet" if hasattr(pipeline, "unet") else "transformer"
             setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
             alpha_T_squared = read_alpha_T_squared(folder)

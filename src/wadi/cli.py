@@ -1,0 +1,311 @@
+"""The command line: parse, call a room, print.
+
+Options are the parameters of a command's function, or the fields of its config dataclass; tyro turns them
+into flags and help. A room is imported only when its command runs, so that ``wadi --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from wadi._version import __version__
+from wadi.errors import WadiError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("wadi.cli:generate", "make pictures in one step"),
+    "distill": ("wadi.cli:distill", "turn a diffusion model into a one-step generator"),
+    "demo": ("wadi.demo:demo", "distil the built-in teacher here and now, and show the result"),
+    "export": ("wadi.cli:export", "merge a student into a folder that plain diffusers loads"),
+    "report": ("wadi.cli:report", "write the report of a run again"),
+    "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
+    "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
+    "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its U-Net and text encoder"),
+    "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
+    "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
+    "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),
+}
+"""Words of a command -> its function, and one line of help. A function takes options or one config dataclass;
+a dictionary that it returns is printed."""
+
+_EXAMPLES = """\
+  wadi generate "a big panda on a red background" --seed 3 -n 8 --out pandas.png
+  wadi distill --preset sd15 --teacher ./stable-diffusion-v1-5 --prompts prompts.txt --out runs/sd15
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 2 after a mistake of the user (told in one line, without a traceback), or 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"wadi {__version__}")
+        return 0
+    try:
+        command, options = _command(arguments)
+        _be_quiet()
+        _print_result(_run(command, options))
+    except WadiError as error:
+        print(f"wadi: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wadi: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def generate(
+    prompt: tyro.conf.Positional[str],
+    seed: int = 0,
+    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1,
+    out: Path = Path("wadi.png"),
+    model: str | None = None,
+    adapter: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    device: str | None = None,
+) -> None:
+    """Make pictures in one step; without --model and --adapter, with the student that comes with wadi.
+
+    Args:
+        prompt: What the pictures show.
+        seed: Picture i starts from the noise of seed + i, however many are made.
+        num_images: How many pictures.
+        out: A .png or .jpg file, which shows several pictures as a grid; or a folder, for a file each.
+        model: Exported pipeline, or the teacher of --adapter: folder or hub id.
+        adapter: Folder or hub id of a student's adapter.
+        height: In pixels; the model's own if not given.
+        width: In pixels; the model's own if not given.
+        batch_size: Pictures made at once.
+        dtype: Of the networks; the step itself is always float32.
+        device: Such as cpu or cuda:1; a GPU if there is one.
+    """
+    import torch
+
+    from wadi import emoji
+    from wadi.onestep import OneStepPipeline
+
+    _hide_loading_bars()
+    if num_images < 1 or batch_size < 1:
+        raise WadiError("--num-images, --batch-size: must be at least 1")
+    if model is None and adapter is None:
+        adapter = str(emoji.student_folder())
+    pipeline = OneStepPipeline.from_pretrained(
+        model or emoji.teacher_folder(),
+        adapter=adapter,
+        torch_dtype=getattr(torch, dtype),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    start, images = time.perf_counter(), []
+    for first in range(0, num_images, batch_size):
+        count = min(batch_size, num_images - first)
+        images += pipeline(prompt, seed=seed + first, num_images_per_prompt=count, height=height, width=width)
+    seconds = time.perf_counter() - start
+    _save_pictures(images, seed, out)
+    print(f"{out}: {len(images)} picture{'s' * (len(images) > 1)}, one step each, {seconds:.2f} s")
+
+
+def _save_pictures(images: list[Any], seed: int, out: Path) -> None:
+    from wadi.files import replacing_file
+    from wadi.onestep import image_grid
+
+    kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    if out.suffix:
+        files = {out: images[0] if len(images) == 1 else image_grid(images)}
+    else:
+        files = {out / f"seed-{seed + i:06d}.png": image for i, image in enumerate(images)}
+    for path, image in files.items():
+        if path.suffix.lower() not in kinds:
+            raise WadiError(f"--out {out}: unknown kind of picture; use {', '.join(kinds)} or a folder")
+        with replacing_file(path) as temporary:
+            image.save(temporary, kinds[path.suffix.lower()])
+
+
+def export(
+    adapter: tyro.conf.Positional[str],
+    out: Path,
+    model: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> None:
+    """Merge a student's adapter into its teacher; plain diffusers loads the folder, without wadi.
+
+    Args:
+        adapter: Folder or hub id of the student's adapter.
+        out: Folder to write; replaced if it exists.
+        model: Folder or hub id of the teacher; the one that comes with wadi if not given.
+        dtype: Of the written weights.
+    """
+    import torch
+
+    from wadi import emoji
+    from wadi.onestep import export_pipeline
+
+    _hide_loading_bars()
+    export_pipeline(model or emoji.teacher_folder(), adapter, out, dtype=getattr(torch, dtype))
+    print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+
+
+def report(run: tyro.conf.Positional[Path], steps: int = 25, guidance_scale: float | None = None) -> None:
+    """Write the report of a finished run again.
+
+    Args:
+        run: Run folder of wadi distill.
+        steps: Of the teacher's pictures.
+        guidance_scale: Of the teacher's pictures; that of the distillation if not given.
+    """
+    from wadi.distill.report import report as write
+
+    _hide_loading_bars()
+    print(f"report: {write(run, steps, guidance_scale)}")
+
+
+def distill(options: Any) -> None:
+    """Distil, and write the report."""
+    from accelerate import PartialState
+
+    from wadi.distill import DistillConfig
+    from wadi.distill import distill as run_distillation
+    from wadi.distill.report import report as write
+
+    _hide_loading_bars()
+    names = [field.name for field in dataclasses.fields(DistillConfig)]
+    run = run_distillation(DistillConfig(**{name: getattr(options, name) for name in names}))
+    if PartialState().is_main_process:
+        print(f"student: {run / 'pipeline'} (diffusers), {run / 'adapter'} (PEFT)")
+        print(f"report: {write(run)}")
+
+
+def _distill_options(arguments: Sequence[str]) -> Any:
+    """`DistillConfig` with --preset and short names for the two options that everyone gives.
+
+    Returns:
+        An instance that holds the preset's values: the defaults of all other options.
+    """
+    from wadi import emoji
+    from wadi.distill.config import PRESETS, DistillConfig
+
+    teacher = tyro.conf.arg(aliases=["--teacher"], help="Teacher: a Stable Diffusion folder or a hub id.")
+    out = tyro.conf.arg(aliases=["--out"], help="Run folder; new or empty, unless a run is resumed.")
+    preset = tyro.conf.arg(help="Where the other options start: the defaults shown are this preset's.")
+    fields = [
+        ("pretrained_model_name_or_path", Annotated[str | None, teacher], None),
+        ("output_dir", Annotated[str, out], DistillConfig.output_dir),
+        ("preset", Annotated[Literal[("none", *PRESETS)], preset], "none"),
+    ]
+    options = dataclasses.make_dataclass("Options", fields, bases=(DistillConfig,), frozen=True)
+    options.__doc__ = "Turn a diffusion model into a one-step generator."
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first_look.add_argument("--preset", nargs="?")
+    name = first_look.parse_known_args(arguments)[0].preset
+    name = name if name in PRESETS else "none"  # tyro tells about the mistake
+    start = PRESETS.get(name, DistillConfig())
+    if name.startswith("emoji"):  # a preset of the library cannot know where the built-in teacher is
+        built_in = {"pretrained_model_name_or_path": emoji.teacher_folder(), "prompts": emoji.prompts_file()}
+        start = dataclasses.replace(start, **{field: str(path) for field, path in built_in.items()})
+    return options(**dataclasses.asdict(start), preset=name)
+
+
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> None:
+    """Print a completion script: eval "$(wadi completion bash)", or save it where your shell looks for them.
+
+    Args:
+        shell: Which shell.
+    """
+    tree: dict[str, Any] = {}
+    emoji = []
+    for command in COMMANDS:
+        first, *rest = command.split()
+        if rest:
+            function = _load(COMMANDS[command][0])
+            emoji.append(Annotated[Any, tyro.conf.subcommand(rest[0], constructor=function)])
+        else:
+            tree[first] = _distill_options([]).__class__ if first == "distill" else _load(COMMANDS[first][0])
+    tree["emoji"] = Union[tuple(emoji)]  # noqa: UP007
+    tyro.extras.subcommand_cli_from_dict(
+        tree, prog="wadi", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 4
+    commands = "\n".join(f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: wadi COMMAND [OPTIONS]\n\n"
+        "One-step pictures from diffusion models, by learning how their weights turn (WaDi).\n\n"
+        f"commands:\n{commands}\n\n"
+        f"options:\n  {'--help':{width}}this overview; after a command, its options\n"
+        f"  {'--version':{width}}the version\n\n"
+        f"examples:\n{_EXAMPLES}"
+    ).rstrip()
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split into the words of a command and its options."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    under = [name for name in COMMANDS if name.split()[0] == arguments[0]]
+    if under:
+        raise WadiError(f"{arguments[0]}: name one of its commands: {', '.join(n.split()[1] for n in under)}")
+    near = difflib.get_close_matches(arguments[0], [name.split()[0] for name in COMMANDS], 1)
+    hint = f"did you mean {near[0]}?" if near else "see wadi --help"
+    raise WadiError(f"{arguments[0]}: no such command; {hint}")
+
+
+def _run(command: str, options: list[str]) -> Any:
+    function = _load(COMMANDS[command][0])
+    if command == "distill":
+        default = _distill_options(options)
+        return function(tyro.cli(type(default), default=default, prog="wadi distill", args=options))
+    return tyro.cli(function, prog=f"wadi {command}", args=options, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if module != __name__:
+        _hide_loading_bars()
+    return function
+
+
+def _print_result(result: Any) -> None:
+    for name, value in result.items() if isinstance(result, dict) else ():
+        print(f"{name:>24}  {value:.4g}" if isinstance(value, float) else f"{name:>24}  {value}")
+
+
+def _be_quiet() -> None:
+    """Leave the terminal to our own lines; errors of the libraries still show."""
+    warnings.simplefilter("ignore")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def _hide_loading_bars() -> None:
+    """Hide the libraries' bars for files on the disk; those of downloads stay."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()

@@ -1,0 +1,178 @@
+"""The command line: what it says, where it says it, and its exit status."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import PROMPTS
+from wadi import cli
+from wadi._version import __version__
+from wadi.onestep import OneStepPipeline, image_grid
+
+
+def run(*arguments):
+    """Exit status of `wadi`, whether it returns it or tyro exits with it."""
+    try:
+        return cli.main(list(map(str, arguments)))
+    except SystemExit as exit_:
+        return exit_.code or 0
+
+
+@pytest.fixture(scope="module")
+def student(teacher_folder, tmp_path_factory):
+    """A run of two steps: the student's folder, made by the command line itself."""
+    folder = tmp_path_factory.mktemp("distill")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    options = "--student-rank 4 --fake-rank 4 --train-batch-size 2 --max-train-steps 2 --logging-steps 1"
+    arguments = ["--teacher", teacher_folder, "--prompts", folder / "prompts.txt", "--out", folder / "run"]
+    assert run("distill", "--preset", "emoji", *arguments, *options.split()) == 0
+    return folder / "run"
+
+
+def test_help_is_quick_and_complete():
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-m", "wadi", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 1.5
+    for command, (_, help_) in cli.COMMANDS.items():
+        assert f"  {command} " in result.stdout
+        assert help_ in result.stdout
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"wadi {__version__}\n"
+
+
+def test_nothing_to_do_shows_the_overview(capsys):
+    assert run() == 2
+    assert "usage: wadi COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_has_help(command, capsys):
+    assert run(*command.split(), "--help") == 0
+    assert f"usage: wadi {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["xyz"], "see wadi --help"),
+        (["emoji"], "train-teacher"),
+        (["generate", "a cat", "--model", "no/such/folder"], "no such folder"),
+        (["generate", "a cat", "-n", "0"], "--num-images"),
+        (["report", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--out", "x"], "nowhere"),
+        (["distill", "--student-rank", "0"], "--student-rank"),
+        (["distill", "--teacher", "nowhere"], "--prompts"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wadi: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a cat", "--sed", "3"],
+        ["generate"],
+        ["distill", "--preset", "sd99"],
+        ["report", "x", "--steps", "y"],
+    ],
+)
+def test_unknown_options_are_told(arguments, capsys):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert arguments[-1] in captured.err or "required" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_hub_id_without_network_is_one_line(capsys):
+    assert run("generate", "a cat", "--model", "some/model") == 2  # the tests run with HF_HUB_OFFLINE
+    assert capsys.readouterr().err.splitlines()[-1].startswith("wadi: error: some/model: could not load")
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    def interrupt(command, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert run("report", "x") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_presets_set_the_defaults_that_help_shows():
+    from wadi import emoji
+    from wadi.distill.config import PRESETS
+
+    options = cli._distill_options(["--preset", "emoji"])
+    assert options.student_rank == PRESETS["emoji"].student_rank
+    assert options.pretrained_model_name_or_path == str(emoji.teacher_folder())
+    assert cli._distill_options(["--seed", "1"]).pretrained_model_name_or_path is None
+
+
+def test_distill_leaves_a_student_and_a_report(student, capsys):
+    assert "1 step" in (student / "report.html").read_text()
+    assert run("report", student, "--steps", 2) == 0
+    assert capsys.readouterr().out == f"report: {student / 'report.html'}\n"
+    assert "2 steps became one" in (student / "report.html").read_text()
+
+
+def test_generate_writes_what_the_pipeline_makes(student, teacher_folder, tmp_path, capsys):
+    pipeline = OneStepPipeline.from_pretrained(student / "pipeline")
+    images = pipeline("a red cat", seed=3, num_images_per_prompt=3)
+    model = ["--model", student / "pipeline", "--device", "cpu", "--seed", 3]
+    assert run("generate", "a red cat", *model, "-n", 3, "--out", tmp_path / "grid.png") == 0
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 'grid.png'}: 3 pictures" in captured.out
+    assert captured.out.count("\n") == 1
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(image_grid(images)))
+    assert run("generate", "a red cat", *model, "-n", 3, "--batch-size", 2, "--out", tmp_path / "each") == 0
+    each = [np.asarray(Image.open(tmp_path / "each" / f"seed-{seed:06d}.png"), int) for seed in (3, 4, 5)]
+    assert all(np.abs(a - np.asarray(b, int)).max() <= 1 for a, b in zip(each, images, strict=True))
+    adapter = ["--model", teacher_folder, "--adapter", student / "adapter", "--device", "cpu", "--seed", 3]
+    assert run("generate", "a red cat", *adapter, "--out", tmp_path / "one.png") == 0
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "one.png")), np.asarray(pipeline("a red cat", seed=3)[0])
+    )
+
+
+def test_generate_refuses_unknown_kinds_of_pictures(student, tmp_path, capsys):
+    assert run("generate", "a cat", "--model", student / "pipeline", "--out", tmp_path / "x.bmpp") == 2
+    assert ".png" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_is_the_run_s_own_pipeline(student, teacher_folder, tmp_path):
+    assert run("export", student / "adapter", "--model", teacher_folder, "--out", tmp_path / "out") == 0
+    ours, theirs = (
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for folder in (tmp_path / "out", student / "pipeline")
+    )
+    assert ours == theirs
+
+
+def test_completion_knows_commands_and_options(tmp_path, capsys):
+    assert run("completion", "bash") == 0
+    script = tmp_path / "wadi.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = (
+        f"source {script}; "
+        "for words in 'wadi gen' 'wadi distill --student-r' 'wadi emoji train-v'; do "
+        "COMP_WORDS=($words); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _tyro_wadi; echo ${COMPREPLY[@]}; done"
+    )
+    answer = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout
+    assert answer.split() == ["generate", "--student-rank", "train-vae"]
