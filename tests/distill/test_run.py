@@ -148,7 +148,7 @@ def test_used_run_folder_is_refused(options, tmp_path):
     (tmp_path / "run").mkdir()
     resolve(options)  # empty is fine
     (tmp_path / "run/notes.txt").write_text("mine")
-    with pytest.raises(WadiError, match="exists and is not empty.*--resume-from-checkpoint"):
+    with pytest.raises(WadiError, match=r"exists and is not empty.*--resume-from-checkpoint"):
         distill(options)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -170,5 +170,5 @@ def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 def test_full_disk_while_logging_gives_one_line():
-    with pytest.raises(WadiError, match="/dev/full: could not append.*No space left on device"):
+    with pytest.raises(WadiError, match=r"/dev/full: could not append.*No space left on device"):
         append_metrics(Path("/dev/full"), {"step": 1})
