@@ -56,6 +56,15 @@ def test_saving_from_a_peft_model_is_saving_its_adapter(tmp_path):
     assert all(torch.equal(2 * a[key], c[key]) for key in a)
 
 
+def test_the_same_adapter_is_the_same_file(tmp_path):
+    for folder in ("a", "b"):
+        save_adapter(injected(MLP), tmp_path / folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    names = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)
+
+
 def test_state_dict_takes_the_place_of_the_models_values(tmp_path):
     model = injected(MLP, "mine")
     average = {name: p.detach() * 0.5 for name, p in model.named_parameters() if "lorad_" in name}

@@ -18,6 +18,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 from tests.lorad.cases import CASES, Case, ConvNet, gpt2, mlp, numbers
@@ -84,7 +85,7 @@ def test_merge_equals_forward_keeps_norms_and_unmerge_restores_the_bits(case):
     torch.testing.assert_close(case.output(model, x), expected, **CLOSE)
     for name, layer in lorad_layers(model).items():
         merged, original = (layer._as_matrix(w.detach()).double() for w in (layer.weight, originals[name]))
-        torch.testing.assert_close(merged.norm(dim=1), original.norm(dim=1), rtol=4 * 2**-24, atol=0)
+        torch.testing.assert_close(merged.norm(dim=1), original.norm(dim=1), rtol=2**-21, atol=0)
         assert not torch.equal(merged, original)
     model.unmerge_adapter()
     for name, layer in lorad_layers(model).items():
@@ -549,10 +550,11 @@ class Quantized(nn.Linear):
         (nn.Embedding(4, 8), TypeError, "not supported"),
         (nn.LayerNorm(4), TypeError, "not supported"),
         (Quantized(), TypeError, "quantized"),
+        (NonDynamicallyQuantizableLinear(4, 4), TypeError, "exclude"),
         (nn.Linear(1, 4), ValueError, "fan-in of 1"),
         (nn.Conv2d(4, 4, 1, groups=4), ValueError, "fan-in of 1"),
     ],
-    ids=["embedding", "norm", "quantized", "one input", "depthwise 1x1"],
+    ids=["embedding", "norm", "quantized", "output of MultiheadAttention", "one input", "depthwise 1x1"],
 )
 def test_unsupported_layers(layer, error, message):
     with pytest.raises(error, match=message):

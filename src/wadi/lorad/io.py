@@ -60,6 +60,9 @@ def save_adapter(
         )
     config = copy.copy(config)
     config.inference_mode = True
+    for field in ("target_modules", "exclude_modules"):  # sets: sorted, the same adapter is the same file
+        if isinstance(getattr(config, field), set):
+            setattr(config, field, sorted(getattr(config, field)))
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         inject_adapter_in_model(config, model, adapter_name)
     except (TypeError, ValueError) as error:
         _remove_adapter(model, adapter_name)
-        raise ValueError(f"{config_file}: does not fit {type(model).__name__}: {error}") from error
+        reason = " ".join(str(error).split())  # some of PEFT's messages print whole modules
+        raise ValueError(f"{config_file}: does not fit {type(model).__name__}: {reason}") from error
 
     problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors)
     if problem:
@@ -110,9 +114,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     set_peft_model_state_dict(model, tensors, adapter_name)
     set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = (
-            True  # without it the adapter methods of diffusers' models refuse to work
-        )
+        model._hf_peft_config_loaded = True  # the adapter methods of diffusers' models ask for it
     return model
 
 

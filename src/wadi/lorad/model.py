@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from wadi.lorad.config import LoRaDConfig
@@ -114,6 +115,10 @@ class LoRaDModel(BaseTuner):
         peft_config: LoRaDConfig, adapter_name: str, target: nn.Module, r: int
     ) -> LoRaDLayer:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                "`torch.nn.MultiheadAttention` uses the weight of its `out_proj` past any adapter: exclude it."
+            )
         if isinstance(base_layer, (nn.Linear, Conv1D)):
             return LoRaDLinear(target, adapter_name, peft_config, r)
         if isinstance(base_layer, nn.Conv2d):
