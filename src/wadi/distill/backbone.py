@@ -69,7 +69,7 @@ class UNetBackbone:
         output = network(x_t, t, encoder_hidden_states=condition, return_dict=False)
         return output[0].float()
 
-    def encode(self, prompts: list[str], batch_size: int = 64) -> torch.Tensor:
+    def encode(self, prompts: list[str], batch_size: int = 128) -> torch.Tensor:
         """Text embeddings (N, L, D) on the CPU, in the compute dtype, padded as diffusers pads them."""
         encoder = self.pipeline.text_encoder.to(self.device)
         batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
