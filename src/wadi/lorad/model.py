@@ -117,7 +117,7 @@ class LoRaDModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             raise TypeError(
-                "`torch.nn.MultiheadAttention` uses the weight of its `out_proj` past any adapter: exclude it."
+                "`torch.nn.MultiheadAttention` uses its `out_proj` past any adapter; exclude that module."
             )
         if isinstance(base_layer, (nn.Linear, Conv1D)):
             return LoRaDLinear(target, adapter_name, peft_config, r)
