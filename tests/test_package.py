@@ -14,11 +14,8 @@ def python(code):
 @pytest.mark.parametrize(
     "imports",
     [
-        "import wadi, peft",
         "import peft, wadi",
         "import wadi, importlib.util; importlib.util.find_spec('peft'); import peft",  # as transformers looks
-        "import wadi.lorad",
-        "from wadi import LoRaDConfig",
     ],
 )
 def test_lorad_is_registered_whatever_is_imported_first(imports):
