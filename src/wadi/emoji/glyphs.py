@@ -144,7 +144,9 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:
     square[top : top + glyph.height, left : left + glyph.width] = pixels
     # Resized after premultiplication, so that no colour bleeds in from transparent pixels.
     image = Image.fromarray((square * 255).round().astype(np.uint8), "RGBA")
-    channels = [channel.resize((ATLAS_SIZE, ATLAS_SIZE), Image.Resampling.LANCZOS) for channel in image.split()]
+    channels = [
+        channel.resize((ATLAS_SIZE, ATLAS_SIZE), Image.Resampling.LANCZOS) for channel in image.split()
+    ]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 

@@ -1,0 +1,167 @@
+"""The grammar of the small world: what a caption states, its English, and the way back.
+
+    a [small|big] NAME [on the left|...] [on a COLOUR background]
+    a NAME and|left of|above a NAME [on a COLOUR background]
+
+with an optional lead-in ("a picture of"). Captions are drawn with Python's own generator, whose sequence is the
+same in every version, so a seed names a set of prompts for good.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from wadi.emoji.glyphs import NAMES
+from wadi.errors import WadiError
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "white")
+SIZES = ("small", "big")
+PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
+RELATIONS = ("and", "left of", "above")
+LEADS = ("", "a picture of ", "an image of ", "a drawing of ")
+
+Split = Literal["train", "held-out"]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What one caption states; None is what it leaves free.
+
+    Attributes:
+        emoji: one or two indices into ``NAMES``.
+        size: index into ``SIZES``; single emoji only.
+        place: index into ``PLACES``; single emoji only.
+        relation: index into ``RELATIONS``; two emoji only.
+        background: index into ``COLOURS``.
+        lead: index into ``LEADS``.
+    """
+
+    emoji: tuple[int, ...]
+    size: int | None = None
+    place: int | None = None
+    relation: int | None = None
+    background: int | None = None
+    lead: int = 0
+
+    @property
+    def text(self) -> str:
+        """The caption in English."""
+        size = None if self.size is None else SIZES[self.size]
+        words = [with_article(NAMES[self.emoji[0]], size)]
+        if self.relation is not None:
+            words += [RELATIONS[self.relation], with_article(NAMES[self.emoji[1]])]
+        if self.place is not None:
+            words.append(PLACES[self.place])
+        if self.background is not None:
+            words.append(f"on {with_article(COLOURS[self.background])} background")
+        return LEADS[self.lead] + " ".join(words)
+
+
+def with_article(noun: str, adjective: str | None = None) -> str:
+    """``a panda``, ``an apple``, ``a unicorn``, ``a big apple``."""
+    phrase = f"{adjective} {noun}" if adjective else noun
+    vowel = phrase[0] in "aeiou" and not phrase.startswith("unicorn")
+    return f"{'an' if vowel else 'a'} {phrase}"
+
+
+def is_held_out_background(emoji: int, background: int) -> bool:
+    """Whether training never shows this emoji on this background: one colour of ten for each emoji."""
+    return background == (7 * emoji + 3) % len(COLOURS)
+
+
+def is_held_out_pair(first: int, second: int) -> bool:
+    """Whether training never shows these two emoji together: one pair in ten."""
+    return (first + second) % 10 == 0
+
+
+def is_held_out(caption: Caption) -> bool:
+    """Whether a caption states a combination that training never shows."""
+    if len(caption.emoji) == 2 and is_held_out_pair(*caption.emoji):
+        return True
+    return caption.background is not None and any(
+        is_held_out_background(emoji, caption.background) for emoji in caption.emoji
+    )
+
+
+def sample_caption(rng: random.Random, split: Split = "train") -> Caption:
+    """Draw one caption: a quarter with two emoji, every attribute stated half the time.
+
+    ``train`` never states a held-out combination; ``held-out`` always does.
+    """
+    while True:
+        pair = rng.random() < 0.25
+        emoji = tuple(rng.sample(range(len(NAMES)), 2)) if pair else (rng.randrange(len(NAMES)),)
+        caption = Caption(
+            emoji=emoji,
+            size=rng.randrange(len(SIZES)) if not pair and rng.random() < 0.5 else None,
+            place=rng.randrange(len(PLACES)) if not pair and rng.random() < 0.5 else None,
+            relation=rng.randrange(len(RELATIONS)) if pair else None,
+            background=rng.randrange(len(COLOURS)) if rng.random() < 0.5 else None,
+            lead=rng.randrange(1, len(LEADS)) if rng.random() < 0.3 else 0,
+        )
+        if is_held_out(caption) == (split == "held-out"):
+            return caption
+
+
+def sample_captions(count: int, seed: int | str, split: Split = "train") -> list[Caption]:
+    """Draw `count` captions; a seed gives the same list everywhere."""
+    rng = random.Random(f"wadi-emoji-{split}-{seed}")
+    return [sample_caption(rng, split) for _ in range(count)]
+
+
+_NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
+_PATTERN = re.compile(
+    rf"(?P<lead>{'|'.join(LEADS[1:])})?"
+    rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?P<first>{_NAME})"
+    rf"(?: (?P<relation>{'|'.join(RELATIONS)}) an? (?P<second>{_NAME}))?"
+    rf"(?: (?P<place>{'|'.join(PLACES)}))?"
+    rf"(?: on an? (?P<background>{'|'.join(COLOURS)}) background)?"
+)
+
+
+def parse_caption(text: str) -> Caption:
+    """Read a caption back.
+
+    Raises:
+        WadiError: the text is not in the grammar.
+    """
+    match = _PATTERN.fullmatch(text.strip().lower())
+    if match is None:
+        raise WadiError(
+            f"prompt {text!r}: not a caption of the emoji world, so the judge cannot score it; "
+            'write for instance "a big panda on the left on a red background"'
+        )
+
+    def index(values: Sequence[str], group: str) -> int | None:
+        return None if match[group] is None else values.index(match[group])
+
+    emoji = [NAMES.index(match[group]) for group in ("first", "second") if match[group] is not None]
+    return Caption(
+        emoji=tuple(emoji),
+        size=index(SIZES, "size"),
+        place=index(PLACES, "place"),
+        relation=index(RELATIONS, "relation"),
+        background=index(COLOURS, "background"),
+        lead=0 if match["lead"] is None else LEADS.index(match["lead"]),
+    )
+
+
+def stated(captions: Sequence[Caption]) -> dict[str, torch.Tensor]:
+    """Captions as integer tensors, -1 where nothing is stated.
+
+    Returns:
+        ``emoji`` (N, 2) int64 and ``size``, ``place``, ``relation``, ``background`` (N,) int64.
+    """
+
+    def column(name: str) -> torch.Tensor:
+        values = [getattr(caption, name) for caption in captions]
+        return torch.tensor([-1 if value is None else value for value in values])
+
+    emoji = torch.tensor([(*caption.emoji, -1)[:2] for caption in captions])
+    return {"emoji": emoji, **{name: column(name) for name in ("size", "place", "relation", "background")}}

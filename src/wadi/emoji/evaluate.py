@@ -1,0 +1,177 @@
+"""`wadi emoji evaluate`: what the judge says of a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from wadi.emoji import assets_folder, teacher_folder
+from wadi.emoji.captions import COLOURS, Caption, parse_caption, sample_captions, stated
+from wadi.emoji.judge import Judge, Reading, attributes_right
+from wadi.errors import WadiError
+from wadi.files import load_tensors, write_json
+from wadi.metrics import entropy_bits, feature_statistics, frechet_distance, precision_recall
+
+Generate = Callable[[list[str], list[int]], torch.Tensor]
+"""Prompts and seeds to pictures (N, 3, 64, 64) uint8."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Score a pipeline on captions of the emoji world with the judge."""
+
+    pipeline: Path | None = None
+    """Pipeline folder; the shipped teacher if not given."""
+    adapter: Path | None = None
+    """LoRaD adapter folder, merged before sampling."""
+    num_inference_steps: int = 1
+    """Denoising steps; 1 uses the one-step scheduler."""
+    guidance_scale: float = 1.0
+    """Guidance of a multi-step pipeline."""
+    num_samples: int = 10_000
+    """Pictures."""
+    prompts: Literal["selection", "test", "held-out"] = "test"
+    """Which captions: settings are chosen on `selection` and reported on `test`; `held-out` states combinations that
+    training never showed."""
+    seed: int = 0
+    """Seed of the first picture; the next ones follow."""
+    batch_size: int = 250
+    """Pictures at a time; does not change the result."""
+    out: Path | None = None
+    """JSON file for the figures."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+
+
+def judge_images(
+    images: torch.Tensor, captions: Sequence[Caption], assets: Path | None = None, device: str = "cpu"
+) -> dict[str, float]:
+    """Score pictures against their captions and against real pictures.
+
+    Args:
+        images: (N, 3, 64, 64) uint8.
+        captions: N.
+        assets: folder with judge.safetensors and reference.safetensors; the shipped ones if None.
+        device: where the judge runs.
+
+    Returns:
+        ``frechet_distance``, ``precision``, ``recall``, ``alignment`` and its parts, and what varies of what the
+        captions leave free: see :func:`free_attributes`.
+    """
+    assets = assets or assets_folder()
+    reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
+    reference = load_tensors(assets / "reference.safetensors")
+    columns = {name: column.to(device) for name, column in stated(captions).items()}
+    right = {name: value.double().mean().item() for name, value in attributes_right(reading, columns).items()}
+    count = min(len(images), len(reference["features"]))
+    precision, recall = precision_recall(reference["features"][:count].to(device), reading.features[:count])
+    return {
+        "samples": len(images),
+        "frechet_distance": frechet_distance(reference, feature_statistics(reading.features)),
+        "precision": precision,
+        "recall": recall,
+        "alignment": right.pop("all"),
+        **{f"alignment_{name}": value for name, value in right.items()},
+        **free_attributes(reading, columns),
+    }
+
+
+def free_attributes(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How much varies of what the captions leave free: what a collapsed student loses first.
+
+    Returns:
+        ``background_entropy`` in bits over pictures whose caption names no colour (ten equally likely colours:
+        3.32); ``place_spread`` and ``size_spread``, standard deviations in pixels over single objects whose place
+        or size is not stated. A figure is nan where no caption leaves that attribute free.
+    """
+    single = columns["emoji"][:, 1] < 0
+    anywhere = single & (columns["place"] < 0)
+    any_size = single & (columns["size"] < 0)
+    free = columns["background"] < 0
+    side = 64
+    return {
+        "background_entropy": entropy_bits(reading.background[free], len(COLOURS))
+        if free.any()
+        else float("nan"),
+        "place_spread": side * reading.center[anywhere, 0].std(0).mean().item(),
+        "size_spread": side * reading.size[any_size, 0].std().item(),
+    }
+
+
+def evaluation_captions(prompts: str, count: int) -> list[Caption]:
+    """The captions of an evaluation: the same in every run and on every machine."""
+    if prompts == "held-out":
+        return sample_captions(count, "test", split="held-out")
+    return sample_captions(count, prompts)
+
+
+@torch.no_grad()
+def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch_size: int) -> torch.Tensor:
+    """(N, 3, 64, 64) uint8; picture i has seed `seed` + i, whatever the batch size."""
+    batches = []
+    for first in tqdm(range(0, len(prompts), batch_size), desc="pictures", unit="batch"):
+        part = prompts[first : first + batch_size]
+        batches.append(generate(part, [seed + first + i for i in range(len(part))]).cpu())
+    return torch.cat(batches)
+
+
+def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float) -> Generate:
+    """A stock diffusers pipeline as a :data:`Generate`. Noise is drawn on the CPU, a generator for each picture."""
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate(prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        images = pipeline(
+            prompts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    return generate
+
+
+def load_pipeline(config: EvaluateConfig):
+    """The pipeline that a configuration names, in float32 on its device, with the right scheduler."""
+    from diffusers import StableDiffusionPipeline
+
+    from wadi.onestep import OneStepPipeline, one_step_scheduler
+
+    folder = config.pipeline or teacher_folder()
+    if config.adapter is not None:
+        return OneStepPipeline.from_pretrained(folder, adapter=config.adapter).pipeline.to(config.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True
+    )
+    if config.num_inference_steps == 1:
+        pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
+    return pipeline.to(config.device)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Generate, judge, and write the figures."""
+    if config.num_samples < 256:
+        raise WadiError(
+            f"--num-samples {config.num_samples}: a Frechet distance of 128 features needs at least 256"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    captions = evaluation_captions(config.prompts, config.num_samples)
+    generate = pipeline_generator(load_pipeline(config), config.num_inference_steps, config.guidance_scale)
+    images = generate_in_batches(
+        generate, [caption.text for caption in captions], config.seed, config.batch_size
+    )
+    figures = judge_images(images, captions, device=config.device)
+    if config.out is not None:
+        write_json(config.out, {"config": {k: str(v) for k, v in vars(config).items()}, "figures": figures})
+    return figures
+
+
+def judge_prompts(images: torch.Tensor, prompts: Sequence[str], device: str = "cpu") -> dict[str, float]:
+    """:func:`judge_images` for prompts in English."""
+    return judge_images(images, [parse_caption(prompt) for prompt in prompts], device=device)

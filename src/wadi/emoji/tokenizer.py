@@ -1,0 +1,61 @@
+"""The small world's CLIP tokenizer: byte-level BPE in which every word of the grammar is one token.
+
+Merges are built by hand, because the trainers of `tokenizers` do not give the same ids twice.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+from wadi.emoji.captions import COLOURS, LEADS, PLACES, RELATIONS, SIZES
+from wadi.emoji.glyphs import NAMES
+
+MAX_LENGTH = 24
+
+
+def words_of_the_grammar() -> list[str]:
+    """Every word that a caption can hold, in alphabetical order."""
+    phrases = (*NAMES, *COLOURS, *LEADS, *PLACES, *RELATIONS, *SIZES, "a", "an", "background")
+    return sorted({word for phrase in phrases for word in re.findall(r"[a-z]+", phrase)})
+
+
+def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merges after which each word is one symbol.
+
+    A word first goes through the merges of the words before it; what is left is joined from the left. Later merges
+    rank lower, so they never change an earlier word.
+    """
+    merges: dict[tuple[str, str], int] = {}
+    for word in words:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            pairs = list(zip(symbols, symbols[1:], strict=False))
+            best = min(pairs, key=lambda pair: merges.get(pair, len(merges)))
+            merges.setdefault(best, len(merges))
+            symbols = _join(symbols, best)
+    return list(merges)
+
+
+def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    joined, position = [], 0
+    while position < len(symbols):
+        if tuple(symbols[position : position + 2]) == pair:
+            joined.append("".join(pair))
+            position += 2
+        else:
+            joined.append(symbols[position])
+            position += 1
+    return joined
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """The tokenizer, always the same."""
+    merges = byte_pair_merges(words_of_the_grammar())
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokens += ["".join(pair) for pair in merges]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)

@@ -1,0 +1,170 @@
+"""`wadi emoji train-judge`: the judge, on endless scenes, and the statistics of real pictures that it compares with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.glyphs import NAMES, load_atlas
+from wadi.emoji.judge import GRID, Judge, attributes_right
+from wadi.emoji.scenes import Scenes, render, sample_scenes
+from wadi.files import save_tensors
+from wadi.metrics.frechet import feature_statistics, frechet_distance
+
+REFERENCE_SAMPLES = 10_000
+REAL_DISTANCE = 0.19
+"""The features are scaled so that two sets of 10 000 real pictures are this far apart: the unit of every
+Frechet distance that this project reports."""
+
+
+@dataclass
+class TrainJudgeConfig:
+    """Train the judge of the emoji world and write its reference statistics."""
+
+    out: Path
+    """Folder for judge.safetensors and reference.safetensors."""
+    init: Path | None = None
+    """judge.safetensors to go on from, instead of random weights."""
+    atlas: Path | None = None
+    """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
+    seconds: float = 120.0
+    """Training time."""
+    max_train_steps: int = 1_000_000
+    """Stop after this many steps even if time is left."""
+    train_batch_size: int = 512
+    """Pictures a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+
+
+def blemish(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blur and noise of random strength, so that the judge looks at shapes and not at the last bit of a pixel.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        generator: source of the strengths, on the same device.
+    """
+    blur, noise = torch.rand(2, len(images), 1, 1, 1, generator=generator, device=images.device)
+    binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
+    kernel = torch.outer(binomial, binomial).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+    grain = torch.randn(images.shape, generator=generator, device=images.device)
+    return images.lerp(blurred, blur) + 0.06 * noise * grain
+
+
+def judge_loss(out: dict[str, torch.Tensor], scenes: Scenes) -> torch.Tensor:
+    """Cross-entropies of cells, presence and background, L1 of boxes and layout."""
+    exists = scenes.emoji >= 0
+    cell = (scenes.center * GRID).long().clamp(0, GRID - 1)
+    index = cell[..., 1] * GRID + cell[..., 0]
+    batch = torch.arange(len(scenes), device=index.device)
+    target = torch.full((len(scenes), GRID * GRID), len(NAMES), device=index.device)
+    box, loss_box = out["box"].flatten(2), 0.0
+    for slot in range(2):
+        here = index[:, slot]
+        target[batch, here] = torch.where(exists[:, slot], scenes.emoji[:, slot], target[batch, here])
+        goal = torch.cat([scenes.center[:, slot] * GRID - cell[:, slot], scenes.size[:, slot, None]], 1)
+        error = (box[batch, :, here] - goal).abs() * torch.tensor([1.0, 1.0, 4.0], device=goal.device)
+        loss_box = loss_box + (error.sum(1) * exists[:, slot]).mean()
+    weight = torch.ones(len(NAMES) + 1, device=index.device)
+    weight[-1] = 0.2  # 62 of 64 cells are empty
+    loss_cells = F.cross_entropy(out["cells"].flatten(2).float(), target, weight=weight)
+    present = (
+        F.one_hot(scenes.emoji.clamp(min=0), len(NAMES)).mul(exists[..., None]).sum(1).clamp(max=1).float()
+    )
+    loss_present = F.binary_cross_entropy_with_logits(out["present"].float(), present) * 10
+    loss_background = F.cross_entropy(out["background"].float(), scenes.background)
+    weights = exists.float() / exists.sum(1, keepdim=True)
+    layout = torch.cat(
+        [(scenes.center * weights[..., None]).sum(1), (scenes.size * weights).sum(1, keepdim=True)], 1
+    )
+    loss_layout = (out["layout"].float() - layout).abs().mean() * 4
+    return 4 * loss_cells + loss_box + loss_present + loss_background + loss_layout
+
+
+def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
+    """Train, calibrate the unit of the features, write the files, and return the figures on fresh pictures."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    judge = Judge() if config.init is None else Judge.load(config.init).requires_grad_(True).train()
+    judge.feature_scale.fill_(1.0)
+    judge, atlas = judge.to(device), load_atlas(config.atlas).to(device).float() / 255
+    generator = torch.Generator(device).manual_seed(config.seed)
+    pool = {name: column.to(device) for name, column in stated(sample_captions(200_000, "judge")).items()}
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-3)
+    start, bar = (
+        time.monotonic(),
+        tqdm(total=100, desc="judge", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"),
+    )
+    for step in range(config.max_train_steps):
+        used = max((time.monotonic() - start) / config.seconds, step / config.max_train_steps)
+        if used >= 1:
+            break
+        rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * used)).item()) * min(1.0, (step + 1) / 100)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+        scenes = _random_scenes(pool, config.train_batch_size, generator)
+        images = render(scenes, atlas)
+        images = blemish(images, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = judge(images)
+        loss = judge_loss(out, scenes)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            bar.n = round(100 * used)
+            bar.set_postfix_str(f"step {step} loss {loss.item():.4f}")
+    bar.close()
+    return _finish(config, judge.eval().requires_grad_(False), atlas)
+
+
+def _random_scenes(pool: dict[str, torch.Tensor], count: int, generator: torch.Generator) -> Scenes:
+    index = torch.randint(len(pool["size"]), (count,), generator=generator, device=generator.device)
+    return sample_scenes({name: column[index] for name, column in pool.items()}, generator)
+
+
+def real_images(captions_seed: str, count: int, atlas: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
+    """Real pictures of `count` captions: uint8 (N, 3, 64, 64) on the atlas' device, and what the captions state."""
+    device = atlas.device
+    columns = {
+        name: column.to(device) for name, column in stated(sample_captions(count, captions_seed)).items()
+    }
+    scenes = sample_scenes(columns, torch.Generator(device).manual_seed(seed))
+    images = [
+        (render(scenes[first : first + 500], atlas) * 255).round().to(torch.uint8)
+        for first in range(0, count, 500)
+    ]
+    return torch.cat(images), columns
+
+
+def _finish(config: TrainJudgeConfig, judge: Judge, atlas: torch.Tensor) -> dict[str, float]:
+    half = Judge().to(atlas.device).eval()
+    half.load_state_dict({name: tensor.half().float() for name, tensor in judge.state_dict().items()})
+    images, _ = real_images("reference", REFERENCE_SAMPLES, atlas, config.seed + 1)
+    others, columns = real_images("real against real", REFERENCE_SAMPLES, atlas, config.seed + 2)
+    reference, other = half.read(images), half.read(others)
+    raw = frechet_distance(feature_statistics(reference.features), feature_statistics(other.features))
+    half.feature_scale.fill_((REAL_DISTANCE / raw) ** 0.5)
+    half.feature_scale.copy_(half.feature_scale.half().float())
+    half.save(config.out / "judge.safetensors")
+    features = reference.features * half.feature_scale
+    save_tensors(
+        config.out / "reference.safetensors",
+        {**feature_statistics(features), "features": features[: REFERENCE_SAMPLES // 2].half()},
+    )
+    right = attributes_right(other, columns)
+    distance = frechet_distance(
+        feature_statistics(features), feature_statistics(other.features * half.feature_scale)
+    )
+    figures = {f"real_{name}": value.float().mean().item() for name, value in right.items()}
+    return {"real_frechet_distance": distance, "raw_real_frechet_distance": raw, **figures}

@@ -1,0 +1,279 @@
+"""`wadi emoji train-teacher`: the multi-step Stable Diffusion pipeline of the small world.
+
+Text encoder and U-Net are trained together on latents of endless scenes, with SD's noise schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.glyphs import load_atlas
+from wadi.emoji.scenes import render, sample_scenes
+from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
+from wadi.files import replacing_folder
+
+
+@dataclass
+class TrainTeacherConfig:
+    """Train the text encoder and the U-Net of the emoji world and write the whole pipeline folder."""
+
+    vae: Path
+    """AutoencoderKL folder of `wadi emoji train-vae`."""
+    out: Path
+    """Pipeline folder to write (float16 safetensors)."""
+    atlas: Path | None = None
+    """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
+    seconds: float = 420.0
+    """Training time, without the encoding of the pictures."""
+    max_train_steps: int = 1_000_000
+    """Stop after this many steps even if time is left."""
+    train_batch_size: int = 512
+    """Latents a step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
+    ema_decay: float = 0.9993
+    """Of the weights that are written."""
+    pictures: int = 400_000
+    """Latents encoded ahead."""
+    captions: int = 150_000
+    """Different captions among them."""
+    channels_last: bool = False
+    """Memory format of the U-Net while it trains."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+
+
+def new_unet() -> UNet2DConditionModel:
+    """7.75 M parameters, three cross-attention levels."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 96, 160),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=(2, 3, 5),
+        use_linear_projection=True,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Three layers, 128 wide, 24 tokens."""
+    end = tokenizer.eos_token_id
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, sampled by DDIM from the last timestep on."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+    """(N, 24) int64, padded as StableDiffusionPipeline does."""
+    return tokenizer(
+        prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_pool(
+    config: TrainTeacherConfig, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (N, 4, 16, 16) bfloat16 of fresh scenes and the tokens (N, 24) of their captions, on the device."""
+    device = torch.device(config.device)
+    atlas = load_atlas(config.atlas).to(device).float() / 255
+    generator = torch.Generator(device).manual_seed(config.seed)
+    captions = sample_captions(config.captions, "teacher")
+    tokens = tokenize(tokenizer, [caption.text for caption in captions]).to(device)
+    columns = {name: column.to(device) for name, column in stated(captions).items()}
+    latents, ids = [], []
+    for _ in tqdm(range(math.ceil(config.pictures / 2000)), desc="pictures", unit="batch"):
+        index = torch.randint(len(captions), (2000,), generator=generator, device=device)
+        images = render(
+            sample_scenes({name: column[index] for name, column in columns.items()}, generator), atlas
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents.append(vae.encode(2 * images - 1).latent_dist.mean.bfloat16())
+        ids.append(tokens[index])
+    return torch.cat(latents), torch.cat(ids)
+
+
+class TeacherTraining:
+    """One training step of the two networks, captured as a CUDA graph where there is a GPU."""
+
+    def __init__(
+        self,
+        config: TrainTeacherConfig,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        empty: torch.Tensor,
+    ):
+        self.config, self.unet, self.text_encoder = config, unet, text_encoder
+        self.device = torch.device(config.device)
+        self.parameters = [*unet.parameters(), *text_encoder.parameters()]
+        self.ema = [parameter.detach().clone() for parameter in self.parameters]
+        cuda = self.device.type == "cuda"
+        self.learning_rate = torch.tensor(0.0, device=self.device)
+        self.ema_weight = torch.tensor(0.0, device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.learning_rate,
+            weight_decay=1e-3,
+            betas=(0.9, 0.99),
+            capturable=cuda,
+            fused=cuda,
+        )
+        self.alphas_cumprod = new_scheduler().alphas_cumprod.to(self.device)
+        size = config.train_batch_size
+        self.latents = torch.zeros(size, 4, 16, 16, device=self.device)
+        self.noise = torch.zeros_like(self.latents)
+        self.timesteps = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self.ids = empty.to(self.device).repeat(size, 1)
+        self.empty = empty.to(self.device)
+        self.loss = torch.zeros((), device=self.device)
+        self.run = self._captured() if cuda else self._step
+
+    def _step(self) -> None:
+        alpha = self.alphas_cumprod[self.timesteps, None, None, None].sqrt()
+        sigma = (1 - self.alphas_cumprod[self.timesteps, None, None, None]).sqrt()
+        # cache_enabled: a captured graph must not keep casts of weights from an earlier step.
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
+        ):
+            states = self.text_encoder(self.ids)[0]
+            noisy = alpha * self.latents + sigma * self.noise
+            prediction = self.unet(noisy, self.timesteps, states, return_dict=False)[0]
+        loss = F.mse_loss(prediction.float(), self.noise)
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], 1.0, foreach=True)
+        self.optimizer.step()
+        # ema += (1 - decay) (parameters - ema); a lerp with a tensor as weight would wait for the device.
+        change = torch._foreach_sub([parameter.detach() for parameter in self.parameters], self.ema)
+        torch._foreach_mul_(change, self.ema_weight)
+        torch._foreach_add_(self.ema, change)
+        self.loss.copy_(loss.detach())
+
+    def _captured(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph.replay
+
+    def step(
+        self, latents: torch.Tensor, ids: torch.Tensor, step: int, rate: float, generator: torch.Generator
+    ) -> None:
+        """Draw timesteps and noise, leave out a tenth of the captions, and update."""
+        size = len(latents)
+        self.latents.copy_(latents)
+        self.noise.copy_(torch.randn(latents.shape, generator=generator, device=self.device))
+        self.timesteps.copy_(torch.randint(1000, (size,), generator=generator, device=self.device))
+        drop = torch.rand(size, 1, generator=generator, device=self.device) < 0.1
+        self.ids.copy_(torch.where(drop, self.empty, ids))
+        self.learning_rate.fill_(rate)
+        self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
+        self.run()
+
+
+def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
+    """Train and write the pipeline folder; returns steps, seconds and the last loss."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    tokenizer = build_tokenizer()
+    vae = (
+        AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
+        .float()
+        .to(device)
+        .requires_grad_(False)
+    )
+    latents, ids = encode_pool(config, vae, tokenizer)
+    unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    training = TeacherTraining(config, unet, text_encoder, tokenize(tokenizer, [""]))
+    generator = torch.Generator(device).manual_seed(config.seed + 1)
+    start, bar = (
+        time.monotonic(),
+        tqdm(total=100, desc="teacher", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"),
+    )
+    for step in range(config.max_train_steps):
+        used = max((time.monotonic() - start) / config.seconds, step / config.max_train_steps)
+        if used >= 1:
+            break
+        rate = config.learning_rate * min(1.0, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * used))
+        index = torch.randint(len(latents), (config.train_batch_size,), generator=generator, device=device)
+        training.step(latents[index].float(), ids[index], step, rate, generator)
+        if step % 50 == 0:
+            bar.n = round(100 * used)
+            bar.set_postfix_str(f"step {step} loss {training.loss.item():.4f}")
+    bar.close()
+    figures = {"steps": step, "seconds": time.monotonic() - start, "loss": training.loss.item()}
+    for parameter, average in zip(training.parameters, training.ema, strict=True):
+        parameter.data.copy_(average)
+    write_pipeline(config.out, vae, text_encoder, tokenizer, unet)
+    return figures
+
+
+def write_pipeline(
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Write a StableDiffusionPipeline folder in float16."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with replacing_folder(folder) as temporary:
+        pipeline.unet.to(memory_format=torch.contiguous_format)
+        pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

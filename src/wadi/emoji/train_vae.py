@@ -1,0 +1,162 @@
+"""`wadi emoji train-vae`: the AutoencoderKL of the small world, on endless scenes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.glyphs import load_atlas
+from wadi.emoji.scenes import render, sample_scenes
+from wadi.files import replacing_folder
+
+
+@dataclass
+class TrainVAEConfig:
+    """Train the autoencoder of the emoji world (64 x 64 pixels to 16 x 16 x 4 latents)."""
+
+    out: Path
+    """Folder for the AutoencoderKL."""
+    init: Path | None = None
+    """AutoencoderKL folder to go on from, instead of random weights."""
+    decoder_only: bool = False
+    """Keep the latents as they are: a teacher of these latents stays good."""
+    atlas: Path | None = None
+    """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
+    seconds: float = 200.0
+    """Training time."""
+    max_train_steps: int = 1_000_000
+    """Stop after this many steps even if time is left."""
+    train_batch_size: int = 256
+    """Pictures a step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
+    kl_weight: float = 2e-4
+    """Weight of the Kullback-Leibler term, which is a mean over latent elements."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+
+
+def new_vae() -> AutoencoderKL:
+    """2.7 M parameters, factor 4, 4 latent channels."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+        scaling_factor=1.0,
+    )
+
+
+def reconstruction_loss(output: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """L1 + L2 + half the L1 of gradients (edges) + half the L1 of a low-pass (flat colours)."""
+    error = output - images
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return (
+        error.abs().mean() + error.square().mean() + 0.5 * edges + 0.5 * F.avg_pool2d(error, 8).abs().mean()
+    )
+
+
+def train_vae(config: TrainVAEConfig) -> dict[str, float]:
+    """Train, standardise the latents, write the folder, and return the peak signal-to-noise ratio in decibels."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True
+    vae = (
+        new_vae()
+        if config.init is None
+        else AutoencoderKL.from_pretrained(config.init, use_safetensors=True).float()
+    )
+    vae, atlas = (
+        vae.to(device),
+        load_atlas(config.atlas).to(device).float() / 255,
+    )
+    generator = torch.Generator(device).manual_seed(config.seed)
+    pool = {name: column.to(device) for name, column in stated(sample_captions(100_000, "vae")).items()}
+
+    def images(count: int) -> torch.Tensor:
+        index = torch.randint(len(pool["size"]), (count,), generator=generator, device=device)
+        return 2 * render(sample_scenes({name: c[index] for name, c in pool.items()}, generator), atlas) - 1
+
+    if config.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    start, bar = (
+        time.monotonic(),
+        tqdm(total=100, desc="vae", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"),
+    )
+    for step in range(config.max_train_steps):
+        used = max((time.monotonic() - start) / config.seconds, step / config.max_train_steps)
+        if used >= 1:
+            break
+        warm_up = min(1.0, (step + 1) / 200)
+        optimizer.param_groups[0]["lr"] = (
+            config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * used))
+        )
+        batch = images(config.train_batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(batch).latent_dist
+            output = vae.decode(posterior.sample()).sample
+        latent_elements = posterior.mean[0].numel()  # diffusers sums the term over them
+        loss = (
+            reconstruction_loss(output.float(), batch)
+            + config.kl_weight * posterior.kl().float().mean() / latent_elements
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.n = round(100 * used)
+            bar.set_postfix_str(f"step {step} loss {loss.item():.4f}")
+    bar.close()
+    vae.eval().requires_grad_(False)
+    if not config.decoder_only:
+        standardise_latents(vae, torch.cat([vae.encode(images(256)).latent_dist.mean for _ in range(40)]))
+    error = torch.stack(
+        [(_reconstruct(vae, batch) - batch).square().mean() for batch in (images(256) for _ in range(8))]
+    )
+    with replacing_folder(config.out) as folder:
+        vae.half().save_pretrained(folder)
+    # The pictures span [-1, 1]: peak 2.
+    return {"psnr": 10 * math.log10(4 / error.mean().item())}
+
+
+def _reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+
+
+def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    """Fold the mean and standard deviation of each latent channel into the 1 x 1 convolutions around the latents.
+
+    Afterwards the latents of real pictures have mean 0 and variance 1, and the pictures are the same.
+
+    Args:
+        vae: changed in place.
+        latents: (N, 4, h, w), means of the posterior.
+    """
+    mean = latents.mean((0, 2, 3))
+    std = latents.std((0, 2, 3))
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    # The first half of quant_conv's output is the mean, the second the log-variance.
+    quant.bias[:channels] -= mean
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[:channels] /= std
+    quant.bias[channels:] -= 2 * std.log()
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std[None, :, None, None]
