@@ -34,7 +34,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Run folder; new or empty."""
-    max_train_steps: int = PRESETS["emoji"].max_train_steps
+    max_train_steps: int = PRESETS["emoji-cpu"].max_train_steps
     """Updates of the student."""
     seed: int = 0
     """Seed of the training."""
@@ -54,7 +54,7 @@ def demo(config: DemoConfig) -> None:
         raise WadiError("--samples, --teacher-samples: must be at least 256 and 1")
     run = distill(
         dataclasses.replace(
-            PRESETS["emoji"],
+            PRESETS["emoji-cpu"],
             pretrained_model_name_or_path=str(emoji.teacher_folder()),
             prompts=str(emoji.prompts_file()),
             output_dir=str(config.out),
