@@ -3,8 +3,8 @@
     a [small|big] NAME [on the left|...] [on a COLOUR background]
     a NAME and|left of|above a NAME [on a COLOUR background]
 
-with an optional lead-in ("a picture of"). Captions are drawn with Python's own generator, whose sequence is the
-same in every version, so a seed names a set of prompts for good.
+with an optional lead-in ("a picture of"). Captions are drawn with Python's own generator, whose sequence is
+the same in every version, so a seed names a set of prompts for good.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def parse_caption(text: str) -> Caption:
         WadiError: the text is not in the grammar.
     """
     match = _PATTERN.fullmatch(text.strip().lower())
-    if match is None:
+    # Size and place are of a single object.
+    if match is None or (match["relation"] and (match["size"] or match["place"])):
         raise WadiError(
             f"prompt {text!r}: not a caption of the emoji world, so the judge cannot score it; "
             'write for instance "a big panda on the left on a red background"'

@@ -36,8 +36,8 @@ class EvaluateConfig:
     num_samples: int = 10_000
     """Pictures."""
     prompts: Literal["selection", "test", "held-out"] = "test"
-    """Which captions: settings are chosen on `selection` and reported on `test`; `held-out` states combinations that
-    training never showed."""
+    """Which captions: settings are chosen on `selection` and reported on `test`; `held-out` states
+    combinations that training never showed."""
     seed: int = 0
     """Seed of the first picture; the next ones follow."""
     batch_size: int = 250
@@ -60,8 +60,8 @@ def judge_images(
         device: where the judge runs.
 
     Returns:
-        ``frechet_distance``, ``precision``, ``recall``, ``alignment`` and its parts, and what varies of what the
-        captions leave free: see :func:`free_attributes`.
+        ``frechet_distance``, ``precision``, ``recall``, ``alignment`` and its parts, and what varies of what
+        the captions leave free: see :func:`free_attributes`.
     """
     assets = assets or assets_folder()
     reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
@@ -85,9 +85,10 @@ def free_attributes(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[
     """How much varies of what the captions leave free: what a collapsed student loses first.
 
     Returns:
-        ``background_entropy`` in bits over pictures whose caption names no colour (ten equally likely colours:
-        3.32); ``place_spread`` and ``size_spread``, standard deviations in pixels over single objects whose place
-        or size is not stated. A figure is nan where no caption leaves that attribute free.
+        ``background_entropy`` in bits over pictures whose caption names no colour (ten equally likely
+        colours: 3.32); ``place_spread`` and ``size_spread``, standard deviations in pixels over single
+        objects whose place or size is not stated. A figure is nan where no caption leaves that attribute
+        free.
     """
     single = columns["emoji"][:, 1] < 0
     anywhere = single & (columns["place"] < 0)
@@ -121,7 +122,7 @@ def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch
 
 
 def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float) -> Generate:
-    """A stock diffusers pipeline as a :data:`Generate`. Noise is drawn on the CPU, a generator for each picture."""
+    """A stock diffusers pipeline as a :data:`Generate`; noise from the CPU, a generator for each picture."""
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ Artwork: Noto Color Emoji (SIL Open Font License 1.1). The font is needed only t
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def draw_atlas(font_file: str | os.PathLike = FONT_FILE) -> torch.Tensor:
     """Draw every emoji once.
 
     Returns:
-        uint8 (72, 4, 96, 96), RGBA with premultiplied alpha, each glyph centred and scaled to fill its longer side.
+        uint8 (72, 4, 96, 96), RGBA with premultiplied alpha, each glyph centred, its longer side filled.
 
     Raises:
         WadiError: the font is missing or is not the bitmap font.
@@ -150,13 +151,31 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 
-def save_atlas(path: str | os.PathLike, font_file: str | os.PathLike = FONT_FILE) -> None:
-    """Draw the atlas and write it as safetensors, for machines that lack the font."""
-    save_tensors(path, {"atlas": draw_atlas(font_file)})
+@dataclass
+class AtlasConfig:
+    """Draw the emoji into one file, for machines that lack the font."""
+
+    out: Path
+    """Atlas file to write (safetensors)."""
+    font: Path = Path(FONT_FILE)
+    """Noto Color Emoji, the bitmap build."""
+
+
+def save_atlas(config: AtlasConfig) -> None:
+    """Draw the atlas and write it as safetensors.
+
+    Raises:
+        WadiError: the font is missing or is not the bitmap font, or the file cannot be written.
+    """
+    save_tensors(config.out, {"atlas": draw_atlas(config.font)})
 
 
 def load_atlas(path: str | os.PathLike | None = None) -> torch.Tensor:
-    """The atlas from a file of :func:`save_atlas`, or drawn afresh from the font if `path` is None."""
+    """The atlas from a file of :func:`save_atlas`, or drawn afresh from the font if `path` is None.
+
+    Raises:
+        WadiError: the font is missing, or the file is missing or not an atlas.
+    """
     if path is None:
         return draw_atlas()
     tensors = load_tensors(path)

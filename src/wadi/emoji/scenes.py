@@ -109,7 +109,7 @@ def _ranges(size: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _single_center(place: torch.Tensor, size: torch.Tensor, uniform) -> torch.Tensor:
-    """(N, 2). A place is a position relative to the room that an object of this size has: -1 and 1 touch the edges."""
+    """(N, 2). Places are relative to the room that an object of this size has: -1 and 1 touch the edges."""
     room = 0.5 - size / 2
     relative = uniform(-1.0, 1.0, 2)
     near, center = uniform(0.6, 1.0), uniform(-0.12, 0.12, 2)

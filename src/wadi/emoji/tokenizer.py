@@ -6,6 +6,7 @@ Merges are built by hand, because the trainers of `tokenizers` do not give the s
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -25,15 +26,14 @@ def words_of_the_grammar() -> list[str]:
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     """Merges after which each word is one symbol.
 
-    A word first goes through the merges of the words before it; what is left is joined from the left. Later merges
-    rank lower, so they never change an earlier word.
+    A word first goes through the merges of the words before it; what is left is joined from the left. Later
+    merges rank lower, so they never change an earlier word.
     """
     merges: dict[tuple[str, str], int] = {}
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            pairs = list(zip(symbols, symbols[1:], strict=False))
-            best = min(pairs, key=lambda pair: merges.get(pair, len(merges)))
+            best = min(pairwise(symbols), key=lambda pair: merges.get(pair, len(merges)))
             merges.setdefault(best, len(merges))
             symbols = _join(symbols, best)
     return list(merges)

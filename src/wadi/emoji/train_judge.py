@@ -1,16 +1,15 @@
-"""`wadi emoji train-judge`: the judge, on endless scenes, and the statistics of real pictures that it compares with."""
+"""`wadi emoji train-judge`: the judge, on endless scenes, and the statistics of real pictures."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import GRID, Judge, attributes_right
 from wadi.emoji.scenes import Scenes, render, sample_scenes
@@ -48,7 +47,7 @@ class TrainJudgeConfig:
 
 
 def blemish(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur and noise of random strength, so that the judge looks at shapes and not at the last bit of a pixel.
+    """Blur and noise of random strength, so that the judge looks at shapes, not at the last bit of a pixel.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
@@ -93,7 +92,7 @@ def judge_loss(out: dict[str, torch.Tensor], scenes: Scenes) -> torch.Tensor:
 
 
 def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
-    """Train, calibrate the unit of the features, write the files, and return the figures on fresh pictures."""
+    """Train, calibrate the unit of the features, write the files; returns the figures on fresh pictures."""
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     judge = Judge() if config.init is None else Judge.load(config.init).requires_grad_(True).train()
@@ -102,29 +101,18 @@ def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
     generator = torch.Generator(device).manual_seed(config.seed)
     pool = {name: column.to(device) for name, column in stated(sample_captions(200_000, "judge")).items()}
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-3)
-    start, bar = (
-        time.monotonic(),
-        tqdm(total=100, desc="judge", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"),
-    )
-    for step in range(config.max_train_steps):
-        used = max((time.monotonic() - start) / config.seconds, step / config.max_train_steps)
-        if used >= 1:
-            break
-        rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * used)).item()) * min(1.0, (step + 1) / 100)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+    steps = TimedSteps(config.seconds, config.max_train_steps, "judge")
+    for step, used in steps:
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warmup_cosine(step, used, 100)
         scenes = _random_scenes(pool, config.train_batch_size, generator)
-        images = render(scenes, atlas)
-        images = blemish(images, generator)
+        images = blemish(render(scenes, atlas), generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             out = judge(images)
         loss = judge_loss(out, scenes)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
-            bar.n = round(100 * used)
-            bar.set_postfix_str(f"step {step} loss {loss.item():.4f}")
-    bar.close()
+        steps.show(loss)
     return _finish(config, judge.eval().requires_grad_(False), atlas)
 
 
@@ -134,7 +122,11 @@ def _random_scenes(pool: dict[str, torch.Tensor], count: int, generator: torch.G
 
 
 def real_images(captions_seed: str, count: int, atlas: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
-    """Real pictures of `count` captions: uint8 (N, 3, 64, 64) on the atlas' device, and what the captions state."""
+    """Real pictures of `count` captions.
+
+    Returns:
+        uint8 (N, 3, 64, 64) on the atlas' device, and what the captions state.
+    """
     device = atlas.device
     columns = {
         name: column.to(device) for name, column in stated(sample_captions(count, captions_seed)).items()
@@ -160,7 +152,7 @@ def _finish(config: TrainJudgeConfig, judge: Judge, atlas: torch.Tensor) -> dict
     features = reference.features * half.feature_scale
     save_tensors(
         config.out / "reference.safetensors",
-        {**feature_statistics(features), "features": features[: REFERENCE_SAMPLES // 2].half()},
+        {**feature_statistics(features), "features": features[: REFERENCE_SAMPLES * 2 // 5].half()},
     )
     right = attributes_right(other, columns)
     distance = frechet_distance(

@@ -6,7 +6,6 @@ Text encoder and U-Net are trained together on latents of endless scenes, with S
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.captions import Caption, sample_captions, stated
+from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
 from wadi.files import replacing_folder
+
+ENCODED_BATCH = 2000
+"""Pictures at a time when latents are encoded ahead."""
+
+FOCUS_TIMESTEP = 300
+"""Lowest timestep of the pairs that `relation_focus` adds."""
 
 
 @dataclass
@@ -32,6 +38,8 @@ class TrainTeacherConfig:
     """AutoencoderKL folder of `wadi emoji train-vae`."""
     out: Path
     """Pipeline folder to write (float16 safetensors)."""
+    init: Path | None = None
+    """Pipeline folder whose text encoder and U-Net to go on from, instead of random weights."""
     atlas: Path | None = None
     """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
     seconds: float = 420.0
@@ -48,8 +56,10 @@ class TrainTeacherConfig:
     """Latents encoded ahead."""
     captions: int = 150_000
     """Different captions among them."""
-    channels_last: bool = False
-    """Memory format of the U-Net while it trains."""
+    relation_focus: float = 0.0
+    """Share of the training, from its start, in which half of every batch is pairs with a relation
+    ("left of", "above") at high noise, where the order of two objects is decided. Without it the order is
+    learned last."""
     seed: int = 0
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,18 +120,22 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_pool(
-    config: TrainTeacherConfig, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+    config: TrainTeacherConfig,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    captions: list[Caption],
+    pictures: int,
+    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (N, 4, 16, 16) bfloat16 of fresh scenes and the tokens (N, 24) of their captions, on the device."""
+    """Latents (N, 4, 16, 16) bfloat16 of fresh scenes and tokens (N, 24) of their captions, on the device."""
     device = torch.device(config.device)
     atlas = load_atlas(config.atlas).to(device).float() / 255
-    generator = torch.Generator(device).manual_seed(config.seed)
-    captions = sample_captions(config.captions, "teacher")
+    generator = torch.Generator(device).manual_seed(seed)
     tokens = tokenize(tokenizer, [caption.text for caption in captions]).to(device)
     columns = {name: column.to(device) for name, column in stated(captions).items()}
     latents, ids = [], []
-    for _ in tqdm(range(math.ceil(config.pictures / 2000)), desc="pictures", unit="batch"):
-        index = torch.randint(len(captions), (2000,), generator=generator, device=device)
+    for _ in tqdm(range(math.ceil(pictures / ENCODED_BATCH)), desc="pictures", unit="batch"):
+        index = torch.randint(len(captions), (ENCODED_BATCH,), generator=generator, device=device)
         images = render(
             sample_scenes({name: column[index] for name, column in columns.items()}, generator), atlas
         )
@@ -201,18 +215,36 @@ class TeacherTraining:
         return graph.replay
 
     def step(
-        self, latents: torch.Tensor, ids: torch.Tensor, step: int, rate: float, generator: torch.Generator
+        self,
+        latents: torch.Tensor,
+        ids: torch.Tensor,
+        step: int,
+        rate: float,
+        generator: torch.Generator,
+        lowest: torch.Tensor | int = 0,
     ) -> None:
-        """Draw timesteps and noise, leave out a tenth of the captions, and update."""
+        """Draw timesteps from `lowest` up and noise, leave out a tenth of the captions, and update."""
         size = len(latents)
+        uniform = torch.rand(size, generator=generator, device=self.device)
         self.latents.copy_(latents)
         self.noise.copy_(torch.randn(latents.shape, generator=generator, device=self.device))
-        self.timesteps.copy_(torch.randint(1000, (size,), generator=generator, device=self.device))
+        self.timesteps.copy_(lowest + (uniform * (1000 - lowest)).long())
         drop = torch.rand(size, 1, generator=generator, device=self.device) < 0.1
         self.ids.copy_(torch.where(drop, self.empty, ids))
         self.learning_rate.fill_(rate)
         self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
         self.run()
+
+
+def _networks(
+    config: TrainTeacherConfig, tokenizer: CLIPTokenizer
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    device = torch.device(config.device)
+    if config.init is None:
+        return new_unet().to(device), new_text_encoder(tokenizer).to(device)
+    unet = UNet2DConditionModel.from_pretrained(config.init, subfolder="unet", use_safetensors=True)
+    text_encoder = CLIPTextModel.from_pretrained(config.init, subfolder="text_encoder", use_safetensors=True)
+    return unet.float().to(device).train(), text_encoder.float().to(device).train()
 
 
 def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
@@ -228,32 +260,41 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
         .to(device)
         .requires_grad_(False)
     )
-    latents, ids = encode_pool(config, vae, tokenizer)
-    unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
-    if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
+    captions = sample_captions(config.captions, "teacher")
+    pool = encode_pool(config, vae, tokenizer, captions, config.pictures, config.seed)
+    related = pool
+    if config.relation_focus:
+        pairs = [caption for caption in captions if caption.relation]
+        related = encode_pool(config, vae, tokenizer, pairs, config.pictures // 2, config.seed + 2)
+    unet, text_encoder = _networks(config, tokenizer)
     training = TeacherTraining(config, unet, text_encoder, tokenize(tokenizer, [""]))
-    generator = torch.Generator(device).manual_seed(config.seed + 1)
-    start, bar = (
-        time.monotonic(),
-        tqdm(total=100, desc="teacher", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"),
-    )
-    for step in range(config.max_train_steps):
-        used = max((time.monotonic() - start) / config.seconds, step / config.max_train_steps)
-        if used >= 1:
-            break
-        rate = config.learning_rate * min(1.0, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * used))
-        index = torch.randint(len(latents), (config.train_batch_size,), generator=generator, device=device)
-        training.step(latents[index].float(), ids[index], step, rate, generator)
-        if step % 50 == 0:
-            bar.n = round(100 * used)
-            bar.set_postfix_str(f"step {step} loss {training.loss.item():.4f}")
-    bar.close()
-    figures = {"steps": step, "seconds": time.monotonic() - start, "loss": training.loss.item()}
+    steps = _fit(training, pool, related)
     for parameter, average in zip(training.parameters, training.ema, strict=True):
         parameter.data.copy_(average)
     write_pipeline(config.out, vae, text_encoder, tokenizer, unet)
-    return figures
+    return {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
+
+
+def _fit(
+    training: TeacherTraining,
+    pool: tuple[torch.Tensor, torch.Tensor],
+    related: tuple[torch.Tensor, torch.Tensor],
+) -> TimedSteps:
+    config, device, size = training.config, training.device, training.config.train_batch_size
+    generator = torch.Generator(device).manual_seed(config.seed + 1)
+    # While focused, the first half of a batch is related pairs.
+    lowest = torch.where(torch.arange(size, device=device) < size // 2, FOCUS_TIMESTEP, 0)
+    steps = TimedSteps(config.seconds, config.max_train_steps, "teacher")
+    for step, used in steps:
+        index = torch.randint(len(pool[0]), (size,), generator=generator, device=device)
+        (latents, ids), focused = (column[index] for column in pool), used < config.relation_focus
+        if focused:
+            index = torch.randint(len(related[0]), (size // 2,), generator=generator, device=device)
+            latents[: size // 2], ids[: size // 2] = (column[index] for column in related)
+        rate = config.learning_rate * warmup_cosine(step, used, 500)
+        training.step(latents.float(), ids, step, rate, generator, lowest if focused else 0)
+        steps.show(training.loss)
+    return steps
 
 
 def write_pipeline(
@@ -275,5 +316,4 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     with replacing_folder(folder) as temporary:
-        pipeline.unet.to(memory_format=torch.contiguous_format)
         pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

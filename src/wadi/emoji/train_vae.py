@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.files import replacing_folder
+
+MEASURED_BATCH = 256
+"""Pictures at a time when the latents and the error are measured."""
 
 
 @dataclass
@@ -70,7 +73,11 @@ def reconstruction_loss(output: torch.Tensor, images: torch.Tensor) -> torch.Ten
 
 
 def train_vae(config: TrainVAEConfig) -> dict[str, float]:
-    """Train, standardise the latents, write the folder, and return the peak signal-to-noise ratio in decibels."""
+    """Train, standardise the latents, write the folder.
+
+    Returns:
+        ``psnr``, the peak signal-to-noise ratio of the reconstructions in decibels.
+    """
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
@@ -79,10 +86,7 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
         if config.init is None
         else AutoencoderKL.from_pretrained(config.init, use_safetensors=True).float()
     )
-    vae, atlas = (
-        vae.to(device),
-        load_atlas(config.atlas).to(device).float() / 255,
-    )
+    vae, atlas = vae.to(device), load_atlas(config.atlas).to(device).float() / 255
     generator = torch.Generator(device).manual_seed(config.seed)
     pool = {name: column.to(device) for name, column in stated(sample_captions(100_000, "vae")).items()}
 
@@ -90,25 +94,30 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
         index = torch.randint(len(pool["size"]), (count,), generator=generator, device=device)
         return 2 * render(sample_scenes({name: c[index] for name, c in pool.items()}, generator), atlas) - 1
 
+    _fit(config, vae, images)
+    vae.eval().requires_grad_(False)
+    if not config.decoder_only:
+        batches = (images(MEASURED_BATCH) for _ in range(40))
+        standardise_latents(vae, torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]))
+    batches = (images(MEASURED_BATCH) for _ in range(8))
+    error = torch.stack([(_reconstruct(vae, batch) - batch).square().mean() for batch in batches])
+    with replacing_folder(config.out) as folder:
+        vae.half().save_pretrained(folder)
+    # The pictures span [-1, 1]: peak 2.
+    return {"psnr": 10 * math.log10(4 / error.mean().item())}
+
+
+def _fit(config: TrainVAEConfig, vae: AutoencoderKL, images: Callable[[int], torch.Tensor]) -> None:
     if config.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99))
-    start, bar = (
-        time.monotonic(),
-        tqdm(total=100, desc="vae", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"),
-    )
-    for step in range(config.max_train_steps):
-        used = max((time.monotonic() - start) / config.seconds, step / config.max_train_steps)
-        if used >= 1:
-            break
-        warm_up = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = (
-            config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * used))
-        )
+    steps = TimedSteps(config.seconds, config.max_train_steps, "vae")
+    for step, used in steps:
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warmup_cosine(step, used, 200)
         batch = images(config.train_batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
             posterior = vae.encode(batch).latent_dist
             output = vae.decode(posterior.sample()).sample
         latent_elements = posterior.mean[0].numel()  # diffusers sums the term over them
@@ -120,20 +129,7 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if step % 50 == 0:
-            bar.n = round(100 * used)
-            bar.set_postfix_str(f"step {step} loss {loss.item():.4f}")
-    bar.close()
-    vae.eval().requires_grad_(False)
-    if not config.decoder_only:
-        standardise_latents(vae, torch.cat([vae.encode(images(256)).latent_dist.mean for _ in range(40)]))
-    error = torch.stack(
-        [(_reconstruct(vae, batch) - batch).square().mean() for batch in (images(256) for _ in range(8))]
-    )
-    with replacing_folder(config.out) as folder:
-        vae.half().save_pretrained(folder)
-    # The pictures span [-1, 1]: peak 2.
-    return {"psnr": 10 * math.log10(4 / error.mean().item())}
+        steps.show(loss)
 
 
 def _reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
@@ -141,7 +137,7 @@ def _reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    """Fold the mean and standard deviation of each latent channel into the 1 x 1 convolutions around the latents.
+    """Fold mean and standard deviation of each latent channel into the 1 x 1 convolutions around the latents.
 
     Afterwards the latents of real pictures have mean 0 and variance 1, and the pictures are the same.
 

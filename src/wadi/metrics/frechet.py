@@ -16,7 +16,8 @@ def feature_statistics(features: torch.Tensor) -> dict[str, torch.Tensor]:
         features: (N, D), any float dtype.
 
     Returns:
-        ``sum`` (D,) and ``cov_sum`` (D, D), the sum of outer products, float64, and ``count`` int64, on the CPU.
+        ``sum`` (D,) and ``cov_sum`` (D, D), the sum of outer products, float64, and ``count`` int64; on the
+        CPU.
     """
     features = features.double().cpu()
     return {"sum": features.sum(0), "cov_sum": features.T @ features, "count": torch.tensor(len(features))}
