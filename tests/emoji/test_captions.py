@@ -1,0 +1,126 @@
+"""The grammar there and back, and what training never sees."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+
+from tests.emoji.cases import captions
+from wadi.emoji import prompts_file
+from wadi.emoji.captions import (
+    COLOURS,
+    Caption,
+    is_held_out,
+    is_held_out_pair,
+    parse_caption,
+    sample_captions,
+    stated,
+)
+from wadi.emoji.glyphs import NAMES
+from wadi.errors import WadiError
+
+
+def single(name, **attributes):
+    return Caption((NAMES.index(name),), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("caption", "text"),
+    [
+        (single("bunch of grapes"), "a bunch of grapes"),
+        (single("apple"), "an apple"),
+        (single("unicorn"), "a unicorn"),
+        (single("apple", size=1), "a big apple"),
+        (single("egg", place=0), "an egg on the left"),
+        (single("dog", background=1, lead=2), "an image of a dog on an orange background"),
+        (
+            Caption((NAMES.index("cat"), NAMES.index("owl")), relation=1, background=4),
+            "a cat left of an owl on a blue background",
+        ),
+    ],
+)
+def test_english(caption, text):
+    assert caption.text == text
+    assert parse_caption(text) == caption
+
+
+@given(captions)
+def test_parsing_reads_every_caption_back(caption):
+    assert parse_caption(caption.text) == caption
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "panda",
+        "a zebra",
+        "a panda on a black background",
+        "a big cat and a dog",
+        "a cat and a dog on the left",
+        "a cat left of a dog left of an owl",
+        "a panda!",
+    ],
+)
+def test_other_prompts_are_refused(text):
+    with pytest.raises(WadiError, match="not a caption of the emoji world"):
+        parse_caption(text)
+
+
+def test_case_and_spaces_do_not_matter():
+    assert parse_caption("  A Big Panda ") == single("panda", size=1)
+
+
+def backgrounds_shown(captions):
+    return {(emoji, c.background) for c in captions for emoji in c.emoji if c.background is not None}
+
+
+def pairs_shown(captions):
+    return {frozenset(c.emoji) for c in captions if len(c.emoji) == 2}
+
+
+def test_training_misses_one_background_of_each_emoji_and_held_out_captions_need_it():
+    train = sample_captions(30_000, "a test")
+    held_out = sample_captions(2000, "a test", split="held-out")
+    shown = backgrounds_shown(train)
+    for emoji in range(len(NAMES)):
+        assert sum((emoji, colour) in shown for colour in range(len(COLOURS))) == len(COLOURS) - 1
+    assert not any(map(is_held_out, train))
+    assert all(map(is_held_out, held_out))
+    pairs = pairs_shown(train)
+    for caption in held_out:
+        new_background = not backgrounds_shown([caption]) <= shown
+        new_pair = not pairs_shown([caption]) <= pairs
+        assert new_background or new_pair
+
+
+def test_a_tenth_of_the_pairs_is_held_out_in_either_order():
+    pairs = list(combinations(range(len(NAMES)), 2))
+    held_out = [pair for pair in pairs if is_held_out_pair(*pair)]
+    assert len(held_out) / len(pairs) == pytest.approx(0.1, abs=0.005)
+    assert all(is_held_out_pair(second, first) for first, second in held_out)
+
+
+def test_a_seed_names_a_list():
+    assert sample_captions(50, 3) == sample_captions(100, 3)[:50]
+    assert sample_captions(50, 3) != sample_captions(50, 4)
+    assert sample_captions(50, 3) != sample_captions(50, 3, split="held-out")
+
+
+def test_shipped_prompts_are_captions_of_the_training_split():
+    prompts = prompts_file().read_text().splitlines()
+    assert len(prompts) == 20_000
+    captions = [parse_caption(prompt) for prompt in prompts]
+    assert [caption.text for caption in captions] == prompts
+    assert not any(map(is_held_out, captions))
+
+
+def test_stated_marks_what_is_left_free():
+    columns = stated([single("dog", size=0, background=9), Caption((3, 5), relation=2, lead=1)])
+    assert {name: column.tolist() for name, column in columns.items()} == {
+        "emoji": [[NAMES.index("dog"), -1], [3, 5]],
+        "size": [0, -1],
+        "place": [-1, -1],
+        "relation": [-1, 2],
+        "background": [9, -1],
+    }

@@ -1,0 +1,40 @@
+"""Training against a clock that the test holds in its hand."""
+
+import pytest
+import torch
+
+from wadi.emoji import clock
+from wadi.emoji.clock import TimedSteps, warmup_cosine
+
+
+def test_stops_after_the_last_step():
+    steps = TimedSteps(1e9, 4, "test")
+    assert list(steps) == [(k, pytest.approx(k / 4, abs=1e-6)) for k in range(4)]
+    assert steps.done == 4
+
+
+def test_stops_when_the_time_is_over(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    steps, seen = TimedSteps(10.0, 1000, "test"), []
+    for step, used in steps:
+        seen.append((step, used))
+        now[0] += 4
+    assert seen == [(0, 0.0), (1, pytest.approx(0.4)), (2, pytest.approx(0.8))]
+    assert (steps.done, steps.elapsed) == (3, 12.0)
+
+
+def test_shows_the_loss_of_every_fiftieth_step(monkeypatch):
+    steps, shown = TimedSteps(1e9, 120, "test"), []
+    monkeypatch.setattr(steps.bar, "set_postfix_str", shown.append)
+    for step, _ in steps:
+        steps.show(torch.tensor(step / 8))
+    assert shown == ["step 0 loss 0.0000", "step 50 loss 6.2500", "step 100 loss 12.5000"]
+
+
+@pytest.mark.parametrize(
+    ("step", "used", "factor"),
+    [(0, 0.0, 0.01), (49, 0.0, 0.5), (99, 0.0, 1.0), (500, 0.5, 0.5), (500, 1 / 3, 0.75), (500, 1.0, 0.0)],
+)
+def test_learning_rate(step, used, factor):
+    assert warmup_cosine(step, used, 100) == pytest.approx(factor, abs=1e-12)

@@ -1,0 +1,121 @@
+"""The evaluation: the same pictures whatever the batch, and figures that can be counted by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from wadi import cli
+from wadi.emoji import evaluate as module
+from wadi.emoji.captions import is_held_out, parse_caption, sample_captions, stated
+from wadi.emoji.evaluate import (
+    EvaluateConfig,
+    evaluate,
+    evaluation_captions,
+    free_attributes,
+    generate_in_batches,
+    judge_prompts,
+    load_pipeline,
+    pipeline_generator,
+)
+from wadi.emoji.judge import Reading
+from wadi.errors import WadiError
+
+
+@pytest.fixture(scope="module")
+def generate():
+    return pipeline_generator(load_pipeline(EvaluateConfig(device="cpu")), 1, 1.0)
+
+
+def test_batches_do_not_change_the_pictures(generate):
+    prompts = [caption.text for caption in sample_captions(8, "batches")]
+    whole, parts = (generate_in_batches(generate, prompts, 5, size).int() for size in (8, 3))
+    assert whole.shape == (8, 3, 64, 64)
+    assert whole.float().std() > 10  # not one flat colour
+    # Convolutions of other batches may differ in the last bit, which may round to the next of 256 values.
+    assert (whole - parts).abs().max() <= 1
+    assert (whole != parts).double().mean() < 1e-2
+    assert (generate([prompts[2]], [7]).int() - whole[2]).abs().max() <= 1
+
+
+def test_another_seed_is_another_picture(generate):
+    first, second = generate(["a panda", "a panda"], [0, 1]).float()
+    assert (first - second).abs().mean() > 1
+
+
+def reading(background, x, size):
+    count = len(background)
+    center = torch.zeros(count, 2, 2)
+    center[:, 0, 0] = torch.tensor(x)
+    sizes = torch.tensor(size)[:, None].expand(count, 2)
+    zeros = torch.zeros(count, 2)
+    return Reading(zeros.long(), zeros, center, sizes, torch.tensor(background), torch.zeros(count, 128))
+
+
+def test_free_attributes_are_counted_where_the_caption_leaves_them_free():
+    captions = [
+        *["a cat"] * 2,
+        "a cat on the left on a red background",
+        "a big cat on a red background",
+        "a cat and a dog",
+        "a cat left of a dog",
+    ]
+    columns = stated([parse_caption(caption) for caption in captions])
+    figures = free_attributes(
+        reading([0, 1, 9, 9, 2, 3], [0.2, 0.6, 9.0, 0.4, 9.0, 9.0], [0.3, 0.5, 0.4, 9.0, 9.0, 9.0]), columns
+    )
+    assert figures["background_entropy"] == pytest.approx(2.0)  # four colours in four free pictures
+    # x of 0.2, 0.4, 0.6 has standard deviation 0.2; y is always the same; the mean of the two, in pixels.
+    assert figures["place_spread"] == pytest.approx(64 * 0.1, rel=1e-5)
+    assert figures["size_spread"] == pytest.approx(64 * 0.1, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_what_is_never_free_is_nan():
+    columns = stated([parse_caption("a big cat on the left on a red background")] * 3)
+    figures = free_attributes(reading([0] * 3, [0.2] * 3, [0.6] * 3), columns)
+    assert all(math.isnan(value) for value in figures.values())
+
+
+def test_captions_of_an_evaluation():
+    sets = {name: evaluation_captions(name, 300) for name in ("selection", "test", "held-out")}
+    assert [any(map(is_held_out, captions)) for captions in sets.values()] == [False, False, True]
+    assert all(map(is_held_out, sets["held-out"]))
+    assert sets["selection"] != sets["test"]
+    assert evaluation_captions("test", 300) == sets["test"]
+
+
+def test_too_few_pictures_are_refused():
+    with pytest.raises(WadiError, match="--num-samples 255"):
+        evaluate(EvaluateConfig(num_samples=255))
+
+
+def test_prompts_outside_the_grammar_are_refused():
+    with pytest.raises(WadiError, match="a zebra"):
+        judge_prompts(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["a zebra"])
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    """On pure noise: no caption is met, and the distance is far from the 0.19 of real pictures."""
+
+    def noise(prompts, seeds):
+        generator = torch.Generator().manual_seed(seeds[0])
+        return torch.randint(0, 256, (len(prompts), 3, 64, 64), generator=generator).byte()
+
+    monkeypatch.setattr(module, "load_pipeline", lambda config: None)
+    monkeypatch.setattr(module, "pipeline_generator", lambda *arguments: noise)
+    out = tmp_path / "figures.json"
+    options = ["--num-samples", "256", "--batch-size", "100", "--device", "cpu", "--out", str(out)]
+    assert cli.main(["emoji", "evaluate", *options]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert figures["samples"] == 256
+    assert figures["alignment"] < 0.05
+    assert figures["precision"] < 0.05
+    assert figures["frechet_distance"] > 10
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(figures)
+    assert len({len(line) for line in lines}) == 1  # one table
+    for line, (name, value) in zip(lines, figures.items(), strict=True):
+        assert line.startswith(name.replace("_", " "))
+        assert float(line.split()[-1]) == pytest.approx(value, abs=1e-4, nan_ok=True)
