@@ -54,6 +54,14 @@ def test_nothing_to_do_shows_the_overview(capsys):
     assert "usage: wadi COMMAND" in capsys.readouterr().out
 
 
+def test_a_group_has_help(capsys):
+    assert run("emoji", "--help") == 0
+    shown = capsys.readouterr().out
+    assert {name for name in cli.COMMANDS if f"  {name} " in shown} == {
+        name for name in cli.COMMANDS if name.startswith("emoji ")
+    }
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_has_help(command, capsys):
     assert run(*command.split(), "--help") == 0

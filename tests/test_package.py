@@ -28,6 +28,19 @@ def test_import_alone_loads_nothing_heavy():
     assert python(f"import sys, wadi; print({heavy} & set(sys.modules))") == "set()"
 
 
+def test_options_of_a_distillation_do_not_load_diffusers():
+    code = "import sys; from wadi.distill import DistillConfig, PRESETS"
+    assert python(f"{code}; print({{'diffusers', 'transformers', 'peft'}} & set(sys.modules))") == "set()"
+
+
+def test_wadi_distill_has_the_names_that_it_lists():
+    import wadi.distill
+
+    assert all(getattr(wadi.distill, name) is not None for name in wadi.distill.__all__)
+    with pytest.raises(AttributeError, match="Distiller"):
+        _ = wadi.distill.Distiller
+
+
 def test_unknown_names_are_attribute_errors():
     import wadi
 

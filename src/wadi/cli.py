@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wadi {__version__}")
         return 0
     try:
+        if arguments[1:] in (["-h"], ["--help"]) and _under(arguments[0]):
+            print(_group_overview(arguments[0]))
+            return 0
         command, options = _command(arguments)
         _be_quiet()
         _print_result(_run(command, options))
@@ -245,9 +248,24 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> N
     )
 
 
+def _under(group: str) -> list[str]:
+    """The commands of two words that begin with `group`."""
+    return [name for name in COMMANDS if name.startswith(f"{group} ")]
+
+
+def _lines_of_help(commands: Iterable[str], width: int) -> str:
+    return "\n".join(f"  {name:{width}}{COMMANDS[name][1]}" for name in commands)
+
+
+def _group_overview(group: str) -> str:
+    names = _under(group)
+    commands = _lines_of_help(names, max(map(len, names)) + 4)
+    return f"usage: wadi {group} COMMAND [OPTIONS]\n\ncommands:\n{commands}"
+
+
 def _overview() -> str:
     width = max(map(len, COMMANDS)) + 4
-    commands = "\n".join(f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items())
+    commands = _lines_of_help(COMMANDS, width)
     return (
         "usage: wadi COMMAND [OPTIONS]\n\n"
         "One-step pictures from diffusion models, by learning how their weights turn (WaDi).\n\n"
@@ -264,8 +282,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    under = [name for name in COMMANDS if name.split()[0] == arguments[0]]
-    if under:
+    if under := _under(arguments[0]):
         raise WadiError(f"{arguments[0]}: name one of its commands: {', '.join(n.split()[1] for n in under)}")
     near = difflib.get_close_matches(arguments[0], [name.split()[0] for name in COMMANDS], 1)
     hint = f"did you mean {near[0]}?" if near else "see wadi --help"
@@ -289,8 +306,11 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _print_result(result: Any) -> None:
-    for name, value in result.items() if isinstance(result, dict) else ():
-        print(f"{name:>24}  {value:.4g}" if isinstance(value, float) else f"{name:>24}  {value}")
+    if isinstance(result, dict):
+        width = max(map(len, result))
+        for name, value in result.items():
+            figure = f"{value:.4f}" if isinstance(value, float) else f"{value}"
+            print(f"{name.replace('_', ' '):{width}}  {figure:>10}")
 
 
 def _be_quiet() -> None:

@@ -1,11 +1,18 @@
-"""Distillation of a diffusion model into a one-step generator by variational score distillation."""
+"""Distillation of a diffusion model into a one-step generator by variational score distillation.
 
-from wadi.distill.backbone import UNetBackbone
-from wadi.distill.config import PRESETS, DistillConfig
-from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
-from wadi.distill.run import distill
-from wadi.distill.schedule import Schedule
-from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
+Names are imported when they are first used, so that the options alone do not bring diffusers along.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wadi.distill.backbone import UNetBackbone
+    from wadi.distill.config import PRESETS, DistillConfig
+    from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
+    from wadi.distill.run import distill
+    from wadi.distill.schedule import Schedule
+    from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
 
 __all__ = [
     "PRESETS",
@@ -20,3 +27,23 @@ __all__ = [
     "make_accelerator",
     "read_prompts",
 ]
+
+_MODULE_OF = {
+    "PRESETS": "config",
+    "DistillConfig": "config",
+    "PromptEmbeddings": "prompts",
+    "Schedule": "schedule",
+    "StepInputs": "trainer",
+    "Trainer": "trainer",
+    "UNetBackbone": "backbone",
+    "distill": "run",
+    "encode_prompts": "prompts",
+    "make_accelerator": "trainer",
+    "read_prompts": "prompts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -363,5 +363,5 @@ PRESETS: dict[str, DistillConfig] = {
         _SD15, pretrained_model_name_or_path="stabilityai/stable-diffusion-2-1", output_dir="runs/sd21"
     ),
 }
-"""Starting points by name: the emoji teacher (as its shipped student was made on a GPU, in minutes on a CPU, and in
-the paper's proportions) and the authors' settings for Stable Diffusion."""
+"""Starting points by name: the emoji teacher (as its shipped student was made on a GPU, in minutes on a CPU,
+and in the paper's proportions) and the authors' settings for Stable Diffusion."""
