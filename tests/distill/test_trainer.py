@@ -309,9 +309,9 @@ def test_cuda_graph_replays_the_eager_iteration(changes):
     eager, graphed = make(**changes), make(cuda_graphs=True, **changes)
     for step in range(6):
         expected, losses = eager.step(step), graphed.step(step)
+        eager.synchronize(), graphed.synchronize()
         for name in expected:
             torch.testing.assert_close(losses[name], expected[name], rtol=2e-2, atol=1e-5)
-    eager.synchronize(), graphed.synchronize()
     assert_close_by_group(eager, graphed)
 
 
