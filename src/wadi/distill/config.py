@@ -338,10 +338,10 @@ PRESETS: dict[str, DistillConfig] = {
         _EMOJI,
         output_dir="runs/emoji-cpu",
         train_batch_size=8,
-        max_train_steps=320,
+        max_train_steps=210,
         ema_decay=0.98,
-        checkpointing_steps=100,
-        validation_steps=80,
+        checkpointing_steps=105,
+        validation_steps=70,
     ),
     "emoji-paper": dataclasses.replace(
         _EMOJI,
