@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from wadi.emoji.captions import is_held_out, parse_caption, sample_captions, sta
 from wadi.emoji.evaluate import (
     EvaluateConfig,
     evaluate,
+    evaluated_pipeline,
     evaluation_captions,
     free_attributes,
     generate_in_batches,
-    judge_prompts,
-    load_pipeline,
     pipeline_generator,
 )
 from wadi.emoji.judge import Reading
@@ -25,7 +25,7 @@ from wadi.errors import WadiError
 
 @pytest.fixture(scope="module")
 def generate():
-    return pipeline_generator(load_pipeline(EvaluateConfig(device="cpu")), 1, 1.0)
+    return pipeline_generator(evaluated_pipeline(EvaluateConfig(device="cpu")), 1, 1.0)
 
 
 def test_batches_do_not_change_the_pictures(generate):
@@ -91,9 +91,14 @@ def test_too_few_pictures_are_refused():
         evaluate(EvaluateConfig(num_samples=255))
 
 
-def test_prompts_outside_the_grammar_are_refused():
-    with pytest.raises(WadiError, match="a zebra"):
-        judge_prompts(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["a zebra"])
+def test_a_student_takes_one_step():
+    with pytest.raises(WadiError, match="--num-inference-steps 25"):
+        evaluate(EvaluateConfig(adapter=Path("student"), num_inference_steps=25))
+
+
+def test_a_folder_that_is_not_a_pipeline_is_told(tmp_path):
+    with pytest.raises(WadiError, match=str(tmp_path)):
+        evaluate(EvaluateConfig(pipeline=tmp_path, num_samples=256, num_inference_steps=25, device="cpu"))
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -103,7 +108,7 @@ def test_command(monkeypatch, tmp_path, capsys):
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randint(0, 256, (len(prompts), 3, 64, 64), generator=generator).byte()
 
-    monkeypatch.setattr(module, "load_pipeline", lambda config: None)
+    monkeypatch.setattr(module, "evaluated_pipeline", lambda config: None)
     monkeypatch.setattr(module, "pipeline_generator", lambda *arguments: noise)
     out = tmp_path / "figures.json"
     options = ["--num-samples", "256", "--batch-size", "100", "--device", "cpu", "--out", str(out)]

@@ -17,6 +17,7 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
 from wadi.errors import WadiError
+from wadi.onestep.scheduler import SCHEDULE_FIELDS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -74,7 +75,7 @@ class Schedule(torch.nn.Module):
         if "beta_schedule" not in config:
             name = config.get("_class_name", "this scheduler")
             raise WadiError(f"scheduler: {name} has no betas; use a model with a DDPM-like noise schedule")
-        betas = {key: config[key] for key in _BETA_KEYS if key in config}
+        betas = {key: config[key] for key in SCHEDULE_FIELDS if key in config}
         return cls(
             DDPMScheduler(**betas).alphas_cumprod, config.get("prediction_type", "epsilon"), alpha_T_squared
         )
@@ -117,13 +118,3 @@ class Schedule(torch.nn.Module):
         if self.prediction_type == "epsilon":
             return (z - self.sigma_T * prediction) / self.alpha_T
         return self.alpha_T * z - self.sigma_T * prediction
-
-
-_BETA_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)

@@ -70,9 +70,14 @@ def with_article(noun: str, adjective: str | None = None) -> str:
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
+def held_out_background(emoji: int | torch.Tensor) -> int | torch.Tensor:
+    """The one colour of ten that training never shows behind an emoji, index into ``COLOURS``."""
+    return (7 * emoji + 3) % len(COLOURS)
+
+
 def is_held_out_background(emoji: int, background: int) -> bool:
     """Whether training never shows this emoji on this background: one colour of ten for each emoji."""
-    return background == (7 * emoji + 3) % len(COLOURS)
+    return background == held_out_background(emoji)
 
 
 def is_held_out_pair(first: int, second: int) -> bool:

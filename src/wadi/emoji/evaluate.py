@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from wadi.emoji import assets_folder, teacher_folder
-from wadi.emoji.captions import COLOURS, Caption, parse_caption, sample_captions, stated
+from wadi.emoji.captions import COLOURS, Caption, sample_captions, stated
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
@@ -138,21 +138,14 @@ def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float
     return generate
 
 
-def load_pipeline(config: EvaluateConfig):
+def evaluated_pipeline(config: EvaluateConfig):
     """The pipeline that a configuration names, in float32 on its device, with the right scheduler."""
-    from diffusers import StableDiffusionPipeline
-
-    from wadi.onestep import OneStepPipeline, one_step_scheduler
+    from wadi.onestep import OneStepPipeline, load_pipeline
 
     folder = config.pipeline or teacher_folder()
-    if config.adapter is not None:
-        return OneStepPipeline.from_pretrained(folder, adapter=config.adapter).pipeline.to(config.device)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True
-    )
-    if config.num_inference_steps == 1:
-        pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
-    return pipeline.to(config.device)
+    if config.adapter is not None or config.num_inference_steps == 1:
+        return OneStepPipeline.from_pretrained(folder, adapter=config.adapter, device=config.device).pipeline
+    return load_pipeline(folder).to(config.device)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -161,9 +154,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         raise WadiError(
             f"--num-samples {config.num_samples}: a Frechet distance of 128 features needs at least 256"
         )
+    if config.adapter is not None and config.num_inference_steps != 1:
+        raise WadiError(
+            f"--num-inference-steps {config.num_inference_steps}: the student of --adapter takes one step"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     captions = evaluation_captions(config.prompts, config.num_samples)
-    generate = pipeline_generator(load_pipeline(config), config.num_inference_steps, config.guidance_scale)
+    generate = pipeline_generator(
+        evaluated_pipeline(config), config.num_inference_steps, config.guidance_scale
+    )
     images = generate_in_batches(
         generate, [caption.text for caption in captions], config.seed, config.batch_size
     )
@@ -171,8 +170,3 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     if config.out is not None:
         write_json(config.out, {"config": {k: str(v) for k, v in vars(config).items()}, "figures": figures})
     return figures
-
-
-def judge_prompts(images: torch.Tensor, prompts: Sequence[str], device: str = "cpu") -> dict[str, float]:
-    """:func:`judge_images` for prompts in English."""
-    return judge_images(images, [parse_caption(prompt) for prompt in prompts], device=device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from wadi.emoji.captions import COLOURS
+from wadi.emoji.captions import COLOURS, held_out_background
 
 IMAGE_SIZE = 64
 SMALL = (0.32, 0.42)
@@ -134,8 +134,8 @@ def _pair_centers(relation: torch.Tensor, uniform) -> torch.Tensor:
 
 
 def _free_background(emoji: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(N,) a background that training may show with these emoji (see ``is_held_out_background``)."""
-    forbidden = torch.where(emoji >= 0, (7 * emoji + 3) % len(COLOURS), -1)
+    """(N,) a background that training may show with these emoji (see ``held_out_background``)."""
+    forbidden = torch.where(emoji >= 0, held_out_background(emoji), -1)
     colours = torch.arange(len(COLOURS), device=emoji.device)
     allowed = (forbidden[:, :, None] != colours).all(1).float()
     return torch.multinomial(allowed, 1, generator=generator)[:, 0]

@@ -11,7 +11,7 @@ from diffusers import LCMScheduler, SchedulerMixin
 
 from wadi.errors import WadiError
 
-_SCHEDULE_FIELDS = (
+SCHEDULE_FIELDS = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -19,6 +19,7 @@ _SCHEDULE_FIELDS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
+"""What of a scheduler's configuration decides its noise schedule."""
 
 
 def one_step_scheduler(
@@ -55,7 +56,7 @@ def one_step_scheduler(
             f"scheduler: prediction_type {prediction_type!r} cannot be distilled; "
             "use a teacher with 'epsilon' or 'v_prediction'"
         )
-    one_step = _lcm({name: config[name] for name in _SCHEDULE_FIELDS if name in config}, prediction_type)
+    one_step = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, prediction_type)
     own = float(one_step.alphas_cumprod[-1])
     if alpha_T_squared is not None and not math.isclose(alpha_T_squared, own, rel_tol=1e-6):
         betas = _betas_ending_at(alpha_T_squared, len(one_step.alphas_cumprod))
