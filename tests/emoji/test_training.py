@@ -49,7 +49,7 @@ def test_vae_decoder_alone(vae_folder, atlas, tmp_path, monkeypatch):
 
 def test_teacher(vae_folder, atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(train_teacher, "ENCODED_BATCH", 8)
-    sizes = {"pictures": 16, "captions": 60, "relation_focus": 0.4}
+    sizes = {"pictures": 16, "captions": 60, "pair_focus": 0.4}
     config = train_teacher.TrainTeacherConfig(vae_folder, tmp_path / "a", atlas=atlas, **sizes, **TINY)
     figures = train_teacher.train_teacher(config)
     assert figures["steps"] == 2
@@ -101,7 +101,7 @@ def test_one_step_of_the_teacher():
 def test_judge(atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(train_judge, "REFERENCE_SAMPLES", 40)
     monkeypatch.setattr(
-        train_judge, "sample_captions", lambda count, seed: sample_captions(min(count, 60), seed)
+        train_judge, "sample_captions", lambda count, *which: sample_captions(min(count, 60), *which)
     )
     figures = train_judge.train_judge(train_judge.TrainJudgeConfig(tmp_path, atlas=atlas, **TINY))
     # The unit of the features makes real pictures this far from each other, whatever the judge has learned.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from wadi.emoji.captions import sample_captions, stated
+from wadi.emoji.captions import Split, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import GRID, Judge, attributes_right
@@ -99,7 +99,9 @@ def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
     judge.feature_scale.fill_(1.0)
     judge, atlas = judge.to(device), load_atlas(config.atlas).to(device).float() / 255
     generator = torch.Generator(device).manual_seed(config.seed)
-    pool = {name: column.to(device) for name, column in stated(sample_captions(200_000, "judge")).items()}
+    # A measure must read what training never shows a generator, too.
+    captions = sample_captions(160_000, "judge") + sample_captions(40_000, "judge", "held-out")
+    pool = {name: column.to(device) for name, column in stated(captions).items()}
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-3)
     steps = TimedSteps(config.seconds, config.max_train_steps, "judge")
     for step, used in steps:
@@ -121,16 +123,17 @@ def _random_scenes(pool: dict[str, torch.Tensor], count: int, generator: torch.G
     return sample_scenes({name: column[index] for name, column in pool.items()}, generator)
 
 
-def real_images(captions_seed: str, count: int, atlas: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
+def real_images(
+    captions_seed: str, count: int, atlas: torch.Tensor, seed: int, split: Split = "train"
+) -> tuple[torch.Tensor, dict]:
     """Real pictures of `count` captions.
 
     Returns:
         uint8 (N, 3, 64, 64) on the atlas' device, and what the captions state.
     """
     device = atlas.device
-    columns = {
-        name: column.to(device) for name, column in stated(sample_captions(count, captions_seed)).items()
-    }
+    captions = sample_captions(count, captions_seed, split)
+    columns = {name: column.to(device) for name, column in stated(captions).items()}
     scenes = sample_scenes(columns, torch.Generator(device).manual_seed(seed))
     images = [
         (render(scenes[first : first + 500], atlas) * 255).round().to(torch.uint8)
@@ -155,8 +158,15 @@ def _finish(config: TrainJudgeConfig, judge: Judge, atlas: torch.Tensor) -> dict
         {**feature_statistics(features), "features": features[: REFERENCE_SAMPLES * 2 // 5].half()},
     )
     right = attributes_right(other, columns)
+    unseen, unseen_columns = real_images("unseen", REFERENCE_SAMPLES, atlas, config.seed + 3, "held-out")
+    unseen_right = attributes_right(half.read(unseen), unseen_columns)["all"].float().mean().item()
     distance = frechet_distance(
         feature_statistics(features), feature_statistics(other.features * half.feature_scale)
     )
     figures = {f"real_{name}": value.float().mean().item() for name, value in right.items()}
-    return {"real_frechet_distance": distance, "raw_real_frechet_distance": raw, **figures}
+    return {
+        "real_frechet_distance": distance,
+        "raw_real_frechet_distance": raw,
+        **figures,
+        "real_held_out_all": unseen_right,
+    }

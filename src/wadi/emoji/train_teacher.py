@@ -27,7 +27,7 @@ ENCODED_BATCH = 2000
 """Pictures at a time when latents are encoded ahead."""
 
 FOCUS_TIMESTEP = 300
-"""Lowest timestep of the pairs that `relation_focus` adds."""
+"""Lowest timestep of the pairs that `pair_focus` adds."""
 
 
 @dataclass
@@ -56,10 +56,11 @@ class TrainTeacherConfig:
     """Latents encoded ahead."""
     captions: int = 150_000
     """Different captions among them."""
-    relation_focus: float = 0.0
-    """Share of the training, from its start, in which half of every batch is pairs with a relation
-    ("left of", "above") at high noise, where the order of two objects is decided. Without it the order is
-    learned last."""
+    pair_focus: float = 0.0
+    """Share of the training, from its start, in which half of every batch is pairs of objects at high noise,
+    where it is decided what is where. Without it the order of two objects is learned last."""
+    compile: bool = False
+    """Compile the U-Net first (about a minute); then its steps take less time."""
     seed: int = 0
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +156,7 @@ class TeacherTraining:
         text_encoder: CLIPTextModel,
         empty: torch.Tensor,
     ):
-        self.config, self.unet, self.text_encoder = config, unet, text_encoder
+        self.config, self.text_encoder = config, text_encoder
         self.device = torch.device(config.device)
         self.parameters = [*unet.parameters(), *text_encoder.parameters()]
         self.ema = [parameter.detach().clone() for parameter in self.parameters]
@@ -178,6 +179,7 @@ class TeacherTraining:
         self.ids = empty.to(self.device).repeat(size, 1)
         self.empty = empty.to(self.device)
         self.loss = torch.zeros((), device=self.device)
+        self.predict = torch.compile(unet) if config.compile else unet
         self.run = self._captured() if cuda else self._step
 
     def _step(self) -> None:
@@ -189,7 +191,7 @@ class TeacherTraining:
         ):
             states = self.text_encoder(self.ids)[0]
             noisy = alpha * self.latents + sigma * self.noise
-            prediction = self.unet(noisy, self.timesteps, states, return_dict=False)[0]
+            prediction = self.predict(noisy, self.timesteps, states, return_dict=False)[0]
         loss = F.mse_loss(prediction.float(), self.noise)
         for parameter in self.parameters:
             parameter.grad = None
@@ -262,13 +264,13 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     )
     captions = sample_captions(config.captions, "teacher")
     pool = encode_pool(config, vae, tokenizer, captions, config.pictures, config.seed)
-    related = pool
-    if config.relation_focus:
-        pairs = [caption for caption in captions if caption.relation]
-        related = encode_pool(config, vae, tokenizer, pairs, config.pictures // 2, config.seed + 2)
+    pairs = pool
+    if config.pair_focus:
+        two = [caption for caption in captions if caption.relation is not None]
+        pairs = encode_pool(config, vae, tokenizer, two, config.pictures // 2, config.seed + 2)
     unet, text_encoder = _networks(config, tokenizer)
     training = TeacherTraining(config, unet, text_encoder, tokenize(tokenizer, [""]))
-    steps = _fit(training, pool, related)
+    steps = _fit(training, pool, pairs)
     for parameter, average in zip(training.parameters, training.ema, strict=True):
         parameter.data.copy_(average)
     write_pipeline(config.out, vae, text_encoder, tokenizer, unet)
@@ -278,19 +280,19 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
 def _fit(
     training: TeacherTraining,
     pool: tuple[torch.Tensor, torch.Tensor],
-    related: tuple[torch.Tensor, torch.Tensor],
+    pairs: tuple[torch.Tensor, torch.Tensor],
 ) -> TimedSteps:
     config, device, size = training.config, training.device, training.config.train_batch_size
     generator = torch.Generator(device).manual_seed(config.seed + 1)
-    # While focused, the first half of a batch is related pairs.
+    # While focused, the first half of a batch is pairs.
     lowest = torch.where(torch.arange(size, device=device) < size // 2, FOCUS_TIMESTEP, 0)
     steps = TimedSteps(config.seconds, config.max_train_steps, "teacher")
     for step, used in steps:
         index = torch.randint(len(pool[0]), (size,), generator=generator, device=device)
-        (latents, ids), focused = (column[index] for column in pool), used < config.relation_focus
+        (latents, ids), focused = (column[index] for column in pool), used < config.pair_focus
         if focused:
-            index = torch.randint(len(related[0]), (size // 2,), generator=generator, device=device)
-            latents[: size // 2], ids[: size // 2] = (column[index] for column in related)
+            index = torch.randint(len(pairs[0]), (size // 2,), generator=generator, device=device)
+            latents[: size // 2], ids[: size // 2] = (column[index] for column in pairs)
         rate = config.learning_rate * warmup_cosine(step, used, 500)
         training.step(latents.float(), ids, step, rate, generator, lowest if focused else 0)
         steps.show(training.loss)
