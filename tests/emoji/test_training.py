@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
 from tests.emoji.cases import synthetic_atlas
 from wadi.emoji import train_judge, train_teacher, train_vae
@@ -13,6 +13,7 @@ from wadi.emoji.glyphs import NAMES
 from wadi.emoji.judge import Judge
 from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.tokenizer import build_tokenizer
+from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
 from wadi.metrics import feature_statistics, frechet_distance
 
@@ -66,6 +67,29 @@ def test_teacher(vae_folder, atlas, tmp_path, monkeypatch):
         ours, theirs = (getattr(p, name).state_dict() for p in (pipeline, again))
         # Without a learning rate, going on changes nothing but the last bit of the average.
         assert all(torch.allclose(theirs[key], value, rtol=2e-3) for key, value in ours.items())
+
+
+def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_teacher, "ENCODED_BATCH", 8)
+
+    def unet(name, init=None, init_share=0.0):
+        config = train_teacher.TrainTeacherConfig(
+            vae_folder, tmp_path / name, init, init_share, atlas=atlas, pictures=16, captions=60, **TINY
+        )
+        train_teacher.train_teacher(config)
+        return UNet2DConditionModel.from_pretrained(tmp_path / name, subfolder="unet").state_dict()
+
+    first = unet("first")
+    new, half, kept = (unet(str(share), tmp_path / "first", share) for share in (0.0, 0.5, 1.0))
+    assert any(not torch.equal(first[key], new[key]) for key in first)
+    for key, value in first.items():
+        assert torch.equal(kept[key], value)
+        # float16 holds 11 bits
+        torch.testing.assert_close(half[key], (value + new[key]) / 2, rtol=2e-3, atol=1e-6)
+    with pytest.raises(WadiError, match="--init-share"):
+        unet("without", None, 0.5)
+    with pytest.raises(WadiError, match="--init-share"):
+        unet("much", tmp_path / "first", 1.5)
 
 
 def test_one_step_of_the_teacher():

@@ -21,6 +21,7 @@ from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
+from wadi.errors import WadiError
 from wadi.files import replacing_folder
 
 ENCODED_BATCH = 2000
@@ -40,6 +41,9 @@ class TrainTeacherConfig:
     """Pipeline folder to write (float16 safetensors)."""
     init: Path | None = None
     """Pipeline folder whose text encoder and U-Net to go on from, instead of random weights."""
+    init_share: float = 0.0
+    """Share of the weights of `init` in what is written; the rest is the new weights. Half keeps more of what
+    training never shows (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022)."""
     atlas: Path | None = None
     """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
     seconds: float = 420.0
@@ -250,7 +254,13 @@ def _networks(
 
 
 def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
-    """Train and write the pipeline folder; returns steps, seconds and the last loss."""
+    """Train and write the pipeline folder; returns steps, seconds and the last loss.
+
+    Raises:
+        WadiError: a share of `init` outside 0 to 1, or without `init`.
+    """
+    if not 0 <= config.init_share <= 1 or (config.init_share and config.init is None):
+        raise WadiError(f"--init-share {config.init_share}: must be between 0 and 1, and needs --init")
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -269,10 +279,11 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
         two = [caption for caption in captions if caption.relation is not None]
         pairs = encode_pool(config, vae, tokenizer, two, config.pictures // 2, config.seed + 2)
     unet, text_encoder = _networks(config, tokenizer)
+    initial = [parameter.detach().clone() for parameter in (*unet.parameters(), *text_encoder.parameters())]
     training = TeacherTraining(config, unet, text_encoder, tokenize(tokenizer, [""]))
     steps = _fit(training, pool, pairs)
-    for parameter, average in zip(training.parameters, training.ema, strict=True):
-        parameter.data.copy_(average)
+    for parameter, average, start in zip(training.parameters, training.ema, initial, strict=True):
+        parameter.data.copy_(average.lerp(start, config.init_share))
     write_pipeline(config.out, vae, text_encoder, tokenizer, unet)
     return {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
 
