@@ -1,0 +1,141 @@
+"""The fused kernels against float64; they need a GPU, so what can be asked without one is little."""
+
+import pytest
+import torch
+from torch import nn
+
+from wadi.lorad import kernels
+from wadi.lorad.rotation import Factors, angles, rotate, rotated_linear, rotated_weight
+
+SHAPES = [(64, 64, 4), (70, 50, 24), (320, 320, 256), (1280, 5120, 256), (130, 258, 5), (3, 2, 1)]
+# The turned weight is rounded to its dtype: half a unit of 24, 8 and 11 bits; 1e-5 and 3e-3 are asked for.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
+
+
+def case(rows, columns, rank, dtype=torch.float32, device="cuda"):
+    generator = torch.Generator(device).manual_seed(rows + columns + rank)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    # angles of about one radian
+    return normal(rows, columns).to(dtype), normal(rows, rank) / rank**0.5, normal(rank, columns // 2)
+
+
+def relative_error(ours, reference):
+    return ((ours.double() - reference).norm() / reference.norm()).item()
+
+
+def test_the_eager_path_is_taken_where_there_is_no_kernel():
+    weight, A, B = case(4, 6, 2, device="cpu")
+    assert not kernels.supports(weight, [A, B])
+
+
+@pytest.mark.gpu
+def test_what_is_supported():
+    weight, A, B = case(8, 6, 2)
+    assert kernels.supports(weight, [A, B])
+    assert kernels.supports(weight.bfloat16(), [A.half(), B])
+    assert not kernels.supports(weight.double(), [A, B])
+    assert not kernels.supports(weight, [A.double(), B])
+    assert not kernels.supports(weight[:, :5], [A, B[:, :2]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_rotation_against_float64(shape, dtype):
+    weight, A, B = case(*shape, dtype)
+    turned = kernels.rotate(weight, A, B)
+    reference = rotate(weight.double(), angles(A.double(), B.double()))
+    assert turned.dtype == dtype
+    assert relative_error(turned, reference) < TOLERANCE[dtype]
+    norms = weight.double().norm(dim=1)
+    torch.testing.assert_close(turned.double().norm(dim=1), norms, rtol=4 * TOLERANCE[dtype], atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_gradient_of_the_angles_against_float64(shape, dtype):
+    weight, A, B = case(*shape, dtype)
+    grad = torch.randn_like(weight)
+    turned, grad_theta = kernels.rotate_backward(weight, A, B, grad)
+    theta = angles(A.double(), B.double()).requires_grad_()
+    reference = rotate(weight.double(), theta)
+    (expected,) = torch.autograd.grad(reference, theta, grad.double())
+    assert relative_error(turned, reference.detach()) < TOLERANCE[dtype]
+    assert grad_theta.dtype == torch.float32
+    assert relative_error(grad_theta, expected) < (1e-5 if dtype == torch.float32 else 3e-3)
+    nothing, alone = kernels.rotate_backward(weight, A, B, grad, with_weight=False)
+    assert nothing is None
+    assert torch.equal(alone, grad_theta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_small_and_large_angles(scale):
+    weight, A, B = case(64, 64, 4, torch.bfloat16)
+    # whole multiples of a power of two: exact in TensorFloat-32, so the angle itself has no error
+    A, B = (A * 4).round() / 4, (B * 4).round() / 4 * 2.0 ** round(torch.tensor(scale).log2().item())
+    reference = rotate(weight.double(), angles(A.double(), B.double()))
+    assert relative_error(kernels.rotate(weight, A, B), reference) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_transposed_weight_and_two_adapters():
+    weight, A, B = case(96, 64, 4)
+    stored = weight.T.contiguous().T
+    assert not stored.is_contiguous()
+    _, C, D = case(96, 64, 7)
+    turned = rotated_weight(stored, [Factors(A, B, 0.5), Factors(C, D, -2.0)])
+    theta = 0.5 * A.double() @ B.double() - 2 * C.double() @ D.double()
+    assert relative_error(turned, rotate(weight.double(), theta)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+def test_layer_against_float64_autograd(dtype, bound):
+    weight, A, B = case(96, 64, 8, dtype)
+    x = torch.randn(40, 64, device="cuda").to(dtype)
+    bias = torch.randn(96, device="cuda").to(dtype)
+    leaves = [x, weight, bias, A, B]
+    grad = torch.randn(40, 96, device="cuda").to(dtype)
+
+    def run(leaves, linear):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        out = linear(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    ours = run(leaves, lambda x, w, b, A, B: rotated_linear(x, w, b, [Factors(A, B, 0.5)]))
+    exact = run(
+        [leaf.double() for leaf in leaves],
+        lambda x, w, b, A, B: nn.functional.linear(x, rotate(w, 0.5 * A @ B), b),
+    )
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert relative_error(mine, theirs) < bound
+
+
+@pytest.mark.gpu
+def test_compiles_without_a_graph_break():
+    weight, A, B = case(96, 64, 8)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    x = torch.randn(40, 64, device="cuda")
+
+    def loss(x):
+        return rotated_linear(x, weight, None, [Factors(A, B)]).square().sum()
+
+    eager = torch.autograd.grad(loss(x), [A, B])
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), [A, B])
+    for ours, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_ops_follow_the_rules_of_custom_operators():
+    weight, A, B = case(70, 50, 24)
+    torch.library.opcheck(torch.ops.wadi.rotate.default, (weight, A, B))
+    for with_weight in (True, False):
+        torch.library.opcheck(
+            torch.ops.wadi.rotate_backward.default, (weight, A, B, torch.randn_like(weight), with_weight)
+        )
