@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, UNetBackbone, distill
@@ -172,3 +173,27 @@ def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
 def test_full_disk_while_logging_gives_one_line():
     with pytest.raises(WadiError, match=r"/dev/full: could not append.*No space left on device"):
         append_metrics(Path("/dev/full"), {"step": 1})
+
+
+def test_student_goes_on_from_an_adapter(options, tmp_path):
+    """With next to no learning rate the student stays the adapter that it started from."""
+    first = distill(options)
+    onward = dataclasses.replace(
+        options,
+        output_dir=str(tmp_path / "onward"),
+        student_adapter=str(first / "adapter"),
+        student_learning_rate=1e-12,
+    )
+    second = distill(onward)
+    before, after = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, second))
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in before.items() if "lorad_A" in name)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_adapters_that_the_student_cannot_start_from(options, tmp_path):
+    first = distill(dataclasses.replace(options, output_dir=str(tmp_path / "first")))
+    other = dataclasses.replace(options, student_adapter=str(first / "adapter"), student_rank=3)
+    refuses(other, "--student-adapter: .*does not fit the adapter: .* has shape", tmp_path)
+    missing = dataclasses.replace(options, student_adapter=str(tmp_path / "none"))
+    refuses(missing, "--student-adapter: .*cannot read", tmp_path)

@@ -50,6 +50,9 @@ class DistillConfig:
     resume_from_checkpoint: str | None = None
     """Run folder (its last checkpoint) or checkpoint folder to go on from, with that run's options."""
 
+    student_adapter: str | None = None
+    """Adapter folder that the student starts from, to train it on, perhaps with other options."""
+
     seed: int = 0
     """Seed of adapters, noise, timesteps and order of prompts."""
 

@@ -102,7 +102,7 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
         )
     paths = {
         name: str(Path(value).absolute()) if Path(value).exists() else value
-        for name in ("pretrained_model_name_or_path", "prompts")
+        for name in ("pretrained_model_name_or_path", "prompts", "student_adapter")
         if (value := getattr(config, name))
     }
     return dataclasses.replace(config, output_dir=str(run), **paths), None

@@ -28,6 +28,7 @@ from wadi.distill.roles import build_roles, enable_gradient_checkpointing, train
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
+from wadi.lorad.io import copy_adapter
 from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
 
@@ -111,6 +112,11 @@ class Trainer:
         roles = build_roles(
             base, student_config(base, r=config.student_rank), small(base, r=config.fake_rank), config.seed
         )
+        if config.student_adapter is not None:
+            try:
+                copy_adapter(roles.student, config.student_adapter)
+            except ValueError as error:
+                raise WadiError(f"--student-adapter: {error}") from error
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(roles.student)
             enable_gradient_checkpointing(roles.fake)

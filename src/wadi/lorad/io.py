@@ -118,6 +118,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     return model
 
 
+def copy_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Give the adapter that `model` already has the weights of the one in `folder`.
+
+    Args:
+        model: a module that carries LoRaD on the same layers at the same rank, not inside a `PeftModel`.
+        folder: holds `adapter_model.safetensors`.
+        adapter_name: which adapter of `model`.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or does not fit; `model` is then as it was.
+    """
+    file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    tensors = _read_tensors(file)
+    if problem := _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors):
+        raise ValueError(f"{file}: does not fit the adapter: {problem}")
+    set_peft_model_state_dict(model, tensors, adapter_name)
+
+
 def _read_config(file: Path) -> LoRaDConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

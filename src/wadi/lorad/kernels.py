@@ -1,22 +1,17 @@
-"""The rotation of `wadi.lorad.rotation`, fused for NVIDIA GPUs (Triton): the angles never leave the chip.
+"""The rotation of `wadi.lorad.rotation`, fused for NVIDIA GPUs (Triton): what follows ``Theta = A B``.
 
-Each program forms a tile of ``Theta = A B`` in registers, turns the pairs of columns of the same tile of
-``W`` and writes what is asked for: the turned weight, and in backward ``dL/dTheta`` as well. So a rotation
-reads ``W`` once and writes ``W'`` once.
-
-Precision: products and angles are accumulated in float32. The operands of ``A B`` are TensorFloat-32 (11
-bits) where the weight itself has no more than that (float16, bfloat16), and three TensorFloat-32 products
-that together are as good as float32 where it is float32. Sine and cosine of the half-precision weights are
-the hardware's (absolute error 5e-7 after reduction to [-pi, pi]).
+One kernel reads ``W`` and ``Theta`` and writes the turned weight; in backward one reads the gradient too and
+writes ``dL/dTheta`` as well. Sine, cosine and the complex product stay in registers, in float32; for weights
+of half precision sine and cosine are the hardware's (absolute error 5e-7, far below the rounding of the
+weight). The product ``A B`` is left to cuBLAS: forming it inside the kernel, tile by tile, took three times
+as long, because every tile reads its rows of ``A`` and columns of ``B`` again.
 
 Used where `supports` says so; everything else, and every other device, takes the eager path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -28,10 +23,11 @@ except ImportError:  # a CPU build of torch comes without
     triton = None
 
 _HALF = (torch.float16, torch.bfloat16)
+_BLOCK = 1024
 _LIBRARY = torch.library.Library("wadi", "DEF")
-_LIBRARY.define("rotate(Tensor weight, Tensor A, Tensor B) -> Tensor")
+_LIBRARY.define("rotate(Tensor weight, Tensor theta) -> Tensor")
 _LIBRARY.define(
-    "rotate_backward(Tensor weight, Tensor A, Tensor B, Tensor grad, bool with_weight) -> (Tensor, Tensor)"
+    "rotate_backward(Tensor weight, Tensor theta, Tensor grad, bool with_weight) -> (Tensor, Tensor)"
 )
 
 
@@ -47,77 +43,72 @@ def available() -> bool:
     )
 
 
-def supports(weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels turn this weight: on a GPU, an even fan-in, no operand wider than float32."""
+def supports(weight: torch.Tensor, theta_dtype: torch.dtype) -> bool:
+    """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32."""
     return (
         weight.is_cuda
         and weight.shape[1] % 2 == 0
         and weight.dtype in (*_HALF, torch.float32)
-        and all(factor.dtype in (*_HALF, torch.float32) for factor in factors)
+        and theta_dtype == torch.float32
         and available()
     )
 
 
-def rotate(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs of columns of `weight` by ``Theta = A B``.
+def rotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs of columns of `weight` by `theta`.
 
     Args:
-        weight: (out, in), float16, bfloat16 or float32, in even, any strides.
-        A: (out, r).
-        B: (r, in // 2).
+        weight: (out, in), float16, bfloat16 or float32, in even.
+        theta: radians, (out, in // 2), float32.
 
     Returns:
         (out, in), contiguous, the dtype of `weight`.
     """
-    return torch.ops.wadi.rotate(weight, A.float(), B.float())
+    return torch.ops.wadi.rotate(weight, theta)
 
 
 def rotate_backward(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, grad: torch.Tensor, with_weight: bool = True
+    weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Turn `weight` again, and give the gradient of the angles, ``dL/dTheta = g_e o' - g_o e'``.
 
     Args:
         weight: (out, in).
-        A: (out, r).
-        B: (r, in // 2).
-        grad: (out, in), gradient for the turned weight.
+        theta: radians, (out, in // 2), float32.
+        grad: (out, in), gradient of the turned weight.
         with_weight: whether the turned weight is wanted.
 
     Returns:
         The turned weight (out, in) in the dtype of `weight`, or None; dL/dTheta, (out, in // 2), float32.
     """
-    turned, grad_theta = torch.ops.wadi.rotate_backward(weight, A.float(), B.float(), grad, with_weight)
+    turned, grad_theta = torch.ops.wadi.rotate_backward(weight, theta, grad, with_weight)
     return (turned if with_weight else None), grad_theta
 
 
 @torch.library.register_fake("wadi::rotate", lib=_LIBRARY)
-def _rotate_fake(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def _rotate_fake(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     return weight.new_empty(weight.shape)
 
 
 @torch.library.register_fake("wadi::rotate_backward", lib=_LIBRARY)
 def _rotate_backward_fake(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, grad: torch.Tensor, with_weight: bool
+    weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, columns = weight.shape
-    turned = weight.new_empty(weight.shape if with_weight else (0,))
-    return turned, weight.new_empty((out, columns // 2), dtype=torch.float32)
+    return weight.new_empty(weight.shape if with_weight else (0,)), theta.new_empty(theta.shape)
 
 
-def _rotate_cuda(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def _rotate_cuda(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     turned = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _launch(weight, A, B, turned, turned, turned, store_weight=True, store_grad=False)
+    _launch(weight, theta, turned, turned, turned, store_weight=True, store_grad=False)
     return turned
 
 
 def _rotate_backward_cuda(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, grad: torch.Tensor, with_weight: bool
+    weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, columns = weight.shape
     turned = torch.empty(weight.shape if with_weight else (0,), dtype=weight.dtype, device=weight.device)
-    grad_theta = torch.empty((out, columns // 2), dtype=torch.float32, device=weight.device)
-    _launch(weight, A, B, grad.contiguous(), turned, grad_theta, store_weight=with_weight, store_grad=True)
+    grad_theta = torch.empty(theta.shape, dtype=torch.float32, device=weight.device)
+    _launch(weight, theta, grad, turned, grad_theta, store_weight=with_weight, store_grad=True)
     return turned, grad_theta
 
 
@@ -127,49 +118,28 @@ _LIBRARY.impl("rotate_backward", _rotate_backward_cuda, "CUDA")
 
 def _launch(
     weight: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
+    theta: torch.Tensor,
     grad: torch.Tensor,
     turned: torch.Tensor,
     grad_theta: torch.Tensor,
-    **stores: bool,
+    store_weight: bool,
+    store_grad: bool,
 ) -> None:
-    rows, pairs, rank = weight.shape[0], weight.shape[1] // 2, A.shape[1]
-    tile = _tile(rows, pairs, rank)
-    grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(pairs, tile["PAIRS"]),)
-    half = weight.dtype in _HALF
+    pairs = theta.numel()
     with torch.cuda.device_of(weight):
-        _rotate_kernel[grid](
-            weight,
-            A,
-            B,
-            grad,
+        _rotate_kernel[(triton.cdiv(pairs, _BLOCK),)](
+            weight.contiguous(),
+            theta.contiguous(),
+            grad.contiguous(),
             turned,
             grad_theta,
-            rows,
             pairs,
-            rank,
-            *weight.stride(),
-            *A.stride(),
-            *B.stride(),
-            STORE_WEIGHT=stores["store_weight"],
-            STORE_GRAD=stores["store_grad"],
-            PRECISION="tf32" if half else "tf32x3",
-            HARDWARE_SINE=half,
-            **tile,
+            STORE_WEIGHT=store_weight,
+            STORE_GRAD=store_grad,
+            HARDWARE_SINE=weight.dtype in _HALF,
+            BLOCK=_BLOCK,
+            num_warps=4,
         )
-
-
-def _tile(rows: int, pairs: int, rank: int) -> dict[str, Any]:
-    """Sizes of a program's tile: large ones share more of A and B, small ones keep every processor busy."""
-    big = rows * pairs >= 128 * 64 * 132
-    return {
-        "ROWS": 128 if big else 64,
-        "PAIRS": 64 if big else 32,
-        "RANK": 32 if rank > 16 else 16,
-        "num_warps": 8 if big else 4,
-        "num_stages": 3,
-    }
 
 
 if triton is not None:
@@ -177,71 +147,37 @@ if triton is not None:
     @triton.jit
     def _rotate_kernel(
         weight_pointer,
-        A_pointer,
-        B_pointer,
+        theta_pointer,
         grad_pointer,
         turned_pointer,
         grad_theta_pointer,
-        rows,
         pairs,
-        rank: tl.constexpr,
-        weight_row,
-        weight_column,
-        A_row,
-        A_column,
-        B_row,
-        B_column,
         STORE_WEIGHT: tl.constexpr,
         STORE_GRAD: tl.constexpr,
-        PRECISION: tl.constexpr,
         HARDWARE_SINE: tl.constexpr,
-        ROWS: tl.constexpr,
-        PAIRS: tl.constexpr,
-        RANK: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
-        tiles = tl.cdiv(pairs, PAIRS)
-        row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
-        pair = (tl.program_id(0) % tiles) * PAIRS + tl.arange(0, PAIRS)
-        column = (tl.program_id(0) % tiles) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
-        wide_row = row[:, None].to(tl.int64)
-        inside = (row < rows)[:, None] & (column < 2 * pairs)[None, :]
-        # asked for first: it travels while the angles are computed
-        weight = tl.load(
-            weight_pointer + wide_row * weight_row + column[None, :] * weight_column, mask=inside, other=0.0
-        ).to(tl.float32)
-
-        theta = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
-        for start in range(0, rank, RANK):
-            k = start + tl.arange(0, RANK)
-            a = tl.load(
-                A_pointer + wide_row * A_row + k[None, :] * A_column,
-                mask=(row < rows)[:, None] & (k < rank)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                B_pointer + k[:, None] * B_row + pair[None, :] * B_column,
-                mask=(k < rank)[:, None] & (pair < pairs)[None, :],
-                other=0.0,
-            )
-            theta = tl.dot(a, b, theta, input_precision=PRECISION)
-
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        pair = start + tl.arange(0, BLOCK)
+        column = 2 * start + tl.arange(0, 2 * BLOCK)
+        theta = tl.load(theta_pointer + pair, mask=pair < pairs, other=0.0)
+        weight = tl.load(weight_pointer + column, mask=column < 2 * pairs, other=0.0).to(tl.float32)
         if HARDWARE_SINE:
+            # to [-pi, pi], where the hardware's error is bounded
             theta -= 6.283185307179586 * tl.floor(theta * 0.15915494309189535 + 0.5)
             cosine, sine = libdevice.fast_cosf(theta), libdevice.fast_sinf(theta)
         else:
             cosine, sine = tl.cos(theta), tl.sin(theta)
-        odd, even = tl.split(tl.reshape(weight, (ROWS, PAIRS, 2)))
+        odd, even = tl.split(tl.reshape(weight, (BLOCK, 2)))
         turned_odd = odd * cosine - even * sine
         turned_even = odd * sine + even * cosine
-        place = wide_row * (2 * pairs) + column[None, :]
         if STORE_WEIGHT:
-            turned = tl.reshape(tl.join(turned_odd, turned_even), (ROWS, 2 * PAIRS))
-            tl.store(turned_pointer + place, turned.to(turned_pointer.dtype.element_ty), mask=inside)
-        if STORE_GRAD:
-            grad = tl.load(grad_pointer + place, mask=inside, other=0.0).to(tl.float32)
-            grad_odd, grad_even = tl.split(tl.reshape(grad, (ROWS, PAIRS, 2)))
+            turned = tl.reshape(tl.join(turned_odd, turned_even), (2 * BLOCK,))
             tl.store(
-                grad_theta_pointer + wide_row * pairs + pair[None, :],
-                grad_even * turned_odd - grad_odd * turned_even,
-                mask=(row < rows)[:, None] & (pair < pairs)[None, :],
+                turned_pointer + column, turned.to(turned_pointer.dtype.element_ty), mask=column < 2 * pairs
             )
+        if STORE_GRAD:
+            grad = tl.load(grad_pointer + column, mask=column < 2 * pairs, other=0.0).to(tl.float32)
+            grad_odd, grad_even = tl.split(tl.reshape(grad, (BLOCK, 2)))
+            grad_theta = grad_even * turned_odd - grad_odd * turned_even
+            tl.store(grad_theta_pointer + pair, grad_theta, mask=pair < pairs)

@@ -85,10 +85,10 @@ def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.T
     Returns:
         (out, in) in the dtype of `weight`.
     """
-    factors = _tensors(adapters)
+    factors = [tensor for adapter in adapters for tensor in adapter[:2]]
     if _needs_graph(weight, *factors):
         return _RotatedWeight.apply(weight, tuple(adapter.scale for adapter in adapters), *factors)
-    return _turned(weight, adapters).to(weight.dtype)
+    return _rotated(weight, _total_angles(adapters, weight.dtype)).to(weight.dtype)
 
 
 def rotated_linear(
@@ -109,11 +109,11 @@ def rotated_linear(
         (..., out) in the compute dtype.
     """
     dtype = _compute_dtype(weight)
-    factors = _tensors(adapters)
+    factors = [tensor for adapter in adapters for tensor in adapter[:2]]
     if _needs_graph(x, weight, bias, *factors):
         scales = tuple(adapter.scale for adapter in adapters)
         return _RotatedLinear.apply(x, weight, bias, dtype, scales, *factors)
-    return _linear(x, _turned(weight, adapters), bias, dtype)
+    return _linear(x, _rotated(weight, _total_angles(adapters, weight.dtype)), bias, dtype)
 
 
 class _RotatedWeight(torch.autograd.Function):
@@ -123,7 +123,7 @@ class _RotatedWeight(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, *factors)
         ctx.scales = scales
-        return _turned(weight, _pack(factors, scales)).to(weight.dtype)
+        return _rotated(weight, _total_angles(_pack(factors, scales), weight.dtype)).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -151,7 +151,8 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight or any(needs_factors) else None, weight, *factors)
         ctx.dtype, ctx.scales, ctx.x_dtype = dtype, scales, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, _turned(weight, _pack(factors, scales)), bias, dtype)
+        theta = _total_angles(_pack(factors, scales), weight.dtype)
+        return _linear(x, _rotated(weight, theta), bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -181,23 +182,19 @@ class _Backward:
     """What backward asks of one turned weight, from the kernels or eagerly."""
 
     def __init__(self, weight: torch.Tensor, adapters: Sequence[Factors]) -> None:
-        self.original, self.adapters = weight, adapters
-        self.fused = kernels.supports(weight, _tensors(adapters))
-        self.factors = _joined(adapters) if self.fused else None
-        self.theta = None if self.fused else _total_angles(adapters, weight.dtype)
+        self.original, self.theta = weight, _total_angles(adapters, weight.dtype)
+        self.fused = kernels.supports(weight, self.theta.dtype)
 
     def weight(self) -> torch.Tensor:
         """The turned weight, (out, in)."""
-        if self.fused:
-            return kernels.rotate(self.original, *self.factors)
-        return rotate(self.original, self.theta)
+        return _rotated(self.original, self.theta)
 
     def with_gradient(
         self, grad: torch.Tensor, with_weight: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The turned weight and, from its gradient (out, in), dL/dTheta (out, in // 2)."""
         if self.fused:
-            return kernels.rotate_backward(self.original, *self.factors, grad, with_weight)
+            return kernels.rotate_backward(self.original, self.theta, grad, with_weight)
         turned = rotate(self.original, self.theta)
         grad, paired = grad.to(turned.dtype), 2 * self.theta.shape[1]
         # dL/dTheta = g_e o' - g_o e'
@@ -207,11 +204,7 @@ class _Backward:
 
     def undone(self, grad: torch.Tensor) -> torch.Tensor:
         """dL/dW, (out, in): the gradient of the turned weight turned back."""
-        if self.fused and grad.dtype == self.original.dtype:
-            A, B = self.factors
-            return kernels.rotate(grad, -A, B)
-        theta = _total_angles(self.adapters, self.original.dtype) if self.theta is None else self.theta
-        return unrotate(grad.to(theta.dtype), theta).to(self.original.dtype)
+        return unrotate(grad.to(self.theta.dtype), self.theta).to(self.original.dtype)
 
 
 def _factor_gradients(
@@ -229,23 +222,11 @@ def _factor_gradients(
     return grad_factors
 
 
-def _turned(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.Tensor:
+def _rotated(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """The turned weight, from the kernels in its own dtype, eagerly in float32 or wider; no graph."""
-    if kernels.supports(weight, _tensors(adapters)):
-        return kernels.rotate(weight, *_joined(adapters))
-    return rotate(weight, _total_angles(adapters, weight.dtype))
-
-
-def _joined(adapters: Sequence[Factors]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pair of factors for the sum of the angles: ranks side by side, scales inside A; float32."""
-    if len(adapters) == 1 and adapters[0].scale == 1.0:
-        return adapters[0].A.float(), adapters[0].B.float()
-    A = torch.cat([adapter.A.float() * adapter.scale for adapter in adapters], dim=1)
-    return A, torch.cat([adapter.B.float() for adapter in adapters])
-
-
-def _tensors(adapters: Sequence[Factors]) -> list[torch.Tensor]:
-    return [tensor for adapter in adapters for tensor in adapter[:2]]
+    if kernels.supports(weight, theta.dtype):
+        return kernels.rotate(weight, theta)
+    return rotate(weight, theta)
 
 
 def _linear(
@@ -302,7 +283,9 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # the compiler of torch 2.11 cannot trace the first question, and never meets a device without autocast
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
