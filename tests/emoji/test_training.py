@@ -92,12 +92,13 @@ def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path, 
         unet("much", tmp_path / "first", 1.5)
 
 
-def test_one_step_of_the_teacher():
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_one_step_of_the_teacher(penalty):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     unet, text_encoder = train_teacher.new_unet(), train_teacher.new_text_encoder(tokenizer)
     before = copy.deepcopy((unet, text_encoder))
-    config = train_teacher.TrainTeacherConfig("", "", **TINY)
+    config = train_teacher.TrainTeacherConfig("", "", summary_penalty=penalty, **TINY)
     empty = train_teacher.tokenize(tokenizer, [""])
     training = train_teacher.TeacherTraining(config, unet, text_encoder, empty)
     start = [parameter.detach().clone() for parameter in training.parameters]
@@ -113,8 +114,12 @@ def test_one_step_of_the_teacher():
     kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
     noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
     with torch.no_grad():
-        prediction = before[0](noisy, training.timesteps, before[1](training.ids)[0]).sample
+        states, nothing = before[1](training.ids)[0], before[1](empty)[0][0]
+        prediction = before[0](noisy, training.timesteps, states).sample
     expected = (prediction - training.noise).square().mean()
+    lengths = [row.tolist().index(tokenizer.eos_token_id) for row in training.ids]
+    known = torch.cat([row[n:] - nothing[n:] for row, n in zip(states, lengths, strict=True)])
+    expected = expected + penalty * known.square().mean()
     torch.testing.assert_close(training.loss, expected, rtol=1e-4, atol=1e-5)
     # The average starts quickly: (1 + 0) / (10 + 0) of the old, the rest of the new.
     for average, old, new in zip(training.ema, start, training.parameters, strict=True):

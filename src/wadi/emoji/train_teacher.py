@@ -63,6 +63,9 @@ class TrainTeacherConfig:
     pair_focus: float = 0.0
     """Share of the training, from its start, in which half of every batch is pairs of objects at high noise,
     where it is decided what is where. Without it the order of two objects is learned last."""
+    summary_penalty: float = 0.0
+    """Weight of a penalty on what the end and padding tokens know of their caption. They see all of it, and a
+    U-Net that reads them alone learns captions by heart, where it should put their words together."""
     compile: bool = False
     """Compile the U-Net first (about a minute); then its steps take less time."""
     seed: int = 0
@@ -150,6 +153,21 @@ def encode_pool(
     return torch.cat(latents), torch.cat(ids)
 
 
+def summary(
+    ids: torch.Tensor, states: torch.Tensor, nothing: torch.Tensor, end: torch.Tensor
+) -> torch.Tensor:
+    """Mean square by which the states of the end and padding tokens differ from those of the empty caption.
+
+    Args:
+        ids: (N, L) tokens, padded with the end token.
+        states: (N, L, D), what the text encoder makes of them.
+        nothing: (1, L, D), what it makes of the empty caption.
+        end: the end token.
+    """
+    after = (ids == end).cumsum(1) > 0
+    return ((states - nothing).float().square().mean(2) * after).sum() / after.sum()
+
+
 class TeacherTraining:
     """One training step of the two networks, captured as a CUDA graph where there is a GPU."""
 
@@ -196,7 +214,11 @@ class TeacherTraining:
             states = self.text_encoder(self.ids)[0]
             noisy = alpha * self.latents + sigma * self.noise
             prediction = self.predict(noisy, self.timesteps, states, return_dict=False)[0]
+            if self.config.summary_penalty:
+                nothing = self.text_encoder(self.empty)[0]
         loss = F.mse_loss(prediction.float(), self.noise)
+        if self.config.summary_penalty:
+            loss = loss + self.config.summary_penalty * summary(self.ids, states, nothing, self.empty[0, -1])
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
