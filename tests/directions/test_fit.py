@@ -114,7 +114,7 @@ def test_sweeps_follow_angles_beyond_pi():
     assert (theta.abs() > math.pi).sum() > 20
     target = rotate(weight, theta)
     plain, fitted = (
-        explained_share(weight, target, angles(*best_factors(weight, target, 4, sweeps)))
+        explained_share(weight, target, angles(*best_factors(weight, target, 4, sweeps, 0.0)))
         for sweeps in (0, 50)
     )
     assert plain < 0.99

@@ -62,7 +62,8 @@ def best_factors(
     """Return A and B that turn `weight` towards `target`: to a local minimum of ||W' - rotate(W, A B)||.
 
     The result is never farther than `weight` itself. Sweeps (A, then B) end when one of them explains less
-    than `tolerance` of ``||W' - W||^2``. One costs about ``out * in * r^2`` multiplications.
+    than `tolerance` of ``||W' - W||^2``, or less is left to explain. One costs about ``out * in * r^2``
+    multiplications.
 
     Args:
         weight: W (out, in), any floating dtype.
@@ -86,6 +87,8 @@ def best_factors(
         A = torch.zeros_like(A)
         error = _turned_error(phi, p, A, B)
     for _ in range(max_sweeps):
+        if error < tolerance * change:
+            break
         A = _half_sweep(phi, p, A, B)
         B = _half_sweep(phi.T, p.T, B.T, A.T).T
         before, error = error, _turned_error(phi, p, A, B)
