@@ -184,7 +184,9 @@ def test_extract_and_import_give_the_student_back(student, teacher_folder, tmp_p
     weights = student / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     options = ["--model", teacher_folder, "--alpha-t-squared", "None", "--out", tmp_path / "imported"]
     assert run("import", weights, *options) == 0
-    assert "UNet2DConditionModel" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{weights}: UNet2DConditionModel, " in said
+    assert "one step: epsilon prediction, alpha_T^2 = 0.00466\n" in said
     sources = ((student / "pipeline",), (tmp_path / "imported",), (teacher_folder, tmp_path / "found"))
     images = [
         OneStepPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np") for source in sources

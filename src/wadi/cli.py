@@ -189,6 +189,7 @@ def import_(
         dtype: Of the written weights.
     """
     import torch
+    from diffusers import LCMScheduler
 
     from wadi.onestep import import_weights
 
@@ -198,6 +199,9 @@ def import_(
     if released.ignored:
         print(f"not used: {', '.join(released.ignored)}")
     if (out / "model_index.json").exists():
+        schedule = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+        alpha_T_squared = float(schedule.alphas_cumprod[-1])
+        print(f"one step: {schedule.config.prediction_type} prediction, alpha_T^2 = {alpha_T_squared:.4g}")
         print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
     else:
         print(f"{out}: an adapter; wadi generate --model {model} --adapter {out}")

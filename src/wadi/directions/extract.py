@@ -75,7 +75,7 @@ class Extraction:
     @property
     def not_adapted(self) -> float | None:
         """Share of `change` in weights that no adapter of these layers can carry."""
-        return 1 - self.adapted_change / self.change if self.change else None
+        return sum(figures.change for figures in self.others) / self.change if self.change else None
 
     @property
     def explained(self) -> float | None:

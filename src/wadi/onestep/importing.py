@@ -2,7 +2,9 @@
 
 A file holds a whole network, with the keys of diffusers' `UNet2DConditionModel` or `PixArtTransformer2DModel`
 (before diffusers 0.26 `Transformer2DModel`, whose keys were the same), or the angles that the authors'
-training script saves, ``<layer>.theta_a`` and ``<layer>.theta_b``.
+training script saves, ``<layer>.theta_a`` (out, r) and ``<layer>.theta_b`` (r, in // 2). No file of either
+kind was at hand: names and shapes are checked, that their angles pair columns and turn as the paper's
+equations do is taken for granted.
 """
 
 from __future__ import annotations

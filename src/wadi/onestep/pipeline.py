@@ -213,7 +213,11 @@ def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[tor
         kind = getattr(diffusers, str(index.get(part, [None, None])[1]), None)
         if kind is None:
             raise WadiError(f"{name}: has neither a U-Net nor a transformer of diffusers")
-        network = kind.from_pretrained(name, subfolder=part, torch_dtype=torch.float32, use_safetensors=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            network = kind.from_pretrained(
+                name, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
+            )
         return network.eval(), LCMScheduler.load_config(name, subfolder="scheduler")
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise WadiError(f"{name}: could not load the network: {_first_line(error)}") from error
