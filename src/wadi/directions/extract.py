@@ -126,12 +126,13 @@ def extract_adapter(
         device: where to compute, layer by layer.
 
     Raises:
-        WadiError: a model cannot be loaded, they are not of one architecture or prediction type, or a weight
-            is not finite.
+        WadiError: a model cannot be loaded, they are not of one architecture or prediction type, a weight is
+            not finite, or there is no such device.
     """
     if (r is not None and r < 1) or max_sweeps < 0:
         raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
     refuse_to_replace(out_folder, teacher, student)
+    _check_device(device)
     network, teacher_scheduler = load_denoiser(teacher)
     other, student_scheduler = load_denoiser(student)
     before, after = network.state_dict(), other.state_dict()
@@ -195,6 +196,13 @@ def table(extraction: Extraction) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch raises either
+        raise WadiError(f"--device {device}: cannot be used here; name another, such as cpu") from error
 
 
 def _check_pair(
