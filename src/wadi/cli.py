@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("wadi.cli:distill", "turn a diffusion model into a one-step generator"),
     "demo": ("wadi.demo:demo", "distil the built-in teacher here and now, and show the result"),
     "export": ("wadi.cli:export", "merge a student into a folder that plain diffusers loads"),
+    "import": ("wadi.cli:import_", "make such a folder of the weights that the paper's authors published"),
+    "extract": ("wadi.cli:extract", "find the adapter between a teacher and a one-step student"),
     "report": ("wadi.cli:report", "write the report of a run again"),
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
@@ -165,6 +167,77 @@ def export(
     _hide_loading_bars()
     export_pipeline(model or emoji.teacher_folder(), adapter, out, dtype=getattr(torch, dtype))
     print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+
+
+def import_(
+    weights: tyro.conf.Positional[Path],
+    model: str,
+    out: Path,
+    alpha_T_squared: Annotated[float | None, tyro.conf.arg(aliases=["--alpha-t-squared"])] = 0.0047,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> None:
+    """Make a one-step folder that plain diffusers loads of weights that the paper's authors published.
+
+    The file holds a whole U-Net (SD 1.5, SD 2.1-base) or PixArt transformer, or the angles that the authors'
+    training script saves (theta_a, theta_b); of angles an adapter folder is made. Every key is accounted for.
+
+    Args:
+        weights: A .safetensors file, or one of torch.save (.pt, .bin), which is read without running code.
+        model: The base model that the student was distilled from: folder or hub id.
+        out: Folder to write; replaced if it exists.
+        alpha_T_squared: Of the student, 0.0047 for all that were published; None for the base model's own.
+        dtype: Of the written weights.
+    """
+    import torch
+    from diffusers import LCMScheduler
+
+    from wadi.onestep import import_weights
+
+    _hide_loading_bars()
+    released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype))
+    print(f"{weights}: {released.kind}, {len(released.tensors)} tensors")
+    if released.ignored:
+        print(f"not used: {', '.join(released.ignored)}")
+    if (out / "model_index.json").exists():
+        schedule = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+        alpha_T_squared = float(schedule.alphas_cumprod[-1])
+        print(f"one step: {schedule.config.prediction_type} prediction, alpha_T^2 = {alpha_T_squared:.4g}")
+        print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+    else:
+        print(f"{out}: an adapter; wadi generate --model {model} --adapter {out}")
+
+
+def extract(
+    teacher: str,
+    student: str,
+    out: Path,
+    rank: int | None = None,
+    max_sweeps: int = 10,
+    device: str | None = None,
+) -> None:
+    """Find the LoRaD adapter that turns a teacher into its one-step student, as nearly as the rank allows.
+
+    Prints a table: of each adapted layer its share of the whole change ||W' - W||^2, how far it moved
+    (||W' - W|| / ||W||), the shares of its change that the adapter explains and that any rotation could
+    (ceiling), and how far the norms of its rows moved; then what is in weights that are not adapted. The same
+    is in extract.json and extract.png of the adapter folder.
+
+    Args:
+        teacher: Pipeline folder or hub id.
+        student: Pipeline folder or hub id, as wadi export and wadi import write it.
+        out: Adapter folder to write; replaced if it exists.
+        rank: Of the adapter; 256 for a U-Net and 128 for PixArt if not given.
+        max_sweeps: Of the fit; 0 takes the singular value decomposition of the angles as it is.
+        device: Such as cpu or cuda:1; a GPU if there is one.
+    """
+    import torch
+
+    from wadi.directions.extract import extract_adapter, table
+
+    _hide_loading_bars()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(table(extract_adapter(teacher, student, out, rank, max_sweeps, device)))
+    print(f"{out}: wadi generate --model {teacher} --adapter {out}")
 
 
 def report(run: tyro.conf.Positional[Path], steps: int = 25, guidance_scale: float | None = None) -> None:

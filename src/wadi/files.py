@@ -69,6 +69,19 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_to_replace(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
+    """Raise if writing the folder `path` would remove one of `inputs` that are read (hub ids are ignored).
+
+    Raises:
+        WadiError: `path` is an input, or holds one.
+    """
+    out = Path(path).resolve()
+    for name in inputs:
+        found = Path(name)
+        if found.exists() and (out == found.resolve() or out in found.resolve().parents):
+            raise WadiError(f"{path}: writing here would replace {name}, which is read; name another folder")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 `text`, whole or not at all."""
     with replacing_file(path) as temporary:

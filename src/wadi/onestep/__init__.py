@@ -1,6 +1,7 @@
 """The result: one-step scheduler, pipeline and export that any diffusers user can load."""
 
 from wadi.onestep.export import export_pipeline
+from wadi.onestep.importing import import_weights
 from wadi.onestep.pictures import image_grid, labelled_grid
 from wadi.onestep.pipeline import (
     OneStepPipeline,
@@ -14,6 +15,7 @@ __all__ = [
     "OneStepPipeline",
     "export_pipeline",
     "image_grid",
+    "import_weights",
     "labelled_grid",
     "load_pipeline",
     "one_step_scheduler",

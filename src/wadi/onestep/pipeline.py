@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from peft import PeftModel, get_peft_model_state_dict
@@ -187,6 +188,39 @@ def load_pipeline(
             )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
+
+
+def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Load the U-Net or transformer of a diffusers pipeline alone, in float32, safetensors only.
+
+    Args:
+        pretrained_model_name_or_path: folder or hub id.
+
+    Returns:
+        The network, on the CPU, and the configuration of the pipeline's scheduler.
+
+    Raises:
+        WadiError: there is no such folder or hub id, it has neither network, or a file is unreadable.
+    """
+    name = os.fspath(pretrained_model_name_or_path)
+    if Path(name).exists():
+        _check_pipeline_folder(Path(name))
+    else:
+        _check_hub_id(name)
+    try:
+        index = DiffusionPipeline.load_config(name)
+        part = "unet" if "unet" in index else "transformer"
+        kind = getattr(diffusers, str(index.get(part, [None, None])[1]), None)
+        if kind is None:
+            raise WadiError(f"{name}: has neither a U-Net nor a transformer of diffusers")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            network = kind.from_pretrained(
+                name, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
+            )
+        return network.eval(), LCMScheduler.load_config(name, subfolder="scheduler")
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise WadiError(f"{name}: could not load the network: {_first_line(error)}") from error
 
 
 def write_alpha_T_squared(folder: str | os.PathLike, alpha_T_squared: float) -> None:

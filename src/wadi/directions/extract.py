@@ -1,0 +1,272 @@
+"""From a teacher and a one-step student, both whole models, to the LoRaD adapter between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from peft import inject_adapter_in_model
+from torch import nn
+from tqdm import tqdm
+
+from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
+from wadi.directions.plot import save_plot
+from wadi.errors import WadiError
+from wadi.files import refuse_to_replace, replacing_folder, write_json
+from wadi.lorad import save_adapter, student_config
+from wadi.lorad.layer import LoRaDLayer
+from wadi.lorad.rotation import Factors, angles
+from wadi.onestep import one_step_scheduler, write_alpha_T_squared
+from wadi.onestep.pipeline import load_denoiser
+
+_FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
+FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """One adapted weight W (out, in) of the teacher, W' of the student. A share of nothing is ``None``."""
+
+    name: str
+    change: float
+    """||W' - W||_F^2"""
+    relative_change: float | None
+    """||W' - W||_F / ||W||_F"""
+    explained: float | None
+    """Share of `change` that the adapter explains: 1 - ||W' - rotate(W, A B)||^2 / ||W' - W||^2."""
+    ceiling: float | None
+    """The same for the best angle of every pair, which no rank restricts."""
+    norm_change: float | None
+    """||n' - n|| / ||n|| of the row norms: what of `relative_change` is length."""
+
+
+@dataclass(frozen=True)
+class OtherFigures:
+    """One weight that changed and is not adapted."""
+
+    name: str
+    kind: str
+    """The class of its module, or "bias"."""
+    change: float
+    """||W' - W||_F^2"""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extracted adapter explains, and what it cannot carry."""
+
+    r: int
+    layers: tuple[LayerFigures, ...]
+    others: tuple[OtherFigures, ...]
+
+    @property
+    def change(self) -> float:
+        """Squared change of all weights."""
+        return self.adapted_change + sum(figures.change for figures in self.others)
+
+    @property
+    def adapted_change(self) -> float:
+        """Squared change of the adapted weights."""
+        return sum(layer.change for layer in self.layers)
+
+    @property
+    def not_adapted(self) -> float | None:
+        """Share of `change` in weights that no adapter of these layers can carry."""
+        return sum(figures.change for figures in self.others) / self.change if self.change else None
+
+    @property
+    def explained(self) -> float | None:
+        """Share of `adapted_change` that the adapter explains."""
+        return self._share([layer.explained for layer in self.layers])
+
+    @property
+    def ceiling(self) -> float | None:
+        """Share of `adapted_change` that the best angles explain."""
+        return self._share([layer.ceiling for layer in self.layers])
+
+    def not_adapted_by_kind(self) -> dict[str, float]:
+        """Share of `change` by kind of weight, the largest first."""
+        kinds: dict[str, float] = {}
+        for figures in self.others:
+            kinds[figures.kind] = kinds.get(figures.kind, 0.0) + figures.change / self.change
+        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+    def _share(self, shares: list[float | None]) -> float | None:
+        if not self.adapted_change:
+            return None
+        parts = zip(shares, self.layers, strict=True)
+        return sum((share or 0.0) * layer.change for share, layer in parts) / self.adapted_change
+
+
+def extract_adapter(
+    teacher: str | os.PathLike,
+    student: str | os.PathLike,
+    out_folder: str | os.PathLike,
+    r: int | None = None,
+    max_sweeps: int = 10,
+    device: str | torch.device = "cpu",
+) -> Extraction:
+    """Write the LoRaD adapter that turns a teacher into a student as nearly as rank `r` allows.
+
+    The layers are those of `student_config`. The folder is PEFT's, with the student's alpha_T^2 where it is
+    not the teacher's, and with the figures as `extract.json` and `extract.png`; whole or not at all.
+
+    Angles are known up to 2 pi, and those of pairs near zero are noise: where a student was turned by more
+    than pi the adapter can miss a few pairs even at the student's own rank (see `wadi.directions.fit`).
+
+    Args:
+        teacher: pipeline folder or hub id.
+        student: pipeline folder or hub id of the same architecture, as `wadi export` or `wadi import` writes.
+        out_folder: where to write; replaced if it exists.
+        r: rank; by default the paper's.
+        max_sweeps: of the fit; 0 takes the plain SVD of the angles.
+        device: where to compute, layer by layer.
+
+    Raises:
+        WadiError: a model cannot be loaded, they are not of one architecture or prediction type, a weight is
+            not finite, or there is no such device.
+    """
+    if (r is not None and r < 1) or max_sweeps < 0:
+        raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
+    refuse_to_replace(out_folder, teacher, student)
+    _check_device(device)
+    network, teacher_scheduler = load_denoiser(teacher)
+    other, student_scheduler = load_denoiser(student)
+    before, after = network.state_dict(), other.state_dict()
+    _check_pair(teacher, before, student, after)
+    alpha_T_squared = _own_alpha_T_squared(teacher, teacher_scheduler, student, student_scheduler)
+    try:
+        config = student_config(network, r)
+    except ValueError as error:
+        raise WadiError(f"{teacher}: {error}") from error
+
+    names = [name for name, _ in network.named_modules() if name in config.target_modules]
+    names.sort(key=lambda name: _FLOW.get(name.split(".")[0], 0))
+    layers, factors = [], {}
+    for name in tqdm(names, desc="layers", disable=None, leave=False):
+        pair = (before[f"{name}.weight"].to(device), after[f"{name}.weight"].to(device))
+        factors[name] = best_factors(*pair, config.r, max_sweeps)
+        layers.append(_layer_figures(name, *pair, factors[name]))
+    extraction = Extraction(config.r, tuple(layers), _other_figures(network, names, before, after))
+
+    inject_adapter_in_model(config, network)
+    _fill(network, factors)
+    with replacing_folder(out_folder) as folder:
+        save_adapter(network, folder)
+        if alpha_T_squared is not None:
+            write_alpha_T_squared(folder, alpha_T_squared)
+        write_json(folder / FIGURES_FILE, summary(extraction))
+        save_plot(folder / PLOT_FILE, extraction.layers, f"LoRaD adapter of rank {config.r}")
+    return extraction
+
+
+def summary(extraction: Extraction) -> dict:
+    """All figures as JSON values; shares are None where nothing changed."""
+    return {
+        "r": extraction.r,
+        "explained": extraction.explained,
+        "ceiling": extraction.ceiling,
+        "not_adapted": extraction.not_adapted,
+        "not_adapted_by_kind": extraction.not_adapted_by_kind(),
+        "layers": [dataclasses.asdict(layer) for layer in extraction.layers],
+        "others": [dataclasses.asdict(figures) for figures in extraction.others],
+    }
+
+
+def table(extraction: Extraction) -> str:
+    """The figures as lines of text: a row per layer, the adapted layers together, what is not adapted."""
+    width = max(len(layer.name) for layer in extraction.layers)
+    row = f"{{:{width}}} {{:>9}} {{:>9}} {{:>9}} {{:>9}} {{:>9}}".format
+    lines = [row("layer", "of all", "moved", "explained", "ceiling", "norms")]
+    for layer in extraction.layers:
+        of_all = layer.change / extraction.change if extraction.change else None
+        shares = (of_all, layer.relative_change, layer.explained, layer.ceiling, layer.norm_change)
+        lines.append(row(layer.name, *map(_percent, shares)))
+    adapted = None if extraction.not_adapted is None else 1 - extraction.not_adapted
+    total = (_percent(adapted), "", _percent(extraction.explained), _percent(extraction.ceiling), "")
+    lines.append(row("all adapted layers", *total))
+    lines.append(row("not adapted", _percent(extraction.not_adapted), "", "", "", ""))
+    for kind, share in extraction.not_adapted_by_kind().items():
+        lines.append(row(f"  {kind}", _percent(share), "", "", "", ""))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch raises either
+        raise WadiError(f"--device {device}: cannot be used here; name another, such as cpu") from error
+
+
+def _check_pair(
+    teacher: str | os.PathLike,
+    before: dict[str, torch.Tensor],
+    student: str | os.PathLike,
+    after: dict[str, torch.Tensor],
+) -> None:
+    shapes, others = ({key: tuple(w.shape) for key, w in state.items()} for state in (before, after))
+    if different := sorted(dict(shapes.items() ^ others.items())):
+        key = different[0]
+        raise WadiError(
+            f"{student}: not of one architecture with {teacher}: {len(different)} weights differ, such as "
+            f"{key} ({others.get(key, 'none')}, the teacher has {shapes.get(key, 'none')}); "
+            "name the student's own teacher"
+        )
+    for name, state in ((teacher, before), (student, after)):
+        if broken := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
+            raise WadiError(f"{name}: {len(broken)} weights are not finite, such as {broken[0]}")
+
+
+def _own_alpha_T_squared(
+    teacher: str | os.PathLike, teacher_config: dict, student: str | os.PathLike, student_config: dict
+) -> float | None:
+    """The student's alpha_T^2 where it is not what the teacher's schedule has."""
+    types = [config.get("prediction_type", "epsilon") for config in (teacher_config, student_config)]
+    if types[0] != types[1]:
+        raise WadiError(
+            f"{student}: predicts {types[1]} and {teacher} {types[0]}; an adapter cannot carry that, "
+            "name a teacher of the same prediction type"
+        )
+    own, new = (
+        float(one_step_scheduler(config).alphas_cumprod[-1]) for config in (teacher_config, student_config)
+    )
+    return None if math.isclose(own, new, rel_tol=1e-5) else new
+
+
+def _layer_figures(name: str, weight: torch.Tensor, target: torch.Tensor, factors: Factors) -> LayerFigures:
+    change, size = squared_distance(target, weight), weight.double().square().sum().item()
+    return LayerFigures(
+        name=name,
+        change=change,
+        relative_change=math.sqrt(change / size) if size else None,
+        explained=explained_share(weight, target, angles(*factors)),
+        ceiling=explained_share(weight, target, best_angles(weight, target)),
+        norm_change=norm_change(weight, target),
+    )
+
+
+def _other_figures(
+    network: nn.Module, adapted: list[str], before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> tuple[OtherFigures, ...]:
+    """Every changed weight that is not adapted, the most changed first."""
+    figures = []
+    for key in before.keys() - {f"{name}.weight" for name in adapted}:
+        module, _, parameter = key.rpartition(".")
+        kind = "bias" if parameter == "bias" else type(network.get_submodule(module)).__name__
+        if change := squared_distance(after[key], before[key]):
+            figures.append(OtherFigures(key, kind, change))
+    return tuple(sorted(figures, key=lambda other: (-other.change, other.name)))
+
+
+def _fill(network: nn.Module, factors: dict[str, Factors]) -> None:
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoRaDLayer):
+            for parameters, values in ((layer.lorad_A, factors[name].A), (layer.lorad_B, factors[name].B)):
+                parameters["default"].data = values.to(parameters["default"])

@@ -1,0 +1,268 @@
+"""From the weights that the authors of WaDi published, one file, to folders that diffusers and PEFT load.
+
+A file holds a whole network, with the keys of diffusers' `UNet2DConditionModel` or `PixArtTransformer2DModel`
+(before diffusers 0.26 `Transformer2DModel`, whose keys were the same), or the angles that the authors'
+training script saves, ``<layer>.theta_a`` (out, r) and ``<layer>.theta_b`` (r, in // 2). No file of either
+kind was at hand: names and shapes are checked, that their angles pair columns and turn as the paper's
+equations do is taken for granted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import inject_adapter_in_model
+from torch import nn
+
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors, load_tensors, refuse_to_replace, replacing_folder
+from wadi.lorad import LoRaDConfig, save_adapter
+from wadi.onestep.pipeline import OneStepPipeline, load_denoiser, load_pipeline, write_alpha_T_squared
+from wadi.onestep.scheduler import one_step_scheduler
+
+RELEASED_ALPHA_T_SQUARED = 0.0047
+"""alpha_T^2 that the released students were trained with, PixArt's too, whose own schedule has 4.04e-5."""
+
+UNET, PIXART, ANGLES = "UNet2DConditionModel", "PixArtTransformer2DModel", "angles of an adapter"
+
+_WRAPPERS = ("state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.", "unet.", "transformer.")  # DDP, torch.compile, the part of a pipeline
+_OBSOLETE = ("caption_projection.y_embedding",)  # saved until diffusers 0.24, used by no forward
+_ANGLE_NAMES = {"theta_a": "lorad_A", "theta_b": "lorad_B"}
+_NAMED = 3  # keys that a message names
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a file of weights holds.
+
+    Attributes:
+        kind: `UNET`, `PIXART` or `ANGLES`.
+        tensors: by the key that diffusers has for them, without any prefix.
+        ignored: names of what the file holds beside them: obsolete weights, entries beside a state dict.
+    """
+
+    kind: str
+    tensors: dict[str, torch.Tensor]
+    ignored: tuple[str, ...] = ()
+
+
+def import_weights(
+    weights: str | os.PathLike,
+    model: str | os.PathLike,
+    out_folder: str | os.PathLike,
+    alpha_T_squared: float | None = RELEASED_ALPHA_T_SQUARED,
+    dtype: torch.dtype | None = None,
+) -> Released:
+    """Write released weights as a folder, whole or not at all, every key and shape accounted for.
+
+    Whole networks become a merged pipeline as `export_pipeline` writes it; angles become an adapter folder,
+    for `OneStepPipeline.from_pretrained` or `wadi generate --adapter`.
+
+    Args:
+        weights: a file, safetensors or of `torch.save`; the latter is read with ``weights_only=True``.
+        model: folder or hub id of the base model's pipeline; its other parts are written unchanged.
+        out_folder: where to write; replaced if it exists.
+        alpha_T_squared: of the student; ``None`` keeps the value of the base model's schedule.
+        dtype: dtype of a pipeline's written weights; float32 when ``None``.
+
+    Returns:
+        What the file held.
+
+    Raises:
+        WadiError: a file cannot be read, the weights are not finite or not those of the base model's network,
+            or the folder cannot be written.
+    """
+    refuse_to_replace(out_folder, weights, model)
+    released = read_released(weights)
+    if released.kind == ANGLES:
+        _import_angles(released, weights, model, out_folder, alpha_T_squared)
+        return released
+    pipeline = load_pipeline(model, dtype)
+    network = _network_of(pipeline)
+    _check_kind(released, weights, network, model)
+    expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    _check_keys(released.tensors, expected, weights, f"the {released.kind} of {model}")
+    network.load_state_dict(released.tensors)
+    _check_finite(network.state_dict(), weights, f" in {network.dtype}")
+    OneStepPipeline(pipeline, alpha_T_squared).save_pretrained(out_folder)
+    return released
+
+
+def read_released(path: str | os.PathLike) -> Released:
+    """Read a file of weights and tell what it holds, without prefixes and wrapping.
+
+    Raises:
+        WadiError: it cannot be read, holds anything but finite floating-point tensors, or its keys are
+            neither a U-Net's, nor PixArt's, nor angles.
+    """
+    state, beside = _unwrapped(_read(Path(path)), path)
+    state = _without_prefixes(state)
+    obsolete = [key for key in _OBSOLETE if state.pop(key, None) is not None]
+    if wrong := [key for key, value in state.items() if not _is_weight(value)]:
+        raise WadiError(f"{path}: {_some(wrong)}: not floating-point tensors; name a file of weights alone")
+    kind = _kind(state)
+    if kind is None:
+        raise WadiError(
+            f"{path}: the keys ({_some(state)}) are neither of diffusers' {UNET} or {PIXART} nor "
+            "angles (theta_a, theta_b); name a state dict in the format of diffusers"
+        )
+    _check_finite(state, path)
+    return Released(kind, state, (*beside, *obsolete))
+
+
+def _read(path: Path) -> Any:
+    if path.is_dir():
+        raise WadiError(f"{path}: a folder; name the file of weights")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    with explain_os_errors(path, "read the file"):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # a file of another format fails in many ways
+            raise WadiError(
+                f"{path}: not a .safetensors file, nor one that torch.load reads as weights alone "
+                f"({type(error).__name__}); name another file"
+            ) from error
+
+
+def _unwrapped(content: Any, path: str | os.PathLike) -> tuple[dict[str, Any], list[str]]:
+    """Return the state dict, and the names of what lay beside it."""
+    beside: list[str] = []
+    while isinstance(content, Mapping):
+        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
+            break
+        beside += [str(key) for key in content if key != wrapper]
+        content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
+        raise WadiError(f"{path}: holds no state dict (names and tensors); name a file of weights")
+    return dict(content), beside
+
+
+def _without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
+    """Strip prefixes that every key has."""
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _kind(keys: Iterable[str]) -> str | None:
+    keys = set(keys)
+    if any(key.endswith(tuple(f".{name}" for name in _ANGLE_NAMES)) for key in keys):
+        return ANGLES
+    firsts = {key.split(".")[0] for key in keys}
+    if {"conv_in", "down_blocks", "up_blocks"} <= firsts:
+        return UNET
+    if {"pos_embed", "transformer_blocks", "adaln_single"} <= firsts:
+        return PIXART
+    return None
+
+
+def _network_of(pipeline: DiffusionPipeline) -> nn.Module:
+    return pipeline.unet if hasattr(pipeline, "unet") else getattr(pipeline, "transformer", None)
+
+
+def _check_kind(
+    released: Released, weights: str | os.PathLike, network: nn.Module, model: str | os.PathLike
+) -> None:
+    if type(network).__name__ != released.kind:
+        raise WadiError(
+            f"{weights}: holds a {released.kind}, and {model} has {_class_name(network)}; "
+            "name the base model that the student was distilled from"
+        )
+
+
+def _class_name(network: nn.Module | None) -> str:
+    return "neither U-Net nor transformer" if network is None else f"a {type(network).__name__}"
+
+
+def _check_keys(
+    tensors: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Size],
+    weights: str | os.PathLike,
+    whose: str,
+) -> None:
+    """Every key on both sides, every shape the same; else one line with all that is wrong."""
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    reshaped = [
+        f"{key} {tuple(tensors[key].shape)} for {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    problems = [f"{len(keys)} keys {problem} ({_some(keys)})" for problem, keys in groups.items() if keys]
+    if problems:
+        raise WadiError(
+            f"{weights}: does not fit {whose}: {'; '.join(problems)}; "
+            "name the base model that the student was distilled from"
+        )
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], weights: str | os.PathLike, where: str = "") -> None:
+    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise WadiError(f"{weights}: {len(broken)} weights are not finite{where} ({_some(broken)})")
+
+
+def _import_angles(
+    released: Released,
+    weights: str | os.PathLike,
+    model: str | os.PathLike,
+    out_folder: str | os.PathLike,
+    alpha_T_squared: float | None,
+) -> None:
+    network, scheduler = load_denoiser(model)
+    modules = dict(network.named_modules())
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in released.tensors))
+    fan = {name: modules[name].weight.flatten(1).shape for name in names if _is_adaptable(modules.get(name))}
+    ranks = {name: _rank(released.tensors.get(f"{name}.theta_a")) for name in names}
+    expected = {}
+    for name, (out_features, fan_in) in fan.items():
+        expected[f"{name}.theta_a"] = torch.Size((out_features, ranks[name]))
+        expected[f"{name}.theta_b"] = torch.Size((ranks[name], fan_in // 2))
+    _check_keys(released.tensors, expected, weights, f"the layers of {model}")
+    one_step_scheduler(scheduler, alpha_T_squared)  # raises what is wrong with either
+    r = max(ranks.values())
+    config = LoRaDConfig(
+        r=r,
+        target_modules=names,
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+    )
+    inject_adapter_in_model(config, network)
+    for name in names:
+        layer = network.get_submodule(name)
+        for theirs, ours in _ANGLE_NAMES.items():
+            parameter = getattr(layer, ours)["default"]
+            parameter.data = released.tensors[f"{name}.{theirs}"].to(parameter)
+    with replacing_folder(out_folder) as folder:
+        save_adapter(network, folder)
+        if alpha_T_squared is not None:
+            write_alpha_T_squared(folder, alpha_T_squared)
+
+
+def _rank(theta_a: torch.Tensor | None) -> int:
+    """At least 1, so that `_check_keys` tells what is wrong with a tensor of another shape."""
+    return max(1, theta_a.shape[1]) if theta_a is not None and theta_a.ndim == 2 else 1
+
+
+def _is_adaptable(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
