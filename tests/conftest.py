@@ -17,6 +17,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """Encoded prompts stay out of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["WADI_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     """A tiny epsilon-predicting Stable Diffusion folder; read only."""

@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("wadi.cli:import_", "make such a folder of the weights that the paper's authors published"),
     "extract": ("wadi.cli:extract", "find the adapter between a teacher and a one-step student"),
     "report": ("wadi.cli:report", "write the report of a run again"),
+    "prompts encode": (
+        "wadi.distill.prompts:encode_to_disk",
+        "encode training prompts once, and keep them on the disk",
+    ),
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
     "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its U-Net and text encoder"),
@@ -279,7 +283,9 @@ def _distill_options(arguments: Sequence[str]) -> Any:
     from wadi import emoji
     from wadi.distill.config import PRESETS, DistillConfig
 
-    teacher = tyro.conf.arg(aliases=["--teacher"], help="Teacher: a Stable Diffusion folder or a hub id.")
+    teacher = tyro.conf.arg(
+        aliases=["--teacher"], help="Teacher: a Stable Diffusion or PixArt-alpha folder, or a hub id."
+    )
     out = tyro.conf.arg(aliases=["--out"], help="Run folder; new or empty, unless a run is resumed.")
     preset = tyro.conf.arg(help="Where the other options start: the defaults shown are this preset's.")
     fields = [
@@ -307,15 +313,19 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> N
         shell: Which shell.
     """
     tree: dict[str, Any] = {}
-    emoji = []
+    groups: dict[str, list[Any]] = {}
     for command in COMMANDS:
         first, *rest = command.split()
         if rest:
             function = _load(COMMANDS[command][0])
-            emoji.append(Annotated[Any, tyro.conf.subcommand(rest[0], constructor=function)])
+            choice = Annotated[Any, tyro.conf.subcommand(rest[0], constructor=function)]
+            groups.setdefault(first, []).append(choice)
         else:
             tree[first] = _distill_options([]).__class__ if first == "distill" else _load(COMMANDS[first][0])
-    tree["emoji"] = Union[tuple(emoji)]  # noqa: UP007
+    for group, choices in groups.items():
+        # tyro has no group of one: its command stands for it
+        alone = _load(COMMANDS[_under(group)[0]][0])
+        tree[group] = Union[tuple(choices)] if len(choices) > 1 else alone  # noqa: UP007
     tyro.extras.subcommand_cli_from_dict(
         tree, prog="wadi", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
     )

@@ -10,6 +10,7 @@ import torch
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_tokenizer
 from wadi.distill.backbone import UNetBackbone
 from wadi.distill.prompts import Prompt, check_length, encode_prompts, read_prompts
+from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 
 
@@ -104,14 +105,16 @@ def test_long_prompts_are_counted_and_located():
 
 def test_embeddings_are_diffusers_own():
     pipeline = tiny_pipeline()
-    encoded = encode_prompts(UNetBackbone(pipeline), PROMPTS, PROMPTS[:2])
-    expected, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
-    torch.testing.assert_close(encoded.embeddings, expected)
-    torch.testing.assert_close(encoded.null, null[:1])
-    torch.testing.assert_close(encoded.validation, expected[:2])
+    encoded = encode_prompts(PromptEncoder(pipeline), PROMPTS, [PROMPTS[1], "another"])
+    expected, null = pipeline.encode_prompt([*PROMPTS, "another"], "cpu", 1, True)
+    states = encoded.embeddings.take(torch.arange(len(PROMPTS)))["encoder_hidden_states"]
+    torch.testing.assert_close(states, expected[:-1])
+    torch.testing.assert_close(encoded.null["encoder_hidden_states"], null[:1])
+    torch.testing.assert_close(encoded.validation["encoder_hidden_states"], expected[[1, -1]])
 
 
 def test_embeddings_have_the_compute_dtype():
     pipeline = tiny_pipeline()
     pipeline.unet.bfloat16()
-    assert encode_prompts(UNetBackbone(pipeline), ["a"], []).embeddings.dtype == torch.bfloat16
+    encoded = encode_prompts(UNetBackbone(pipeline).text, ["a"], [])
+    assert encoded.null["encoder_hidden_states"].dtype == torch.bfloat16

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator
+from wadi.distill.condition import repeat
 from wadi.errors import WadiError
 
 CONFIG = DistillConfig(
@@ -37,7 +38,7 @@ def make(prediction_type="epsilon", pipeline=None, **changes):
     pipeline = pipeline or tiny_pipeline(prediction_type, channels=(8, 16))
     torch.nn.Module.to(pipeline.unet, config.dtype)
     backbone = UNetBackbone(pipeline, accelerator.device)
-    prompts = encode_prompts(backbone, PROMPTS, list(config.validation_prompts))
+    prompts = encode_prompts(backbone.text, PROMPTS, list(config.validation_prompts))
     return Trainer(config, backbone, prompts, accelerator)
 
 
@@ -67,7 +68,7 @@ def plain_epsilon(trainer, network, x_t, t, condition):
     """The network's noise prediction, in float64, one sample at a time."""
     levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()
     result = []
-    for x, step, c in zip(x_t, t, condition, strict=True):
+    for x, step, c in zip(x_t, t, condition["encoder_hidden_states"], strict=True):
         output = network(x[None].float(), step, encoder_hidden_states=c[None]).sample.double()[0]
         if trainer.schedule.prediction_type == "v_prediction":
             output = (1 - levels[step]).sqrt() * x + levels[step].sqrt() * output
@@ -82,7 +83,7 @@ def test_student_gradient_is_the_equations(prediction_type):
     trainer.step(0)  # so that student, fake model and teacher differ
     inputs, gradients = trainer.draw(1), {}
     parameters = trainer.student_parameters
-    null = trainer.null.expand_as(inputs.condition)
+    null = repeat(trainer.null, 2)
     levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()
 
     T = torch.full((2,), 999)
@@ -169,7 +170,9 @@ def test_null_prompt_reaches_the_whole_batch():
     trainer.step(0)
     updates = [c for network, c in seen if network is trainer.fake][1:]  # the first call is the guided one
     assert len(updates) == 2
-    assert all(torch.equal(c, trainer.null.expand_as(c)) for c in updates)
+    null = trainer.null["encoder_hidden_states"]
+    states = [torch.broadcast_to(c["encoder_hidden_states"], (2, *null.shape[1:])) for c in updates]
+    assert all(torch.equal(c, null.expand_as(c)) for c in states)
 
 
 def test_accumulation_equals_the_larger_batch():

@@ -7,23 +7,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wadi.distill.backbone import UNetBackbone
+    from wadi.distill.backbone import PixArtBackbone, UNetBackbone, load_backbone
+    from wadi.distill.cache import EmbeddingCache, Embeddings
     from wadi.distill.config import PRESETS, DistillConfig
     from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
     from wadi.distill.schedule import Schedule
+    from wadi.distill.text import PromptEncoder
     from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
 
 __all__ = [
     "PRESETS",
     "DistillConfig",
+    "EmbeddingCache",
+    "Embeddings",
+    "PixArtBackbone",
     "PromptEmbeddings",
+    "PromptEncoder",
     "Schedule",
     "StepInputs",
     "Trainer",
     "UNetBackbone",
     "distill",
     "encode_prompts",
+    "load_backbone",
     "make_accelerator",
     "read_prompts",
 ]
@@ -31,13 +38,18 @@ __all__ = [
 _MODULE_OF = {
     "PRESETS": "config",
     "DistillConfig": "config",
+    "EmbeddingCache": "cache",
+    "Embeddings": "cache",
+    "PixArtBackbone": "backbone",
     "PromptEmbeddings": "prompts",
+    "PromptEncoder": "text",
     "Schedule": "schedule",
     "StepInputs": "trainer",
     "Trainer": "trainer",
     "UNetBackbone": "backbone",
     "distill": "run",
     "encode_prompts": "prompts",
+    "load_backbone": "backbone",
     "make_accelerator": "trainer",
     "read_prompts": "prompts",
 }

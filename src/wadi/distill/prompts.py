@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from wadi.distill.backbone import UNetBackbone
+from wadi.distill.cache import EmbeddingCache, Embeddings
+from wadi.distill.condition import Condition, concatenate, pick
+from wadi.distill.config import DTYPES
+from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 
@@ -29,17 +32,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """Encoded prompts on the CPU, in the compute dtype.
+    """Encoded prompts on the CPU, embeddings in the compute dtype.
 
     Attributes:
-        embeddings: (N, L, D), the training prompts.
-        null: (1, L, D), the empty prompt.
-        validation: (V, L, D), the prompts of the sample grids; V may be 0.
+        embeddings: the N training prompts.
+        null: the empty prompt, first dimension 1.
+        validation: the V prompts of the sample grids; empty where V is 0.
     """
 
-    embeddings: torch.Tensor
-    null: torch.Tensor
-    validation: torch.Tensor
+    embeddings: Embeddings
+    null: Condition
+    validation: Condition
 
 
 def read_prompts(source: str, column: str = "text", split: str = "train") -> list[Prompt]:
@@ -75,16 +78,27 @@ def read_prompts(source: str, column: str = "text", split: str = "train") -> lis
 
 
 def check_length(
-    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, source: str, truncate: bool = False
+    prompts: list[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    truncate: bool = False,
+    limit: int | None = None,
 ) -> None:
     """Check that the tokenizer takes every prompt whole, unless `truncate` says that it need not.
+
+    Args:
+        prompts: what to check.
+        tokenizer: of the model.
+        source: what the prompts are from, for the message.
+        truncate: whether longer prompts are cut.
+        limit: most tokens of a prompt; the tokenizer's own when ``None``.
 
     Raises:
         WadiError: with the number of prompts that are too long and the line of the first.
     """
     if truncate:
         return
-    limit = tokenizer.model_max_length
+    limit = tokenizer.model_max_length if limit is None else limit
     lengths = [len(ids) for ids in tokenizer([p.text for p in prompts], verbose=False).input_ids]
     long = [(prompt, n) for prompt, n in zip(prompts, lengths, strict=True) if n > limit]
     if long:
@@ -96,11 +110,85 @@ def check_length(
         )
 
 
-def encode_prompts(backbone: UNetBackbone, prompts: list[str], validation: list[str]) -> PromptEmbeddings:
-    """Encode everything that the training will need; the text encoder then leaves the device."""
-    encoded = backbone.encode(["", *validation, *prompts])
-    null, grid, embeddings = encoded.split([1, len(validation), len(prompts)])
-    return PromptEmbeddings(embeddings, null, grid)
+def encode_prompts(
+    encoder: PromptEncoder,
+    prompts: list[str],
+    validation: list[str],
+    cache: EmbeddingCache | None = None,
+) -> PromptEmbeddings:
+    """Encode everything that the training will need; the text encoder is then gone from the device.
+
+    Args:
+        encoder: of the teacher.
+        prompts: for training.
+        validation: of the sample grids.
+        cache: takes from the disk what is there, and puts there what is not; without it, all is in memory.
+    """
+    where = {text: i for i, text in enumerate(prompts)}
+    others = [text for text in validation if text not in where]
+    if cache is not None:
+        sets = cache.encode(prompts, [""], *([others] if others else []))
+        embeddings, null = sets[0], sets[1].shards[0]
+        more = [sets[2].take(torch.tensor([i])) for i in range(len(others))]
+    else:
+        encoded = encoder.encode(["", *others, *prompts])
+        null = pick(encoded, slice(1))
+        more = [pick(encoded, slice(i, i + 1)) for i in range(1, len(others) + 1)]
+        embeddings = Embeddings([pick(encoded, slice(1 + len(others), None))])
+    of_others = dict(zip(others, more, strict=True))
+    grid = [of_others.get(text) or embeddings.take(torch.tensor([where[text]])) for text in validation]
+    return PromptEmbeddings(embeddings, null, concatenate(grid) if grid else {})
+
+
+@dataclass
+class EncodePromptsConfig:
+    """Encode prompts once and keep them on the disk, where `wadi distill` finds them."""
+
+    teacher: str
+    """Pipeline folder or hub id whose text encoder is used."""
+
+    prompts: str
+    """A .txt file (one a line), a .jsonl, .csv or .parquet file, or a `datasets` id."""
+
+    embeddings_dir: str | None = None
+    """Where to keep them; without it, $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    """That of the distillation: decides the dtype of the embeddings."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the sample grids, if they are not among the others."""
+
+    caption_column: str = "text"
+    """Column (or key) of the prompts in .jsonl, .csv, .parquet files and data sets."""
+
+    dataset_split: str = "train"
+    """Split to read when the prompts are a `datasets` id."""
+
+    truncate_prompts: bool = False
+    """Cut prompts that are longer than the model takes, instead of stopping."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the text encoder works."""
+
+
+def encode_to_disk(config: EncodePromptsConfig) -> dict[str, Any]:
+    """Do `wadi prompts encode`; an interrupted encoding goes on where it stopped.
+
+    Returns:
+        Number of prompts, how many of them were encoded now, and the cache's folder.
+
+    Raises:
+        WadiError: bad prompts, no such teacher, or a file that cannot be written.
+    """
+    prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
+    encoder = PromptEncoder.from_pretrained(config.teacher, DTYPES[config.mixed_precision], config.device)
+    check_length(prompts, encoder.tokenizer, config.prompts, config.truncate_prompts, encoder.limit)
+    cache = EmbeddingCache(encoder, config.embeddings_dir)
+    texts = [prompt.text for prompt in prompts]
+    before = len(cache.missing(texts))
+    encode_prompts(encoder, texts, list(config.validation_prompts), cache)
+    return {"prompts": len(texts), "shards_encoded_now": before, "folder": str(cache.entry(texts))}
 
 
 def _read_txt(path: Path, column: str) -> Iterator[Prompt]:

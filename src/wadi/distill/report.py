@@ -24,6 +24,7 @@ from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep.pipeline import stock_arguments
 
 FIGURES_FILE = "figures.json"
 GRIDS_SHOWN = 4
@@ -93,6 +94,7 @@ def before_after(
             guidance_scale=guidance_scale,
             num_images_per_prompt=len(seeds),
             generator=generators(),
+            **stock_arguments(teacher),
         ).images
 
     before = [in_one_step(one_step_teacher, prompt) for prompt in prompts]  # warms up, too

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from wadi.distill.backbone import UNetBackbone
+from wadi.distill.backbone import Backbone, load_backbone
+from wadi.distill.cache import EmbeddingCache
 from wadi.distill.checkpoint import latest_checkpoint
 from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
@@ -41,12 +42,11 @@ def distill(config: DistillConfig) -> Path:
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
-    backbone = UNetBackbone.from_pretrained(
-        config.pretrained_model_name_or_path, config.dtype, accelerator.device
-    )
+    backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
     if not config.validation_prompts:
         config = dataclasses.replace(config, validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
-    embeddings = _encode(config, backbone, prompts)
+    with accelerator.main_process_first():  # the others find everything on the disk
+        embeddings = _encode(config, backbone, prompts)
     trainer = Trainer(config, backbone, embeddings, accelerator)
     if accelerator.is_main_process:
         _open_run(run, config)
@@ -130,12 +130,13 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     return dataclasses.replace(saved, output_dir=str(run), **changed), checkpoint
 
 
-def _encode(config: DistillConfig, backbone: UNetBackbone, prompts: list[Prompt]) -> PromptEmbeddings:
-    tokenizer = backbone.pipeline.tokenizer
-    check_length(prompts, tokenizer, config.prompts, config.truncate_prompts)
-    grid = [Prompt(text, line) for line, text in enumerate(config.validation_prompts, 1)]
-    check_length(grid, tokenizer, "--validation-prompts", config.truncate_prompts)
-    return encode_prompts(backbone, [prompt.text for prompt in prompts], list(config.validation_prompts))
+def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) -> PromptEmbeddings:
+    text = backbone.text
+    check_length(prompts, text.tokenizer, config.prompts, config.truncate_prompts, text.limit)
+    grid = [Prompt(prompt, line) for line, prompt in enumerate(config.validation_prompts, 1)]
+    check_length(grid, text.tokenizer, "--validation-prompts", config.truncate_prompts, text.limit)
+    cache = EmbeddingCache(text, config.embeddings_dir)
+    return encode_prompts(text, [prompt.text for prompt in prompts], list(config.validation_prompts), cache)
 
 
 def _open_run(run: Path, config: DistillConfig) -> None:

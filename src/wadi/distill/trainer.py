@@ -20,7 +20,8 @@ from accelerate.utils import AutocastKwargs
 from tqdm.auto import tqdm
 
 from wadi.distill import checkpoint
-from wadi.distill.backbone import UNetBackbone
+from wadi.distill.backbone import Backbone
+from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
 from wadi.distill.prompts import PromptEmbeddings
@@ -44,18 +45,30 @@ class StepInputs:
     """
 
     z: torch.Tensor  # (n, C, H, W) float32, the student's noise
-    condition: torch.Tensor  # (n, L, D) compute dtype
+    condition: Condition  # of n prompts, embeddings in the compute dtype
     t: torch.Tensor  # (n,) int64, of the distillation gradient
     noise: torch.Tensor  # (n, C, H, W) float32, to t
     fake_t: torch.Tensor  # (u, n) int64
     fake_noise: torch.Tensor  # (u, n, C, H, W) float32, to fake_t
     fake_null: torch.Tensor  # (u,) bool, whole batch on the empty prompt
     fresh_z: torch.Tensor  # (k, n, C, H, W) float32
-    fresh_condition: torch.Tensor  # (k, n, L, D) compute dtype
+    fresh_condition: Condition  # (k, n, ...)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The fields, in order."""
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        """The fields, in order; a condition's tensors one by one."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [t for value in values for t in (value.values() if isinstance(value, dict) else (value,))]
+
+    def clone(self) -> StepInputs:
+        """A copy that shares no memory."""
+        return StepInputs(
+            **{
+                field.name: {name: tensor.clone() for name, tensor in value.items()}
+                if isinstance(value := getattr(self, field.name), dict)
+                else value.clone()
+                for field in dataclasses.fields(self)
+            }
+        )
 
 
 def make_accelerator(config: DistillConfig) -> Accelerator:
@@ -96,7 +109,7 @@ class Trainer:
     def __init__(
         self,
         config: DistillConfig,
-        backbone: UNetBackbone,
+        backbone: Backbone,
         prompts: PromptEmbeddings,
         accelerator: Accelerator,
     ) -> None:
@@ -105,7 +118,7 @@ class Trainer:
         self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
             self.device
         )
-        self.null = prompts.null.to(self.device)
+        self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
         base = backbone.network
         small = fake_config if config.fake_layers == "attention" else student_config
@@ -182,7 +195,9 @@ class Trainer:
             fake_noise=torch.randn(u, n, *shape, **on_device),
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
             fresh_z=torch.randn(k, n, *shape, **on_device),
-            fresh_condition=self._draw_prompts(k * n).unflatten(0, (k, n)),
+            fresh_condition={
+                name: tensor.unflatten(0, (k, n)) for name, tensor in self._draw_prompts(k * n).items()
+            },
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
@@ -196,15 +211,15 @@ class Trainer:
         for update in range(self.config.fake_updates):
             condition = inputs.condition
             if self.config.fake_fresh_samples and update > 0:
-                condition = inputs.fresh_condition[update - 1]
+                condition = pick(inputs.fresh_condition, update - 1)
                 with torch.no_grad():
                     x0 = self.generate(inputs.fresh_z[update - 1], condition)
-            condition = torch.where(inputs.fake_null[update], self.null, condition)
+            condition = choose(inputs.fake_null[update], self.null, condition)
             losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
         return losses
 
-    def generate(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """The student's one step: x0 (N, C, H, W) float32 from z ~ N(0, I) and text embeddings (N, L, D)."""
+    def generate(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The student's one step: x0 (N, C, H, W) float32 from z ~ N(0, I) and the condition of N prompts."""
         t = torch.full((len(z),), self.schedule.num_train_timesteps - 1, device=z.device)
         return self.schedule.one_step(self.backbone.predict(self.student, z, t, condition), z)
 
@@ -212,7 +227,8 @@ class Trainer:
         config, schedule = self.config, self.schedule
         samples, losses = [], []
         for micro, synchronize in self._micro_batches(self.student):
-            z, condition, t, noise = (x[micro] for x in (inputs.z, inputs.condition, inputs.t, inputs.noise))
+            z, t, noise = (x[micro] for x in (inputs.z, inputs.t, inputs.noise))
+            condition = pick(inputs.condition, micro)
             with synchronize:
                 x0 = self.generate(z, condition)
                 with torch.no_grad():
@@ -234,14 +250,14 @@ class Trainer:
         return torch.cat(samples), {"student_loss": torch.stack(losses).sum(), "student_grad_norm": norm}
 
     def _update_fake(
-        self, x0: torch.Tensor, condition: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+        self, x0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         config, schedule = self.config, self.schedule
         losses = []
         for micro, synchronize in self._micro_batches(self.fake):
             with synchronize:
                 x_t = schedule.add_noise(x0[micro], noise[micro], t[micro])
-                prediction = self.backbone.predict(self.fake, x_t, t[micro], condition[micro])
+                prediction = self.backbone.predict(self.fake, x_t, t[micro], pick(condition, micro))
                 # ||alpha_t eps_fake(x_t, t, c) - alpha_t n||^2
                 weight = schedule.alpha(t[micro]) ** 2 if config.fake_weighting == "alpha_squared" else 1.0
                 loss = fake_loss(schedule.epsilon(prediction, x_t, t[micro]), noise[micro], weight)
@@ -256,13 +272,13 @@ class Trainer:
         network: torch.nn.Module,
         x_t: torch.Tensor,
         t: torch.Tensor,
-        condition: torch.Tensor,
+        condition: Condition,
         scale: float,
     ) -> torch.Tensor:
         """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt."""
         if scale == 1:
             return self.schedule.epsilon(self.backbone.predict(network, x_t, t, condition), x_t, t)
-        both = torch.cat([self.null.expand_as(condition), condition])
+        both = concatenate([repeat(self.null, len(t)), condition])
         prediction = self.backbone.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
         return self.schedule.epsilon(guided(*prediction.chunk(2), scale), x_t, t)
 
@@ -328,14 +344,12 @@ class Trainer:
             }
         return optimizer
 
-    def _draw_prompts(self, count: int) -> torch.Tensor:
-        """Embeddings of `count` random prompts (count, L, D), copied to the device without waiting."""
+    def _draw_prompts(self, count: int) -> Condition:
+        """Conditions of `count` random prompts, copied to the device without waiting."""
         embeddings = self.prompts.embeddings
         indices = torch.randint(len(embeddings), (count,), generator=self.prompt_generator)
-        chosen = embeddings[indices.to(embeddings.device)]
-        if self.device.type == "cuda" and chosen.device.type == "cpu":
-            chosen = chosen.pin_memory()
-        return chosen.to(self.device, non_blocking=True)
+        chosen = embeddings.take(indices, pin_memory=self.device.type == "cuda")
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in chosen.items()}
 
     # --- CUDA graph ---
 
@@ -350,7 +364,7 @@ class Trainer:
 
     def _record(self, inputs: StepInputs) -> None:
         """Record `iteration` as a CUDA graph over static inputs; weights and optimizers stay as they were."""
-        self.static_inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
+        self.static_inputs = inputs.clone()
         before = [tensor.clone() for tensor in self._state_tensors()]
         for _ in range(WARMUP_ITERATIONS):
             self.iteration(self.static_inputs)
@@ -431,13 +445,17 @@ class Trainer:
     def validate(self) -> None:
         """Write samples/step-N.png: a row per validation prompt, a column per seed, by the EMA student."""
         seeds, conditions = self.config.validation_seeds, self.prompts.validation
-        if not self.accelerator.is_main_process or not len(conditions):
+        if not self.accelerator.is_main_process or not self.config.validation_prompts:
             return
         shape = self.backbone.latent_shape
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         with self.on_stream(), self.ema_weights(), torch.no_grad():
             z = noise.to(self.device)
-            latents = [self.generate(z, c.to(self.device).expand(len(z), -1, -1)) for c in conditions]
+            rows = [pick(conditions, slice(i, i + 1)) for i in range(len(self.config.validation_prompts))]
+            latents = [
+                self.generate(z, repeat({k: v.to(self.device) for k, v in row.items()}, len(z)))
+                for row in rows
+            ]
             pictures = self.backbone.decode(torch.cat(latents))
         path = Path(self.config.output_dir) / "samples" / f"step-{self.global_step:06d}.png"
         with replacing_file(path) as temporary:

@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -22,6 +22,8 @@ from wadi.files import load_tensors, read_json, replacing_folder, write_json
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 ONE_STEP_FILE = "one_step.json"
+PIXART_TOKENS = 120
+"""`max_sequence_length` of `PixArtAlphaPipeline`: what it pads and cuts to."""
 
 
 class OneStepPipeline:
@@ -122,6 +124,7 @@ class OneStepPipeline:
             raise WadiError("num_inference_steps: a one-step student takes 1 step; leave it away")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check_lengths(prompts)
+        kwargs = stock_arguments(self.pipeline) | kwargs
         if seed is not None:
             if generator is not None:
                 raise WadiError("seed, generator: give one of the two")
@@ -152,31 +155,38 @@ class OneStepPipeline:
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
-        tokenizer = self.pipeline.tokenizer
+        tokenizer, limit = self.pipeline.tokenizer, prompt_limit(self.pipeline)
         for prompt in prompts:
             length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-            if length > tokenizer.model_max_length:
+            if length > limit:
                 raise WadiError(
-                    f"prompt: {prompt[:40]!r}... has {length} tokens and the model takes "
-                    f"{tokenizer.model_max_length}; shorten it"
+                    f"prompt: {prompt[:40]!r}... has {length} tokens and the model takes {limit}; shorten it"
                 )
 
 
 def load_pipeline(
     pretrained_model_name_or_path: str | os.PathLike,
-    torch_dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+    without: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline from a folder or the hub, all modules in one dtype, safetensors only.
 
     Args:
         pretrained_model_name_or_path: folder or hub id.
         torch_dtype: float32 when ``None`` (diffusers' own default mixes dtypes if files hold half precision).
+            A dict gives each module its own, by name and "default".
+        without: modules that are not loaded; names that the pipeline does not have are ignored.
 
     Raises:
         WadiError: there is no such folder or hub id, a sub-folder is missing, or a file is unreadable.
     """
     name = os.fspath(pretrained_model_name_or_path)
-    if Path(name).exists():
+    left_out: dict[str, None] = {}
+    if without:
+        name = os.fspath(pipeline_folder(name))
+        index = read_json(Path(name) / "model_index.json")
+        left_out = {module: None for module in without if module in index}
+    elif Path(name).exists():
         _check_pipeline_folder(Path(name))
     else:
         _check_hub_id(name)
@@ -184,7 +194,7 @@ def load_pipeline(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
             return DiffusionPipeline.from_pretrained(
-                name, torch_dtype=torch_dtype or torch.float32, use_safetensors=True
+                name, torch_dtype=torch_dtype or torch.float32, use_safetensors=True, **left_out
             )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
@@ -221,6 +231,40 @@ def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[tor
         return network.eval(), LCMScheduler.load_config(name, subfolder="scheduler")
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise WadiError(f"{name}: could not load the network: {_first_line(error)}") from error
+
+
+def pipeline_folder(name_or_path: str | os.PathLike) -> Path:
+    """Folder of a pipeline: `name_or_path` itself, or a hub id's in the hub's cache, downloaded if need be.
+
+    Raises:
+        WadiError: no such folder or hub id, not a pipeline folder, or a missing sub-folder.
+    """
+    name = os.fspath(name_or_path)
+    folder = Path(name)
+    if not folder.exists():
+        _check_hub_id(name)
+        try:
+            folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
+        except Exception as error:  # every kind of failure of the hub
+            raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
+    _check_pipeline_folder(folder)
+    return folder
+
+
+def pipeline_class_name(folder: Path) -> str:
+    """Class of the pipeline in a folder, as its model_index.json has it."""
+    return str(read_json(folder / "model_index.json").get("_class_name"))
+
+
+def prompt_limit(pipeline: DiffusionPipeline) -> int:
+    """Most tokens of a prompt: the tokenizer's, and for PixArt-alpha never more than its 120."""
+    limit = pipeline.tokenizer.model_max_length
+    return min(limit, PIXART_TOKENS) if isinstance(pipeline, PixArtAlphaPipeline) else limit
+
+
+def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments of a call that make a stock pipeline draw the size that it is asked for."""
+    return {"use_resolution_binning": False} if isinstance(pipeline, PixArtAlphaPipeline) else {}
 
 
 def write_alpha_T_squared(folder: str | os.PathLike, alpha_T_squared: float) -> None:

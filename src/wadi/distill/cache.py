@@ -1,0 +1,140 @@
+"""Encoded prompts on the disk: safetensors shards that are written one by one and read by memory mapping.
+
+    <folder>/<key>/index.json                   how many prompts, and how many a shard
+    <folder>/<key>/shard-000000.safetensors     the tensors of a `Condition`, first dimension: prompts
+
+The key is a hash of the text encoder, its tokenizer, the dtype, and the prompts: where one of them differs
+the entry is another, and none is ever out of date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from wadi.distill.condition import Condition
+from wadi.distill.text import PromptEncoder
+from wadi.errors import WadiError
+from wadi.files import load_tensors, save_tensors, write_json
+
+SHARD_SIZE = 256
+"""Prompts a shard: 30 MB of SD 1.5's in bfloat16, 250 MB of T5-XXL's. A multiple of the encoder's batch."""
+
+
+class Embeddings:
+    """Conditions of many prompts on the CPU, in shards of equal length but for the last.
+
+    Shards from `EmbeddingCache` are memory-mapped: what is not drawn is not read.
+    """
+
+    def __init__(self, shards: Sequence[Condition]) -> None:
+        self.shards = list(shards)
+        self.lengths = [len(next(iter(shard.values()))) for shard in self.shards]
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def take(self, indices: torch.Tensor, pin_memory: bool = False) -> Condition:
+        """Conditions of the prompts (N,) in that order, copied once, into pinned memory if asked for."""
+        rows = [divmod(index, self.lengths[0]) for index in indices.tolist()]
+        result = {}
+        for name, like in self.shards[0].items():
+            shape = (len(rows), *like.shape[1:])
+            pinned = pin_memory and like.device.type == "cpu"
+            result[name] = torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
+            for target, (shard, row) in zip(result[name], rows, strict=True):
+                target.copy_(self.shards[shard][name][row])
+        return result
+
+
+def default_cache_folder() -> Path:
+    """`WADI_CACHE`, or `wadi` in the user's cache folder (XDG_CACHE_HOME, ~/.cache), then `prompts`."""
+    own = os.environ.get("WADI_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wadi"
+    return base / "prompts"
+
+
+class EmbeddingCache:
+    """A folder of encoded prompts.
+
+    Args:
+        encoder: is loaded only when something is missing.
+        folder: where the entries are; `default_cache_folder` when ``None``.
+    """
+
+    def __init__(self, encoder: PromptEncoder, folder: str | Path | None = None) -> None:
+        self.encoder = encoder
+        self.folder = default_cache_folder() if folder is None else Path(folder)
+        self._identity = encoder.identity()
+
+    def entry(self, prompts: Sequence[str]) -> Path:
+        """Folder of these prompts, whether it exists or not."""
+        digest = hashlib.sha256(json.dumps([self._identity, SHARD_SIZE, list(prompts)]).encode())
+        return self.folder / digest.hexdigest()[:32]
+
+    def missing(self, prompts: Sequence[str]) -> list[int]:
+        """Numbers of the shards that are absent, damaged, or not of the right shape."""
+        entry = self.entry(prompts)
+        return [i for i, length in enumerate(_lengths(prompts)) if _read(entry, i, length) is None]
+
+    def encode(self, *sets: Sequence[str]) -> list[Embeddings]:
+        """Conditions of each set of prompts; what the disk lacks is encoded, with the encoder loaded once.
+
+        Each shard is complete or absent, so an interrupted encoding goes on where it stopped.
+
+        Raises:
+            WadiError: the encoder cannot be loaded, the disk is full, or a file cannot be written.
+        """
+        missing = [self.missing(prompts) for prompts in sets]
+        if any(missing):
+            count = sum(_lengths(sets[i])[shard] for i, shards in enumerate(missing) for shard in shards)
+            with (
+                self.encoder.loaded(),
+                tqdm(total=count, desc="encoding prompts", unit="prompt") as bar,
+            ):
+                for prompts, shards in zip(sets, missing, strict=True):
+                    for shard in shards:
+                        bar.update(self._write(prompts, shard))
+        return [self._open(prompts) for prompts in sets]
+
+    def _write(self, prompts: Sequence[str], shard: int) -> int:
+        entry, part = self.entry(prompts), list(prompts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE])
+        if not (entry / "index.json").exists():
+            write_json(entry / "index.json", {"prompts": len(prompts), "shard_size": SHARD_SIZE})
+        save_tensors(_path(entry, shard), self.encoder.encode(part))
+        return len(part)
+
+    def _open(self, prompts: Sequence[str]) -> Embeddings:
+        entry, shards = self.entry(prompts), []
+        for i, length in enumerate(_lengths(prompts)):
+            shard = _read(entry, i, length)
+            if shard is None:
+                raise WadiError(f"{_path(entry, i)}: damaged as soon as it was written; check the disk")
+            shards.append(shard)
+        return Embeddings(shards)
+
+
+def _lengths(prompts: Sequence[str]) -> list[int]:
+    return [min(SHARD_SIZE, len(prompts) - start) for start in range(0, len(prompts), SHARD_SIZE)]
+
+
+def _path(entry: Path, shard: int) -> Path:
+    return entry / f"shard-{shard:06d}.safetensors"
+
+
+def _read(entry: Path, shard: int, length: int) -> Condition | None:
+    """Memory-map a shard; None where it is absent, cut short, or of another length."""
+    if not _path(entry, shard).is_file():
+        return None
+    try:
+        tensors = load_tensors(_path(entry, shard))
+    except WadiError:
+        return None
+    ok = "encoder_hidden_states" in tensors and all(len(tensor) == length for tensor in tensors.values())
+    return tensors if ok else None

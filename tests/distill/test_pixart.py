@@ -1,0 +1,96 @@
+"""PixArt-alpha through the same loop: conditions with masks, learned sigma, micro-conditions, exact resume."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PixArtAlphaPipeline
+
+from tests.distill.test_resume import config
+from tests.onestep.test_pipeline import tiny_pixart
+from wadi.distill import DistillConfig, EmbeddingCache, PromptEncoder, distill, load_backbone
+from wadi.distill.config import PRESETS
+from wadi.errors import WadiError
+from wadi.files import load_tensors
+from wadi.onestep import OneStepPipeline, read_alpha_T_squared
+
+
+@pytest.fixture(scope="module")
+def pixart_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "pixart"
+    tiny_pixart().save_pretrained(folder)
+    return folder
+
+
+def test_prediction_is_the_first_half_of_the_stock_call(pixart_folder):
+    backbone, pipeline = load_backbone(pixart_folder), PixArtAlphaPipeline.from_pretrained(pixart_folder)
+    assert backbone.pipeline.text_encoder is None
+    condition = backbone.text.encode(["a red cat", ""])
+    assert backbone.pipeline.text_encoder is None
+    states, mask, *_ = pipeline.encode_prompt(["a red cat", ""], do_classifier_free_guidance=False)
+    assert torch.equal(condition["encoder_attention_mask"], mask.bool())
+    torch.testing.assert_close(condition["encoder_hidden_states"], states)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([7, 999])
+    with torch.no_grad():
+        ours = backbone.predict(backbone.network, x, t, condition)
+        stock = pipeline.transformer(x, states, t, {"resolution": None}, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(ours, stock.chunk(2, dim=1)[0])
+
+
+def test_distils_exports_and_resumes_the_same_bits(pixart_folder, tmp_path):
+    options = dataclasses.replace(
+        config(pixart_folder, tmp_path, "run"), alpha_T_squared=0.0047, max_train_steps=4, lr_decay_fraction=0
+    )
+    run = distill(options)
+    half = distill(dataclasses.replace(options, output_dir=str(tmp_path / "half"), max_train_steps=2))
+    distill(DistillConfig(resume_from_checkpoint=str(half), max_train_steps=4))
+    first, second = (load_tensors(r / "checkpoints/step-000004/student.safetensors") for r in (run, half))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(bool(t.any()) for name, t in first.items() if "lorad_A" in name)
+    assert read_alpha_T_squared(run / "adapter") == 0.0047
+    stock = PixArtAlphaPipeline.from_pretrained(run / "pipeline")
+    assert float(stock.scheduler.alphas_cumprod[-1]) == pytest.approx(0.0047, rel=1e-6)
+    picture = stock(
+        "a red cat",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        use_resolution_binning=False,
+        generator=[torch.Generator().manual_seed(3)],
+        output_type="np",
+    ).images
+    ours = OneStepPipeline.from_pretrained(pixart_folder, run / "adapter")
+    assert np.array_equal(picture, ours("a red cat", seed=3, output_type="np"))
+
+
+def test_complete_cache_loads_no_encoder_and_damage_is_mended(pixart_folder, tmp_path, monkeypatch):
+    prompts = [f"cat {'a' * i}" for i in range(5)]
+    monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 2)
+    encoder = PromptEncoder.from_pretrained(pixart_folder)
+    cache = EmbeddingCache(encoder, tmp_path)
+    (embeddings,) = cache.encode(prompts)
+    expected = encoder.encode(prompts)
+    taken = embeddings.take(torch.tensor([4, 0, 3]))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(taken[name], tensor[[4, 0, 3]])
+    shard = cache.entry(prompts) / "shard-000001.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-7])
+    assert cache.missing(prompts) == [1]
+    cache.encode(prompts)
+    assert shard.read_bytes() == good
+    monkeypatch.setattr(encoder, "loaded", lambda: pytest.fail("the encoder was loaded"))
+    cache.encode(prompts)
+    assert cache.entry(prompts) != cache.entry(prompts[1:])
+
+
+def test_other_pipelines_get_one_line(pixart_folder, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(WadiError, match=r"FluxPipeline; name a StableDiffusionPipeline or a PixArtAlpha"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pixart-256", "pixart-512", "pixart-1024"])
+def test_presets_hold_the_papers_values(name):
+    preset = PRESETS[name]
+    assert (preset.student_rank, preset.fake_rank, preset.alpha_T_squared) == (128, 32, 0.0047)
