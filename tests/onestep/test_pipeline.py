@@ -39,8 +39,8 @@ def adapter(teacher, tmp_path_factory):
     adapted = get_peft_model(unet, config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
-        if "lorad_A" in name:
-            torch.nn.init.normal_(parameter, std=2.0, generator=generator)
+        if "lorad_" in name:
+            torch.nn.init.normal_(parameter, generator=generator)
     adapted.save_pretrained(folder)
     write_alpha_T_squared(folder, 0.0047)
     return folder
