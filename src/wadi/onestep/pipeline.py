@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, replacing_folder, write_json
+from wadi.onestep.fast import FastPath, load_vae
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 ONE_STEP_FILE = "one_step.json"
@@ -39,6 +40,7 @@ class OneStepPipeline:
 
     Attributes:
         pipeline: the stock pipeline, with the one-step scheduler in place.
+        fast: the fast path after `compile`, else ``None``.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, alpha_T_squared: float | None = None) -> None:
@@ -46,6 +48,7 @@ class OneStepPipeline:
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = Float32Step.from_config(scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.fast: FastPath | None = None
 
     @classmethod
     def from_pretrained(
@@ -54,6 +57,8 @@ class OneStepPipeline:
         adapter: str | os.PathLike | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        vae: str | os.PathLike | None = None,
+        fast: bool = False,
     ) -> OneStepPipeline:
         """Load an exported pipeline, or a teacher with a student's adapter merged into it.
 
@@ -63,6 +68,9 @@ class OneStepPipeline:
                 costs what the teacher's does. Its `one_step.json`, if any, holds the student's own alpha_T^2.
             torch_dtype: dtype of all modules; float32 when ``None``, whatever the files hold.
             device: where to put the modules; ``None`` leaves them on the CPU.
+            vae: folder or hub id of another autoencoder, such as a small and quick `AutoencoderTiny`
+                ("madebyollin/taesd").
+            fast: call `compile`.
 
         Raises:
             WadiError: something is missing, is not safetensors, or does not fit.
@@ -74,9 +82,34 @@ class OneStepPipeline:
             name = "unet" if hasattr(pipeline, "unet") else "transformer"
             setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
             alpha_T_squared = read_alpha_T_squared(folder)
+        if vae is not None:
+            pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
         if device is not None:
             pipeline.to(device)
-        return cls(pipeline, alpha_T_squared)
+        one_step = cls(pipeline, alpha_T_squared)
+        return one_step.compile() if fast else one_step
+
+    def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
+        """Make all later calls fast: compiled, captured as one CUDA graph, embeddings of prompts kept.
+
+        Pictures of float32 differ from the plain ones by rounding (at most 1 of 255). The first call of each
+        shape compiles and captures it (minutes for Stable Diffusion on a GPU, less where torch has it in its
+        cache): `fast.warm_up` does so ahead, `fast.warmup_seconds` tells what it took. The U-Net and the VAE
+        are changed in place; call `save_pretrained` before.
+
+        Args:
+            mode: "default", "max-autotune-no-cudagraphs" or "eager"; see `FastPath`. Without a GPU ``None``
+                compiles nothing: only embeddings are kept and projections fused.
+            batch_size: pictures made at once; ``None`` for those of a call.
+
+        Returns:
+            This pipeline.
+
+        Raises:
+            WadiError: not a Stable Diffusion pipeline, or its adapter is not merged.
+        """
+        self.fast = FastPath(self.pipeline, mode, batch_size)
+        return self
 
     def __call__(
         self,
@@ -104,7 +137,7 @@ class OneStepPipeline:
             output_type: "pil", "np" (N, height, width, 3 in [0, 1]), "pt" (N, 3, height, width) or "latent".
             guidance_scale: only 1.0: a one-step student has its guidance built in.
             negative_prompt: only ``None``, for the same reason.
-            **kwargs: passed to the pipeline (a ControlNet's image, ...).
+            **kwargs: passed to the pipeline (a ControlNet's image, ...); none after `compile`.
 
         Returns:
             A list of PIL images, or one array or tensor.
@@ -120,12 +153,17 @@ class OneStepPipeline:
         if kwargs.pop("num_inference_steps", 1) != 1:
             raise WadiError("num_inference_steps: a one-step student takes 1 step; leave it away")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check_lengths(prompts)
+        self._check_lengths(prompts if self.fast is None else self.fast.new_prompts(prompts))
         if seed is not None:
             if generator is not None:
                 raise WadiError("seed, generator: give one of the two")
             images = len(prompts) * num_images_per_prompt
             generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+        if self.fast is not None:
+            if kwargs:
+                raise WadiError(f"{', '.join(kwargs)}: not known to the fast path; do without compile()")
+            repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
+            return self.fast(repeated, generator, height, width, output_type)
         return self.pipeline(
             prompt=prompt if isinstance(prompt, str) else prompts,
             num_inference_steps=1,
@@ -142,7 +180,12 @@ class OneStepPipeline:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
         `StableDiffusionPipeline.from_pretrained(folder)` makes pictures of it without wadi.
+
+        Raises:
+            WadiError: the folder cannot be written, or `compile` has changed the modules.
         """
+        if self.fast is not None:
+            raise WadiError(f"{folder}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
         with replacing_folder(folder) as temporary:
