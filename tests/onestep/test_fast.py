@@ -219,7 +219,8 @@ def test_autoencoders_that_do_not_fit(teacher_folder, tiny_vae, tmp_path):
         (tmp_path / "channels", "16 latent channels and the model needs 4"),
         (tmp_path / "factor", "4 pixels a latent and the model needs 2"),
         (tmp_path / "cut", "could not load"),
-        (tmp_path / "nowhere", "could not load"),
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, "could not load"),
         (teacher_folder / "unet", "is UNet2DConditionModel"),
     ]:
         with pytest.raises(WadiError, match=message) as caught:

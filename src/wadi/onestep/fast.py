@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -110,9 +109,9 @@ class FastPath:
             embeds = self._encode(prompts)
             noise = self._noise(len(prompts), generator, height, width)
             kept = list(self._batches(noise, embeds, height, width, output_type))
-            result = torch.cat(kept) if len(kept) > 1 else kept[0]
             if output_type in ("pil", "np") and self.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
+                torch.cuda.current_stream().synchronize()  # before the host reads what it was sent
+            result = torch.cat(kept) if len(kept) > 1 else kept[0]
             return self._finish(result, output_type)
 
     def warm_up(self, num_images: int = 1, height: int | None = None, width: int | None = None) -> float:
@@ -333,43 +332,6 @@ def _explain_compiler() -> Iterator[None]:
     except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(f"compile: torch.compile does not work here ({reason}); use mode='eager'") from error
-
-
-def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:
-    """Load another autoencoder for a pipeline, as `AutoencoderTiny` ("madebyollin/taesd").
-
-    Its own scaling factor says how latents are scaled before it decodes them, as in diffusers' pipelines.
-
-    Args:
-        name: folder or hub id of an `AutoencoderTiny` or `AutoencoderKL`.
-        pipeline: whose latents it is to decode.
-        torch_dtype: of its weights.
-
-    Raises:
-        WadiError: it cannot be loaded, is of another class, or its latents have another shape.
-    """
-    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
-    try:
-        kind = AutoencoderTiny.load_config(name).get("_class_name")
-        if kind not in classes:
-            raise WadiError(f"--vae {name}: is {kind}; use {' or '.join(classes)}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            vae, info = classes[kind].from_pretrained(
-                name, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WadiError(f"--vae {name}: could not load the autoencoder: {reason}") from error
-    if missing := info["missing_keys"]:  # diffusers only warns
-        raise WadiError(f"--vae {name}: {len(missing)} weights are missing, as {min(missing)}; load it again")
-    for what, own, other in (
-        ("latent channels", pipeline.vae.config.latent_channels, vae.config.latent_channels),
-        ("pixels a latent", pipeline.vae_scale_factor, 2 ** (len(vae.config.block_out_channels) - 1)),
-    ):
-        if own != other:
-            raise WadiError(f"--vae {name}: has {other} {what} and the model needs {own}; name another")
-    return vae.eval()
 
 
 def _check_pipeline(pipeline: DiffusionPipeline) -> None:

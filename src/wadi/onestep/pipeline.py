@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, LCMScheduler
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, replacing_folder, write_json
-from wadi.onestep.fast import FastPath, load_vae
+from wadi.onestep.fast import FastPath
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 ONE_STEP_FILE = "one_step.json"
@@ -230,6 +230,44 @@ def load_pipeline(
             )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
+
+
+def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:
+    """Load another autoencoder for a pipeline, as `AutoencoderTiny` ("madebyollin/taesd").
+
+    Its own scaling factor says how latents are scaled before it decodes them, as in diffusers' pipelines.
+
+    Args:
+        name: folder or hub id of an `AutoencoderTiny` or `AutoencoderKL`.
+        pipeline: whose latents it is to decode.
+        torch_dtype: of its weights.
+
+    Raises:
+        WadiError: it cannot be loaded, is of another class, or its latents have another shape.
+    """
+    if not Path(name).is_dir():
+        _check_hub_id(name)
+    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    try:
+        kind = AutoencoderTiny.load_config(name).get("_class_name")
+        if kind not in classes:
+            raise WadiError(f"--vae {name}: is {kind}; use {' or '.join(classes)}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            vae, info = classes[kind].from_pretrained(
+                name, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WadiError(f"--vae {name}: could not load the autoencoder: {_first_line(error)}") from error
+    if missing := info["missing_keys"]:  # diffusers only warns
+        raise WadiError(f"--vae {name}: {len(missing)} weights are missing, as {min(missing)}; load it again")
+    for what, own, other in (
+        ("latent channels", pipeline.vae.config.latent_channels, vae.config.latent_channels),
+        ("pixels a latent", pipeline.vae_scale_factor, 2 ** (len(vae.config.block_out_channels) - 1)),
+    ):
+        if own != other:
+            raise WadiError(f"--vae {name}: has {other} {what} and the model needs {own}; name another")
+    return vae.eval()
 
 
 def write_alpha_T_squared(folder: str | os.PathLike, alpha_T_squared: float) -> None:
