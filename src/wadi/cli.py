@@ -92,6 +92,8 @@ def generate(
     batch_size: int = 8,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     device: str | None = None,
+    fast: bool = False,
+    vae: str | None = None,
 ) -> None:
     """Make pictures in one step; without --model and --adapter, with the student that comes with wadi.
 
@@ -107,6 +109,9 @@ def generate(
         batch_size: Pictures made at once.
         dtype: Of the networks; the step itself is always float32.
         device: Such as cpu or cuda:1; a GPU if there is one.
+        fast: On a GPU, compile the networks and replay them as one CUDA graph; compiling may take minutes, so
+            it pays for many pictures. Elsewhere nothing is compiled.
+        vae: Another autoencoder, folder or hub id, such as the small and quick madebyollin/taesd.
     """
     import torch
 
@@ -123,7 +128,12 @@ def generate(
         adapter=adapter,
         torch_dtype=getattr(torch, dtype),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        vae=vae,
     )
+    if fast:
+        batch_size = min(batch_size, num_images)
+        pipeline.compile(batch_size=batch_size)
+        print(f"ready after {pipeline.fast.warm_up(batch_size, height, width):.2f} s", flush=True)
     start, images = time.perf_counter(), []
     for first in range(0, num_images, batch_size):
         count = min(batch_size, num_images - first)

@@ -1,4 +1,4 @@
-"""PixArt-alpha through the same loop: conditions with masks, learned sigma, micro-conditions, exact resume."""
+"""PixArt-alpha through the same loop: conditions with masks, learned sigma, micro-conditions, resume."""
 
 import dataclasses
 

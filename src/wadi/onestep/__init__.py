@@ -1,6 +1,7 @@
 """The result: one-step scheduler, pipeline and export that any diffusers user can load."""
 
 from wadi.onestep.export import export_pipeline
+from wadi.onestep.fast import FastPath
 from wadi.onestep.importing import import_weights
 from wadi.onestep.pictures import image_grid, labelled_grid
 from wadi.onestep.pipeline import (
@@ -12,6 +13,7 @@ from wadi.onestep.pipeline import (
 from wadi.onestep.scheduler import one_step_scheduler
 
 __all__ = [
+    "FastPath",
     "OneStepPipeline",
     "export_pipeline",
     "image_grid",

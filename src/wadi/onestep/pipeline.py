@@ -13,12 +13,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, replacing_folder, write_json
+from wadi.onestep.fast import FastPath
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 ONE_STEP_FILE = "one_step.json"
@@ -42,6 +43,7 @@ class OneStepPipeline:
 
     Attributes:
         pipeline: the stock pipeline, with the one-step scheduler in place.
+        fast: the fast path after `compile`, else ``None``.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, alpha_T_squared: float | None = None) -> None:
@@ -49,6 +51,7 @@ class OneStepPipeline:
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = Float32Step.from_config(scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.fast: FastPath | None = None
 
     @classmethod
     def from_pretrained(
@@ -57,6 +60,8 @@ class OneStepPipeline:
         adapter: str | os.PathLike | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        vae: str | os.PathLike | None = None,
+        fast: bool = False,
     ) -> OneStepPipeline:
         """Load an exported pipeline, or a teacher with a student's adapter merged into it.
 
@@ -66,6 +71,9 @@ class OneStepPipeline:
                 costs what the teacher's does. Its `one_step.json`, if any, holds the student's own alpha_T^2.
             torch_dtype: dtype of all modules; float32 when ``None``, whatever the files hold.
             device: where to put the modules; ``None`` leaves them on the CPU.
+            vae: folder or hub id of another autoencoder, such as a small and quick `AutoencoderTiny`
+                ("madebyollin/taesd").
+            fast: call `compile`.
 
         Raises:
             WadiError: something is missing, is not safetensors, or does not fit.
@@ -77,9 +85,34 @@ class OneStepPipeline:
             name = "unet" if hasattr(pipeline, "unet") else "transformer"
             setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
             alpha_T_squared = read_alpha_T_squared(folder)
+        if vae is not None:
+            pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
         if device is not None:
             pipeline.to(device)
-        return cls(pipeline, alpha_T_squared)
+        one_step = cls(pipeline, alpha_T_squared)
+        return one_step.compile() if fast else one_step
+
+    def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
+        """Make all later calls fast: compiled, captured as one CUDA graph, embeddings of prompts kept.
+
+        Pictures of float32 differ from the plain ones by rounding (at most 1 of 255). The first call of each
+        shape compiles and captures it (minutes for Stable Diffusion on a GPU, less where torch has it in its
+        cache): `fast.warm_up` does so ahead, `fast.warmup_seconds` tells what it took. The U-Net and the VAE
+        are changed in place; call `save_pretrained` before.
+
+        Args:
+            mode: "default", "max-autotune-no-cudagraphs" or "eager"; see `FastPath`. Without a GPU ``None``
+                compiles nothing: only embeddings are kept and projections fused.
+            batch_size: pictures made at once; ``None`` for those of a call.
+
+        Returns:
+            This pipeline.
+
+        Raises:
+            WadiError: not a Stable Diffusion pipeline, or its adapter is not merged.
+        """
+        self.fast = FastPath(self.pipeline, mode, batch_size)
+        return self
 
     def __call__(
         self,
@@ -107,7 +140,7 @@ class OneStepPipeline:
             output_type: "pil", "np" (N, height, width, 3 in [0, 1]), "pt" (N, 3, height, width) or "latent".
             guidance_scale: only 1.0: a one-step student has its guidance built in.
             negative_prompt: only ``None``, for the same reason.
-            **kwargs: passed to the pipeline (a ControlNet's image, ...).
+            **kwargs: passed to the pipeline (a ControlNet's image, ...); none after `compile`.
 
         Returns:
             A list of PIL images, or one array or tensor.
@@ -123,13 +156,18 @@ class OneStepPipeline:
         if kwargs.pop("num_inference_steps", 1) != 1:
             raise WadiError("num_inference_steps: a one-step student takes 1 step; leave it away")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check_lengths(prompts)
+        self._check_lengths(prompts if self.fast is None else self.fast.new_prompts(prompts))
         kwargs = stock_arguments(self.pipeline) | kwargs
         if seed is not None:
             if generator is not None:
                 raise WadiError("seed, generator: give one of the two")
             images = len(prompts) * num_images_per_prompt
             generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+        if self.fast is not None:
+            if kwargs:
+                raise WadiError(f"{', '.join(kwargs)}: not known to the fast path; do without compile()")
+            repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
+            return self.fast(repeated, generator, height, width, output_type)
         return self.pipeline(
             prompt=prompt if isinstance(prompt, str) else prompts,
             num_inference_steps=1,
@@ -146,7 +184,12 @@ class OneStepPipeline:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
         `StableDiffusionPipeline.from_pretrained(folder)` makes pictures of it without wadi.
+
+        Raises:
+            WadiError: the folder cannot be written, or `compile` has changed the modules.
         """
+        if self.fast is not None:
+            raise WadiError(f"{folder}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
         with replacing_folder(folder) as temporary:
@@ -265,6 +308,44 @@ def prompt_limit(pipeline: DiffusionPipeline) -> int:
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Arguments of a call that make a stock pipeline draw the size that it is asked for."""
     return {"use_resolution_binning": False} if isinstance(pipeline, PixArtAlphaPipeline) else {}
+
+
+def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:
+    """Load another autoencoder for a pipeline, as `AutoencoderTiny` ("madebyollin/taesd").
+
+    Its own scaling factor says how latents are scaled before it decodes them, as in diffusers' pipelines.
+
+    Args:
+        name: folder or hub id of an `AutoencoderTiny` or `AutoencoderKL`.
+        pipeline: whose latents it is to decode.
+        torch_dtype: of its weights.
+
+    Raises:
+        WadiError: it cannot be loaded, is of another class, or its latents have another shape.
+    """
+    if not Path(name).is_dir():
+        _check_hub_id(name)
+    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    try:
+        kind = AutoencoderTiny.load_config(name).get("_class_name")
+        if kind not in classes:
+            raise WadiError(f"--vae {name}: is {kind}; use {' or '.join(classes)}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            vae, info = classes[kind].from_pretrained(
+                name, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WadiError(f"--vae {name}: could not load the autoencoder: {_first_line(error)}") from error
+    if missing := info["missing_keys"]:  # diffusers only warns
+        raise WadiError(f"--vae {name}: {len(missing)} weights are missing, as {min(missing)}; load it again")
+    for what, own, other in (
+        ("latent channels", pipeline.vae.config.latent_channels, vae.config.latent_channels),
+        ("pixels a latent", pipeline.vae_scale_factor, 2 ** (len(vae.config.block_out_channels) - 1)),
+    ):
+        if own != other:
+            raise WadiError(f"--vae {name}: has {other} {what} and the model needs {own}; name another")
+    return vae.eval()
 
 
 def write_alpha_T_squared(folder: str | os.PathLike, alpha_T_squared: float) -> None:

@@ -100,6 +100,27 @@ def _betas_ending_at(alpha_T_squared: float, length: int) -> list[float]:
     return [0.0] * (length - halvings - 1) + [0.5] * halvings + [rest]
 
 
+def one_step_x0(
+    prediction: torch.Tensor, z: torch.Tensor, alpha_T: float, sigma_T: float, prediction_type: str
+) -> torch.Tensor:
+    """The formula of `one_step_scheduler` alone, for what is compiled or captured: no lookup, float32.
+
+    Args:
+        prediction: the network's at the last timestep, (N, C, h, w), any float dtype.
+        z: the noise, as `prediction`.
+        alpha_T: sqrt of the scheduler's last alphas_cumprod.
+        sigma_T: sqrt(1 - alpha_T^2).
+        prediction_type: "epsilon" or "v_prediction".
+
+    Returns:
+        x0 in float32.
+    """
+    prediction, z = prediction.float(), z.float()
+    if prediction_type == "epsilon":
+        return (z - sigma_T * prediction) / alpha_T
+    return alpha_T * z - sigma_T * prediction
+
+
 class Float32Step(LCMScheduler):
     """The one-step scheduler with x0 formed in float32 and rounded to the sample's dtype last.
 

@@ -1,0 +1,343 @@
+"""The fast path: U-Net, x0, VAE and 8-bit picture, compiled, and on CUDA replayed as one graph.
+
+What a picture costs beyond the graph: its noise (drawn on the CPU for a seed, so that every device and the
+plain pipeline get the same), two small copies to the device, one copy of the bytes back, one wait for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+
+from wadi.errors import WadiError
+from wadi.onestep.scheduler import one_step_x0
+
+MODES = ("eager", "default", "max-autotune-no-cudagraphs")
+"""How U-Net and VAE are compiled: not at all, or a mode of `torch.compile`."""
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+WARMUP_RUNS = 3
+"""Before a capture: compilation, choice of algorithms, allocation."""
+
+MAX_PROMPTS = 256
+"""Embeddings that are kept; 118 kB each for Stable Diffusion 1.5 in half precision."""
+
+MAX_SHAPES = 8
+"""Graphs that are kept: one for each number of pictures, height and width."""
+
+
+class FastPath:
+    """Makes the pictures of a one-step pipeline with as little work on the host as possible.
+
+    - U-Net and VAE decoder are compiled, with projections of attention fused; channels last on CUDA.
+    - On CUDA all from noise to bytes is captured, one graph for each shape; elsewhere it runs as usual.
+    - The embedding of a prompt is computed once and kept; a prompt that repeats in a batch is encoded once.
+    - x0 is formed in float32, as in `Float32Step`.
+
+    Args:
+        pipeline: a `StableDiffusionPipeline` with a one-step scheduler and no adapter left to merge. Its
+            U-Net and VAE are changed in place: layout and fused projections, not what they compute.
+        mode: one of `MODES`. ``None``: "default" on CUDA; "eager" elsewhere, where compiling takes longer
+            than most people's pictures (and needs a C++ compiler).
+        batch_size: pictures of one graph: more are made in several batches, the last one is padded. ``None``:
+            as many as a call asks for, with a graph for each such number.
+
+    Attributes:
+        warmup_seconds: (batch, height, width) -> what compiling and capturing took.
+
+    Raises:
+        WadiError: another kind of pipeline, an unmerged adapter, an unknown mode or a wrong batch size.
+    """
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, mode: str | None = None, batch_size: int | None = None
+    ) -> None:
+        _check_pipeline(pipeline)
+        self.pipeline, self.device = pipeline, pipeline.unet.device
+        self.mode = mode or ("default" if self.device.type == "cuda" else "eager")
+        if self.mode not in MODES:
+            raise WadiError(f"mode: {mode!r} is unknown; use one of {', '.join(MODES)}")
+        if batch_size is not None and batch_size < 1:
+            raise WadiError(f"batch_size: {batch_size} is less than 1")
+        self.batch_size = batch_size
+        self.warmup_seconds: dict[tuple[int, int, int], float] = {}
+        self._prepare_modules()
+        self._one_step = _OneStep(pipeline, self.mode)
+        self._embeds: dict[str, torch.Tensor] = {}
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Make one picture of every entry of `prompts`, N in all.
+
+        Args:
+            prompts: one for each picture; they may repeat.
+            generator: as in diffusers: one, or one for each picture. The noise is drawn on the generators'
+                device, on the pipeline's where there are none: CUDA generators spare a copy.
+            height: pixels; the model's own when ``None``.
+            width: pixels; the model's own when ``None``.
+            output_type: "pil", "np" (N, height, width, 3 in [0, 1]) and "pt" (N, 3, height, width, on the
+                device, not waited for), all float32 multiples of 1/255; or "latent", x0 in the VAE's dtype.
+
+        Raises:
+            WadiError: a size or an output type that the model cannot make, or a wrong number of generators.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise WadiError(f"output_type: {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+        height, width = self._size(height, width)
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with on_device:
+            embeds = self._encode(prompts)
+            noise = self._noise(len(prompts), generator, height, width)
+            kept = list(self._batches(noise, embeds, height, width, output_type))
+            if output_type in ("pil", "np") and self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # before the host reads what it was sent
+            result = torch.cat(kept) if len(kept) > 1 else kept[0]
+            return self._finish(result, output_type)
+
+    def warm_up(self, num_images: int = 1, height: int | None = None, width: int | None = None) -> float:
+        """Compile and capture what pictures of this shape need.
+
+        Returns:
+            Seconds that it took, 0.0 if it was done already.
+        """
+        height, width = self._size(height, width)
+        shape = (self.batch_size or num_images, height, width)
+        if shape in self._graphs:
+            return 0.0
+        self(["a picture"] * num_images, torch.Generator().manual_seed(0), height, width, "latent")
+        return self.warmup_seconds[shape]
+
+    def new_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts whose embeddings are not known yet, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeds]
+
+    def _prepare_modules(self) -> None:
+        unet, vae = self.pipeline.unet, self.pipeline.vae
+        if self.device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)
+            vae.to(memory_format=torch.channels_last)
+        processors = {type(processor).__name__ for processor in unet.attn_processors.values()}
+        if processors == {"AttnProcessor2_0"}:  # not anybody's own, and not fused already
+            with torch.no_grad():
+                unet.fuse_qkv_projections()
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor = self.pipeline.vae_scale_factor
+        own = self.pipeline.unet.config.sample_size
+        own = (own, own) if isinstance(own, int) else own
+        height, width = height or own[0] * factor, width or own[1] * factor
+        if height % factor or width % factor:
+            raise WadiError(f"height, width: {height} x {width} must be multiples of {factor}")
+        return height, width
+
+    def _encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """Embeddings (1, tokens, width) of all pictures, from the text encoder only where they are new."""
+        if new := self.new_prompts(prompts):
+            embeds, _ = self.pipeline.encode_prompt(new, self.device, 1, False)
+            self._embeds.update(zip(new, embeds.split(1), strict=True))
+        result = [self._embeds[prompt] for prompt in prompts]
+        while len(self._embeds) > MAX_PROMPTS:
+            del self._embeds[next(iter(self._embeds))]
+        return result
+
+    def _noise(self, count: int, generator: Any, height: int, width: int) -> torch.Tensor:
+        """The plain pipeline's noise, dtype included; drawn on the CPU it is in pinned memory."""
+        generators = None if generator is None or isinstance(generator, torch.Generator) else list(generator)
+        if generators is not None and len(generators) != count:
+            raise WadiError(
+                f"generator: {len(generators)} generators for {count} pictures; give one for each"
+            )
+        first = generators[0] if generators else generator
+        where = self.device if first is None else first.device
+        factor, unet = self.pipeline.vae_scale_factor, self.pipeline.unet
+        shape = (count, unet.config.in_channels, height // factor, width // factor)
+        noise = randn_tensor(shape, generators or generator, where, unet.dtype)
+        return noise.pin_memory() if noise.device.type == "cpu" and self.device.type == "cuda" else noise
+
+    def _batches(
+        self, noise: torch.Tensor, embeds: list[torch.Tensor], height: int, width: int, output_type: str
+    ) -> Iterator[torch.Tensor]:
+        """x0 or pictures of each batch, copied out of the graph: the next replay overwrites its own."""
+        batch_size = self.batch_size or len(embeds)
+        to_host = output_type in ("pil", "np") and self.device.type == "cuda"
+        for first in range(0, len(embeds), batch_size):
+            some = slice(first, min(first + batch_size, len(embeds)))
+            count = some.stop - some.start
+            size = count if self.mode == "eager" and self._pool is None else batch_size
+            graph = self._graph((size, height, width), noise, embeds[0])
+            graph.z[:count].copy_(noise[some], non_blocking=True)
+            # a padded place repeats the last prompt on the noise that is there
+            torch.cat(embeds[some] + [embeds[some.stop - 1]] * (size - count), out=graph.embeds)
+            x0, pictures = graph.run()
+            made = (x0 if output_type == "latent" else pictures)[:count]
+            if to_host:
+                host = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+                yield host.copy_(made, non_blocking=True)
+            else:
+                yield made.clone()
+
+    def _graph(self, shape: tuple[int, int, int], noise: torch.Tensor, embed: torch.Tensor) -> _Graph:
+        if shape not in self._graphs:
+            while len(self._graphs) >= MAX_SHAPES:
+                del self._graphs[next(iter(self._graphs))]
+            start = time.perf_counter()
+            z = torch.zeros(shape[0], *noise.shape[1:], dtype=noise.dtype, device=self.device)
+            if self._pool is not None:
+                z = z.to(memory_format=torch.channels_last)
+            graph = _Graph(z, embed.repeat(shape[0], 1, 1), self._one_step)
+            with _explain_compiler():
+                graph.prepare(self._pool, compiled=self.mode != "eager")
+            self._graphs[shape] = graph
+            self.warmup_seconds[shape] = time.perf_counter() - start
+        return self._graphs[shape]
+
+    def _finish(self, result: torch.Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return result.to(self.pipeline.vae.dtype)
+        if self.pipeline.safety_checker is not None:
+            result = self._censor(result)
+        if output_type == "pt":
+            return result.permute(0, 3, 1, 2).float() / 255
+        array = result.cpu().numpy()
+        if output_type == "np":
+            return array.astype(np.float32) / 255
+        return [Image.fromarray(picture) for picture in array]
+
+    def _censor(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Blacken what the pipeline's safety checker flags, as the plain pipeline does."""
+        array = pictures.cpu().numpy()
+        images = [Image.fromarray(picture) for picture in array]
+        features = self.pipeline.feature_extractor(images, return_tensors="pt").pixel_values
+        features = features.to(self.device, self.pipeline.unet.dtype)
+        array, _ = self.pipeline.safety_checker(images=array, clip_input=features)
+        return torch.from_numpy(array).to(pictures.device)
+
+
+class _OneStep:
+    """Noise (N, C, h, w), embeddings (N, tokens, width) -> x0 in float32, bytes (N, height, width, 3)."""
+
+    def __init__(self, pipeline: DiffusionPipeline, mode: str) -> None:
+        scheduler, device = pipeline.scheduler, pipeline.unet.device
+        alpha_T_squared = scheduler.alphas_cumprod[-1]
+        self.alpha_T = alpha_T_squared.sqrt().item()
+        self.sigma_T = (1 - alpha_T_squared).sqrt().item()
+        self.prediction_type = scheduler.config.prediction_type
+        self.timestep = torch.tensor([len(scheduler.alphas_cumprod) - 1], device=device)
+        self.vae = pipeline.vae
+        # apart, so that a U-Net is compiled once however many autoencoders it serves
+        self.predict, self.show = pipeline.unet, self._show
+        if mode != "eager":
+            self.predict = torch.compile(pipeline.unet, mode=mode, dynamic=False)
+            self.show = torch.compile(self._show, mode=mode, dynamic=False)
+
+    def __call__(self, z: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.show(self.predict(z, self.timestep, embeds, return_dict=False)[0], z)
+
+    def _show(self, prediction: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x0 = one_step_x0(prediction, z, self.alpha_T, self.sigma_T, self.prediction_type)
+        latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype)
+        image = self.vae.decode(latents, return_dict=False)[0]
+        return x0, to_bytes(image)
+
+
+def to_bytes(image: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1], any dtype, to uint8 (N, H, W, 3), as `VaeImageProcessor` does."""
+    image = (image.float() * 0.5 + 0.5).clamp(0, 1)
+    return (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@dataclass
+class _Graph:
+    """Static inputs of one shape and, once captured, the graph that reads them."""
+
+    z: torch.Tensor
+    embeds: torch.Tensor
+    one_step: _OneStep
+    graph: torch.cuda.CUDAGraph | None = None
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """x0 and pictures; valid until the next run."""
+        if self.graph is None:
+            return self.one_step(self.z, self.embeds)
+        self.graph.replay()
+        return self.outputs
+
+    def prepare(self, pool: Any, compiled: bool) -> None:
+        """Compile; where there is a memory pool (CUDA), capture into it."""
+        if pool is None:
+            if compiled:
+                with _many_shapes():
+                    self.run()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with _many_shapes(), _choose_convolutions():
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP_RUNS):
+                    self.run()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self.outputs = self.one_step(self.z, self.embeds)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = graph
+
+
+@contextlib.contextmanager
+def _choose_convolutions() -> Iterator[None]:
+    """Let cuDNN time its algorithms in the warm-up; the capture then holds the winners."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _many_shapes() -> contextlib.AbstractContextManager:
+    """Every shape is compiled for itself; torch would stop after 8, of all pipelines together."""
+    import torch._dynamo.config as config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch < 2.7
+    return config.patch({name: 64})
+
+
+@contextlib.contextmanager
+def _explain_compiler() -> Iterator[None]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WadiError(f"compile: torch.compile does not work here ({reason}); use mode='eager'") from error
+
+
+def _check_pipeline(pipeline: DiffusionPipeline) -> None:
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise WadiError(f"fast: only StableDiffusionPipeline, not {type(pipeline).__name__}; leave it out")
+    if any(isinstance(module, BaseTunerLayer) for module in pipeline.unet.modules()):
+        raise WadiError("fast: the U-Net has an adapter that is not merged; merge it first (wadi export)")
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise WadiError("fast: a U-Net that is told its guidance (time_cond_proj_dim) is not supported")
