@@ -1,4 +1,4 @@
-"""`wadi emoji train-teacher`: the multi-step pipeline of the small world, Stable Diffusion's or PixArt-alpha's.
+"""`wadi emoji train-teacher`: the multi-step pipeline of the small world, Stable Diffusion or PixArt-alpha.
 
 Text encoder and U-Net (or transformer) are trained together on latents of endless scenes, with SD's noise
 schedule.
@@ -58,7 +58,7 @@ class TrainTeacherConfig:
     out: Path
     """Pipeline folder to write (float16 safetensors)."""
     init: Path | None = None
-    """Pipeline folder whose text encoder and U-Net (or transformer) to go on from, instead of random weights."""
+    """Pipeline folder of the same architecture whose weights to go on from, instead of random ones."""
     init_share: float = 0.0
     """Share of the weights of `init` in what is written; the rest is the new weights. Half keeps more of what
     training never shows (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022)."""
@@ -85,7 +85,7 @@ class TrainTeacherConfig:
     """Weight of a penalty on what the end and padding tokens know of their caption. They see all of it, and a
     U-Net that reads them alone learns captions by heart, where it should put their words together."""
     architecture: Literal["unet", "dit"] = "unet"
-    """A U-Net with a CLIP text encoder (StableDiffusionPipeline), or PixArt-alpha's transformer with a T5 encoder
+    """A U-Net with CLIP's text encoder (StableDiffusionPipeline), or PixArt-alpha's transformer with T5's
     (PixArtAlphaPipeline)."""
     compile: bool = False
     """Compile the U-Net or transformer first (about a minute); then its steps take less time."""
@@ -387,7 +387,7 @@ def write_pipeline(
     tokenizer: Tokenizer,
     network: Denoiser,
 ) -> None:
-    """Write a StableDiffusionPipeline folder, or of a transformer a PixArtAlphaPipeline folder, in float16."""
+    """Write a StableDiffusionPipeline folder, or PixArtAlphaPipeline for a transformer, in float16."""
     shared = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": new_scheduler()}
     if isinstance(network, PixArtTransformer2DModel):
         pipeline = PixArtAlphaPipeline(transformer=network, **shared)
