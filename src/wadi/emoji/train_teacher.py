@@ -33,7 +33,7 @@ from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
-from wadi.onestep.pipeline import pipeline_class_name, pipeline_folder
+from wadi.onestep.pipeline import pipeline_class_name
 
 ENCODED_BATCH = 2000
 """Pictures at a time when latents are encoded ahead."""
@@ -316,7 +316,7 @@ def _check(config: TrainTeacherConfig) -> None:
         )
     if config.init is None:
         return
-    name, wanted = pipeline_class_name(pipeline_folder(config.init)), PIPELINES[config.architecture].__name__
+    name, wanted = pipeline_class_name(config.init), PIPELINES[config.architecture].__name__
     if name != wanted:
         raise WadiError(
             f"--init {config.init}: holds a {name}; --architecture {config.architecture} needs a {wanted}"
@@ -327,8 +327,8 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     """Train and write the pipeline folder; returns steps, seconds and the last loss.
 
     Raises:
-        WadiError: a share of `init` outside 0 to 1, or without `init`; an `init` of another architecture; a
-            summary penalty for a transformer.
+        WadiError: a share of `init` outside 0 to 1, or without `init`; an `init` of another architecture, or
+            that is no pipeline folder; a summary penalty for a transformer.
     """
     _check(config)
     device = torch.device(config.device)
