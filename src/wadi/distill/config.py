@@ -371,7 +371,7 @@ PRESETS: dict[str, DistillConfig] = {
     "emoji-dit": dataclasses.replace(
         _EMOJI,
         output_dir="runs/emoji-dit",
-        # as many parameters as the U-Net's student, a tenth of the transformer
+        # a tenth of the parameters, as of the U-Net
         student_rank=22,
         fake_rank=22,
     ),
