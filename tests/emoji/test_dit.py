@@ -95,6 +95,20 @@ def test_the_caption_and_the_order_of_its_words_are_seen():
     assert (first - short).abs().max() > 1e-4
 
 
+def test_autocast_and_compilation_change_only_the_rounding():
+    transformer, text_encoder = networks()
+    ids = train_teacher.tokenize(build_t5_tokenizer(), CAPTIONS)
+    x, t = torch.randn(4, 4, 16, 16), torch.tensor([3, 400, 700, 999])
+    whole = torch.compile(transformer, fullgraph=True, backend="eager")  # raises at a graph break
+    with torch.no_grad():
+        expected = predict_noise(transformer, text_encoder, x, t, ids)
+        torch.testing.assert_close(predict_noise(whole, text_encoder, x, t, ids), expected)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            rounded = predict_noise(transformer, text_encoder, x, t, ids)
+    # bfloat16 holds 8 bits
+    assert (rounded.float() - expected).std() < 2e-2 * expected.std()
+
+
 def one_step(transformer, text_encoder):
     config = train_teacher.TrainTeacherConfig(
         "", "", architecture="dit", train_batch_size=4, max_train_steps=2, device="cpu"
