@@ -1,4 +1,4 @@
-"""PixArt-alpha through the same loop: conditions with masks, learned sigma, micro-conditions, resume."""
+"""PixArt-alpha through the same loop: conditions with masks, learned sigma, exact resume."""
 
 import dataclasses
 
@@ -34,7 +34,9 @@ def test_prediction_is_the_first_half_of_the_stock_call(pixart_folder):
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([7, 999])
     with torch.no_grad():
         ours = backbone.predict(backbone.network, x, t, condition)
-        stock = pipeline.transformer(x, states, t, {"resolution": None}, encoder_attention_mask=mask).sample
+        stock = pipeline.transformer(
+            x, states, t, {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=mask
+        ).sample
     torch.testing.assert_close(ours, stock.chunk(2, dim=1)[0])
 
 
