@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
-    "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its U-Net and text encoder"),
+    "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its denoiser and text encoder"),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
     "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
     "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),
@@ -312,6 +312,8 @@ def _distill_options(arguments: Sequence[str]) -> Any:
     start = PRESETS.get(name, DistillConfig())
     if name.startswith("emoji"):  # a preset of the library cannot know where the built-in teacher is
         built_in = {"pretrained_model_name_or_path": emoji.teacher_folder(), "prompts": emoji.prompts_file()}
+        if name == "emoji-dit":  # its teacher does not come with wadi
+            del built_in["pretrained_model_name_or_path"]
         start = dataclasses.replace(start, **{field: str(path) for field, path in built_in.items()})
     return options(**dataclasses.asdict(start), preset=name)
 

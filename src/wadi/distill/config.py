@@ -368,6 +368,13 @@ PRESETS: dict[str, DistillConfig] = {
         fake_guidance_scale=1.5,
         null_prompt_probability=0.1,
     ),
+    "emoji-dit": dataclasses.replace(
+        _EMOJI,
+        output_dir="runs/emoji-dit",
+        # a tenth of the parameters, as of the U-Net
+        student_rank=22,
+        fake_rank=22,
+    ),
     "sd15": _SD15,
     "sd21-base": dataclasses.replace(
         _SD15,
@@ -391,4 +398,5 @@ PRESETS: dict[str, DistillConfig] = {
     ),
 }
 """Starting points by name: the emoji teacher (as its shipped student was made on a GPU, in minutes on a CPU,
-and in the paper's proportions) and the authors' settings for Stable Diffusion and PixArt-alpha."""
+and in the paper's proportions), the emoji transformer (train its teacher first) and the authors' settings for
+Stable Diffusion and PixArt-alpha."""

@@ -129,6 +129,8 @@ def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch
 
 def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float) -> Generate:
     """A stock diffusers pipeline as a :data:`Generate`; noise from the CPU, a generator for each picture."""
+    from wadi.onestep.pipeline import stock_arguments
+
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> torch.Tensor:
@@ -138,6 +140,7 @@ def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
+            **stock_arguments(pipeline),
         ).images
         return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 

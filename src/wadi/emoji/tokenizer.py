@@ -1,20 +1,24 @@
-"""The small world's CLIP tokenizer: byte-level BPE in which every word of the grammar is one token.
+"""The small world's tokenizers, CLIP's and T5's, in which every word of the grammar is one token.
 
-Merges are built by hand, because the trainers of `tokenizers` do not give the same ids twice.
+Merges and scores are built by hand, because the trainers of `tokenizers` do not give the same ids twice.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import string
 from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from wadi.emoji.captions import COLOURS, LEADS, PLACES, RELATIONS, SIZES
 from wadi.emoji.glyphs import NAMES
+from wadi.onestep.pipeline import PIXART_TOKENS
 
 MAX_LENGTH = 24
+_SPELLED = -12.0  # log probability of a single character: worse than any word, so words are never spelled
 
 
 def words_of_the_grammar() -> list[str]:
@@ -52,10 +56,25 @@ def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer, always the same."""
+    """The CLIP tokenizer, always the same."""
     merges = byte_pair_merges(words_of_the_grammar())
     letters = sorted(ByteLevel.alphabet())
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     tokens += ["".join(pair) for pair in merges]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """The T5 tokenizer, always the same: unigrams, equally likely words of the grammar and ASCII characters.
+
+    It takes as many tokens as `PixArtAlphaPipeline` pads to.
+    """
+    words = words_of_the_grammar()
+    likely = -math.log(len(words))
+    characters = string.ascii_letters + string.digits + string.punctuation
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [(f"▁{word}", likely) for word in words if len(word) > 1]
+    vocab += [(f"▁{letter}", likely if letter in words else _SPELLED) for letter in characters]
+    vocab += [("▁", _SPELLED), *((letter, _SPELLED) for letter in characters)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=PIXART_TOKENS)

@@ -1,6 +1,7 @@
-"""`wadi emoji train-teacher`: the multi-step Stable Diffusion pipeline of the small world.
+"""`wadi emoji train-teacher`: the multi-step pipeline of the small world, Stable Diffusion or PixArt-alpha.
 
-Text encoder and U-Net are trained together on latents of endless scenes, with SD's noise schedule.
+Text encoder and U-Net (or transformer) are trained together on latents of endless scenes, with SD's noise
+schedule.
 """
 
 from __future__ import annotations
@@ -9,20 +10,30 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
+from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import render, sample_scenes
-from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
+from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
+from wadi.onestep.pipeline import pipeline_class_name
 
 ENCODED_BATCH = 2000
 """Pictures at a time when latents are encoded ahead."""
@@ -30,17 +41,24 @@ ENCODED_BATCH = 2000
 FOCUS_TIMESTEP = 300
 """Lowest timestep of the pairs that `pair_focus` adds."""
 
+PIPELINES = {"unet": StableDiffusionPipeline, "dit": PixArtAlphaPipeline}
+"""By architecture, what is written."""
+
+TextEncoder = CLIPTextModel | T5EncoderModel
+Tokenizer = CLIPTokenizer | T5Tokenizer
+Denoiser = UNet2DConditionModel | PixArtTransformer2DModel
+
 
 @dataclass
 class TrainTeacherConfig:
-    """Train the text encoder and the U-Net of the emoji world and write the whole pipeline folder."""
+    """Train the text encoder and the U-Net or transformer of the emoji world; write the whole pipeline."""
 
     vae: Path
     """AutoencoderKL folder of `wadi emoji train-vae`."""
     out: Path
     """Pipeline folder to write (float16 safetensors)."""
     init: Path | None = None
-    """Pipeline folder whose text encoder and U-Net to go on from, instead of random weights."""
+    """Pipeline folder of the same architecture whose weights to go on from, instead of random ones."""
     init_share: float = 0.0
     """Share of the weights of `init` in what is written; the rest is the new weights. Half keeps more of what
     training never shows (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022)."""
@@ -66,8 +84,11 @@ class TrainTeacherConfig:
     summary_penalty: float = 0.0
     """Weight of a penalty on what the end and padding tokens know of their caption. They see all of it, and a
     U-Net that reads them alone learns captions by heart, where it should put their words together."""
+    architecture: Literal["unet", "dit"] = "unet"
+    """A U-Net with CLIP's text encoder (StableDiffusionPipeline), or PixArt-alpha's transformer with T5's
+    (PixArtAlphaPipeline)."""
     compile: bool = False
-    """Compile the U-Net first (about a minute); then its steps take less time."""
+    """Compile the U-Net or transformer first (about a minute); then its steps take less time."""
     seed: int = 0
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +128,11 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, sampled by DDIM from the last timestep on."""
+    """Stable Diffusion's noise schedule, sampled by DDIM from the last timestep on.
+
+    For the transformer too: PixArt's linear schedule ends at alpha_T^2 = 4.0e-5, where one step would magnify
+    errors of epsilon 157 times instead of 15 (and its students were trained with SD's alpha_T all the same).
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -119,8 +144,8 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    """(N, 24) int64, padded as StableDiffusionPipeline does."""
+def tokenize(tokenizer: Tokenizer, prompts: list[str]) -> torch.Tensor:
+    """(N, 24) int64, padded as StableDiffusionPipeline does; PixArtAlphaPipeline pads more, and masks it."""
     return tokenizer(
         prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
@@ -130,7 +155,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 def encode_pool(
     config: TrainTeacherConfig,
     vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
+    tokenizer: Tokenizer,
     captions: list[Caption],
     pictures: int,
     seed: int,
@@ -174,13 +199,13 @@ class TeacherTraining:
     def __init__(
         self,
         config: TrainTeacherConfig,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
+        network: Denoiser,
+        text_encoder: TextEncoder,
         empty: torch.Tensor,
     ):
         self.config, self.text_encoder = config, text_encoder
         self.device = torch.device(config.device)
-        self.parameters = [*unet.parameters(), *text_encoder.parameters()]
+        self.parameters = [*network.parameters(), *text_encoder.parameters()]
         self.ema = [parameter.detach().clone() for parameter in self.parameters]
         cuda = self.device.type == "cuda"
         self.learning_rate = torch.tensor(0.0, device=self.device)
@@ -201,7 +226,7 @@ class TeacherTraining:
         self.ids = empty.to(self.device).repeat(size, 1)
         self.empty = empty.to(self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.predict = torch.compile(unet) if config.compile else unet
+        self.predict = torch.compile(network) if config.compile else network
         self.run = self._captured() if cuda else self._step
 
     def _step(self) -> None:
@@ -211,9 +236,12 @@ class TeacherTraining:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
         ):
-            states = self.text_encoder(self.ids)[0]
             noisy = alpha * self.latents + sigma * self.noise
-            prediction = self.predict(noisy, self.timesteps, states, return_dict=False)[0]
+            if self.config.architecture == "dit":
+                prediction = predict_noise(self.predict, self.text_encoder, noisy, self.timesteps, self.ids)
+            else:
+                states = self.text_encoder(self.ids)[0]
+                prediction = self.predict(noisy, self.timesteps, states, return_dict=False)[0]
             if self.config.summary_penalty:
                 nothing = self.text_encoder(self.empty)[0]
         loss = F.mse_loss(prediction.float(), self.noise)
@@ -264,30 +292,50 @@ class TeacherTraining:
         self.run()
 
 
-def _networks(
-    config: TrainTeacherConfig, tokenizer: CLIPTokenizer
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    device = torch.device(config.device)
+def _networks(config: TrainTeacherConfig, tokenizer: Tokenizer) -> tuple[Denoiser, TextEncoder]:
+    device, dit = torch.device(config.device), config.architecture == "dit"
     if config.init is None:
-        return new_unet().to(device), new_text_encoder(tokenizer).to(device)
-    unet = UNet2DConditionModel.from_pretrained(config.init, subfolder="unet", use_safetensors=True)
-    text_encoder = CLIPTextModel.from_pretrained(config.init, subfolder="text_encoder", use_safetensors=True)
-    return unet.float().to(device).train(), text_encoder.float().to(device).train()
+        network = new_transformer() if dit else new_unet()
+        text_encoder = new_t5_encoder(tokenizer) if dit else new_text_encoder(tokenizer)
+        return network.to(device), text_encoder.to(device)
+    kind, part = (PixArtTransformer2DModel, "transformer") if dit else (UNet2DConditionModel, "unet")
+    network = kind.from_pretrained(config.init, subfolder=part, use_safetensors=True)
+    text_encoder = (T5EncoderModel if dit else CLIPTextModel).from_pretrained(
+        config.init, subfolder="text_encoder", use_safetensors=True
+    )
+    return network.float().to(device).train(), text_encoder.float().to(device).train()
+
+
+def _check(config: TrainTeacherConfig) -> None:
+    if not 0 <= config.init_share <= 1 or (config.init_share and config.init is None):
+        raise WadiError(f"--init-share {config.init_share}: must be between 0 and 1, and needs --init")
+    if config.summary_penalty and config.architecture == "dit":
+        raise WadiError(
+            f"--summary-penalty {config.summary_penalty}: has no meaning for --architecture dit, which never "
+            "sees the padding; leave it away"
+        )
+    if config.init is None:
+        return
+    name, wanted = pipeline_class_name(config.init), PIPELINES[config.architecture].__name__
+    if name != wanted:
+        raise WadiError(
+            f"--init {config.init}: holds a {name}; --architecture {config.architecture} needs a {wanted}"
+        )
 
 
 def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     """Train and write the pipeline folder; returns steps, seconds and the last loss.
 
     Raises:
-        WadiError: a share of `init` outside 0 to 1, or without `init`.
+        WadiError: a share of `init` outside 0 to 1, or without `init`; an `init` of another architecture, or
+            that is no pipeline folder; a summary penalty for a transformer.
     """
-    if not 0 <= config.init_share <= 1 or (config.init_share and config.init is None):
-        raise WadiError(f"--init-share {config.init_share}: must be between 0 and 1, and needs --init")
+    _check(config)
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    tokenizer = build_tokenizer()
+    tokenizer = build_t5_tokenizer() if config.architecture == "dit" else build_tokenizer()
     vae = (
         AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
         .float()
@@ -300,13 +348,13 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     if config.pair_focus:
         two = [caption for caption in captions if caption.relation is not None]
         pairs = encode_pool(config, vae, tokenizer, two, config.pictures // 2, config.seed + 2)
-    unet, text_encoder = _networks(config, tokenizer)
-    initial = [parameter.detach().clone() for parameter in (*unet.parameters(), *text_encoder.parameters())]
-    training = TeacherTraining(config, unet, text_encoder, tokenize(tokenizer, [""]))
+    network, text_encoder = _networks(config, tokenizer)
+    initial = [p.detach().clone() for p in (*network.parameters(), *text_encoder.parameters())]
+    training = TeacherTraining(config, network, text_encoder, tokenize(tokenizer, [""]))
     steps = _fit(training, pool, pairs)
     for parameter, average, start in zip(training.parameters, training.ema, initial, strict=True):
         parameter.data.copy_(average.lerp(start, config.init_share))
-    write_pipeline(config.out, vae, text_encoder, tokenizer, unet)
+    write_pipeline(config.out, vae, text_encoder, tokenizer, network)
     return {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
 
 
@@ -335,20 +383,21 @@ def _fit(
 def write_pipeline(
     folder: Path,
     vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
+    text_encoder: TextEncoder,
+    tokenizer: Tokenizer,
+    network: Denoiser,
 ) -> None:
-    """Write a StableDiffusionPipeline folder in float16."""
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """Write a StableDiffusionPipeline folder, or PixArtAlphaPipeline for a transformer, in float16."""
+    shared = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": new_scheduler()}
+    if isinstance(network, PixArtTransformer2DModel):
+        pipeline = PixArtAlphaPipeline(transformer=network, **shared)
+    else:
+        pipeline = StableDiffusionPipeline(
+            unet=network,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **shared,
+        )
     with replacing_folder(folder) as temporary:
         pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

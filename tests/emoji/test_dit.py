@@ -1,0 +1,253 @@
+"""The emoji transformer: what it is told, what it minimises, and the whole way to a one-step picture."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+
+from tests.emoji.cases import synthetic_atlas
+from wadi import cli
+from wadi.distill import distill
+from wadi.distill.config import PRESETS
+from wadi.emoji import prompts_file, teacher_folder, train_teacher
+from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
+from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_generator
+from wadi.emoji.tokenizer import build_t5_tokenizer
+from wadi.errors import WadiError
+from wadi.files import save_tensors
+from wadi.lorad.presets import student_config
+from wadi.onestep import OneStepPipeline
+
+CAPTIONS = ["a cat", "a big dog on the left", "", "a cat and a dog"]
+NO_SIZE = {"resolution": None, "aspect_ratio": None}
+TINY = {"max_train_steps": 2, "train_batch_size": 4, "seconds": 1e9, "pictures": 8, "captions": 60}
+
+
+def networks(seed=0):
+    """Random weights throughout: the last layer of a new transformer is zero."""
+    torch.manual_seed(seed)
+    transformer, text_encoder = new_transformer(), new_t5_encoder(build_t5_tokenizer())
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    return transformer, text_encoder
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """A function that trains two steps on latents of the shipped VAE, and returns the folder and figures."""
+    folder = tmp_path_factory.mktemp("dit")
+    save_tensors(folder / "atlas.safetensors", {"atlas": synthetic_atlas()})
+
+    def run(name, **options):
+        config = train_teacher.TrainTeacherConfig(
+            teacher_folder() / "vae",
+            folder / name,
+            atlas=folder / "atlas.safetensors",
+            architecture="dit",
+            device="cpu",
+            **TINY,
+            **options,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_teacher, "ENCODED_BATCH", 8)
+            return config.out, train_teacher.train_teacher(config)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dit_folder(train):
+    folder, figures = train("teacher", learning_rate=0.5, pair_focus=0.4)  # warm-up makes 1e-3 of it
+    assert figures["steps"] == 2
+    assert 0.5 < figures["loss"] < 2
+    return folder
+
+
+def test_padding_changes_nothing_and_the_stock_pipeline_tells_the_same():
+    transformer, text_encoder = networks()
+    tokenizer = build_t5_tokenizer()
+    ids = train_teacher.tokenize(tokenizer, CAPTIONS)
+    assert ids.shape == (4, 24)
+    x, t = torch.randn(4, 4, 16, 16), torch.tensor([3, 400, 700, 999])
+    pipeline = PixArtAlphaPipeline(
+        tokenizer, text_encoder, vae=None, transformer=transformer, scheduler=train_teacher.new_scheduler()
+    )
+    states, mask, *_ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    assert states.shape == (4, 120, 128)
+    assert mask.sum(1).tolist() == [len(text.split()) + 1 for text in CAPTIONS]
+    with torch.no_grad():
+        ours = predict_noise(transformer, text_encoder, x, t, ids)
+        stock = transformer(x, states, t, NO_SIZE, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(ours, stock[:, :4], rtol=1e-4, atol=1e-5)
+    assert (ours[0] - ours[3]).abs().max() > 0.1
+
+
+def test_the_caption_and_the_order_of_its_words_are_seen():
+    transformer, text_encoder = networks()
+    texts = ["a cat left of a dog", "a dog left of a cat", "a cat"]
+    ids = train_teacher.tokenize(build_t5_tokenizer(), texts)
+    x = torch.randn(1, 4, 16, 16).expand(3, -1, -1, -1)
+    with torch.no_grad():
+        first, other, short = predict_noise(transformer, text_encoder, x, torch.tensor([500] * 3), ids)
+    assert (first - other).abs().max() > 1e-4
+    assert (first - short).abs().max() > 1e-4
+
+
+def one_step(transformer, text_encoder):
+    config = train_teacher.TrainTeacherConfig(
+        "", "", architecture="dit", train_batch_size=4, max_train_steps=2, device="cpu"
+    )
+    tokenizer = build_t5_tokenizer()
+    empty = train_teacher.tokenize(tokenizer, [""])
+    training = train_teacher.TeacherTraining(config, transformer, text_encoder, empty)
+    ids, latents = train_teacher.tokenize(tokenizer, CAPTIONS), torch.randn(4, 4, 16, 16)
+    training.step(latents, ids, 0, 1e-4, torch.Generator().manual_seed(0))
+    return training, latents
+
+
+def test_a_new_transformer_predicts_nothing():
+    torch.manual_seed(0)
+    training, _ = one_step(new_transformer(), new_t5_encoder(build_t5_tokenizer()))
+    torch.testing.assert_close(training.loss, training.noise.square().mean())
+
+
+def test_one_training_step():
+    transformer, text_encoder = networks()
+    before = copy.deepcopy((transformer, text_encoder))
+    training, latents = one_step(transformer, text_encoder)
+    # Stable Diffusion's schedule and the loss ||eps(alpha x + sigma n, t, c) - n||^2, written out.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
+    noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
+    mask = (training.ids != 0).long()
+    with torch.no_grad():
+        states = before[1](training.ids, attention_mask=mask)[0]
+        output = before[0](noisy, states, training.timesteps, NO_SIZE, encoder_attention_mask=mask)
+    expected = (output.sample[:, :4] - training.noise).square().mean()
+    torch.testing.assert_close(training.loss, expected, rtol=1e-4, atol=1e-5)
+    # Rows of the last layer are (2 x 2 pixels, 8 channels): those of the learned sigma get no gradient.
+    gradient = transformer.proj_out.weight.grad.view(4, 8, -1)
+    assert not gradient[:, 4:].any()
+    assert gradient[:, :4].abs().amax(-1).min() > 0
+    for part in (transformer.caption_projection.linear_1, text_encoder.shared):
+        assert part.weight.grad.abs().max() > 0
+
+
+def test_init_goes_on_exactly(dit_folder, train):
+    folder, _ = train("again", init=dit_folder, learning_rate=0.0)
+    first, second = (
+        PixArtAlphaPipeline.from_pretrained(f, use_safetensors=True) for f in (dit_folder, folder)
+    )
+    assert not list(folder.rglob("*.bin"))
+    for name in ("transformer", "text_encoder", "vae"):
+        ours, theirs = (getattr(pipeline, name).state_dict() for pipeline in (first, second))
+        # Without a learning rate, going on changes nothing but the last bit of the average.
+        assert all(torch.allclose(theirs[key], value, rtol=2e-3) for key, value in ours.items())
+    kept, _ = train("kept", init=dit_folder, init_share=1.0)
+    third = PixArtAlphaPipeline.from_pretrained(kept, use_safetensors=True).transformer.state_dict()
+    assert all(torch.equal(third[key], value) for key, value in first.transformer.state_dict().items())
+
+
+def test_the_stock_pipeline_samples_it(dit_folder):
+    """25 guided steps of DDIM, written out; DPM-Solver++ solves the same equation."""
+    pipeline = PixArtAlphaPipeline.from_pretrained(dit_folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 25, "guidance_scale": 2.0, "use_resolution_binning": False}
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    prompt = "a big cat on a red background"
+    stock = pipeline(prompt, latents=z, output_type="latent", **arguments).images
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)
+    ids, x = train_teacher.tokenize(pipeline.tokenizer, ["", prompt]), z.double()
+    for t in range(999, 0, -40):
+        with torch.no_grad():
+            null, cond = predict_noise(
+                pipeline.transformer,
+                pipeline.text_encoder,
+                x.float().expand(2, -1, -1, -1),
+                torch.tensor(2 * [t]),
+                ids,
+            ).double()
+        noise = null + 2.0 * (cond - null)
+        clean = (x - (1 - kept[t]).sqrt() * noise) / kept[t].sqrt()
+        before = kept[max(t - 40, 0)]
+        x = before.sqrt() * clean + (1 - before).sqrt() * noise
+    torch.testing.assert_close(stock.double(), x, rtol=1e-3, atol=1e-3 * x.std().item())
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    other = pipeline(prompt, latents=z, output_type="latent", **arguments).images
+    assert (other - stock).std() < 0.1 * stock.std()
+
+
+def test_from_training_to_a_picture_in_one_step(dit_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(text for text in CAPTIONS if text))
+    run = distill(
+        dataclasses.replace(
+            PRESETS["emoji-dit"],
+            pretrained_model_name_or_path=str(dit_folder),
+            prompts=str(tmp_path / "prompts.txt"),
+            output_dir=str(tmp_path / "run"),
+            train_batch_size=2,
+            max_train_steps=2,
+            validation_seeds=(3,),
+        )
+    )
+    stock = PixArtAlphaPipeline.from_pretrained(run / "pipeline")
+    picture = stock(
+        "a cat",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        use_resolution_binning=False,
+        generator=[torch.Generator().manual_seed(3)],
+        output_type="np",
+    ).images
+    assert picture.shape == (1, 64, 64, 3)
+    ours = OneStepPipeline.from_pretrained(dit_folder, run / "adapter")
+    assert np.array_equal(picture, ours("a cat", seed=3, output_type="np"))
+    student, teacher = (
+        pipeline_generator(evaluated_pipeline(EvaluateConfig(dit_folder, adapter, device="cpu")), 1, 1.0)
+        for adapter in (run / "adapter", None)
+    )
+    judged = student(["a cat"], [3])
+    assert np.array_equal(judged[0].permute(1, 2, 0).numpy(), (picture[0] * 255).round().astype("uint8"))
+    assert not torch.equal(judged, teacher(["a cat"], [3]))
+    config = EvaluateConfig(dit_folder, num_inference_steps=2, device="cpu")
+    assert pipeline_generator(evaluated_pipeline(config), 2, 2.0)(["a cat"] * 2, [3, 4]).shape == (
+        2,
+        3,
+        64,
+        64,
+    )
+
+
+def test_preset_trains_a_tenth_of_the_transformer():
+    preset, transformer = PRESETS["emoji-dit"], new_transformer()
+    layers = dict(transformer.named_modules())
+    count = sum(
+        preset.student_rank * (layers[name].out_features + layers[name].in_features // 2)
+        for name in student_config(transformer, preset.student_rank).target_modules
+    )
+    total = sum(parameter.numel() for parameter in transformer.parameters())
+    assert (total, count) == (8_012_320, 787_776)
+    assert count / total == pytest.approx(0.1, abs=0.005)
+    assert (preset.fake_rank, preset.fake_layers, preset.fake_updates) == (preset.student_rank, "student", 2)
+    assert (preset.guidance_scale, preset.fake_guidance_scale) == (2.0, 1.0)
+
+
+def test_preset_of_the_command_line_needs_a_teacher():
+    options = cli._distill_options(["--preset", "emoji-dit"])
+    assert options.prompts == str(prompts_file())
+    assert options.pretrained_model_name_or_path is None
+
+
+def test_refusals(train, dit_folder, tmp_path):
+    with pytest.raises(WadiError, match="--summary-penalty"):
+        train("penalty", summary_penalty=0.5)
+    with pytest.raises(WadiError, match=r"--init .*: holds a StableDiffusionPipeline; --architecture dit"):
+        train("other", init=teacher_folder())
+    with pytest.raises(WadiError, match=r"model_index.json"):
+        train("nothing", init=tmp_path)
+    unet = train_teacher.TrainTeacherConfig(tmp_path, tmp_path / "out", init=dit_folder)
+    with pytest.raises(WadiError, match=r"holds a PixArtAlphaPipeline; --architecture unet"):
+        train_teacher.train_teacher(unet)
