@@ -1,7 +1,7 @@
 """What an adapter costs: one training step of a Stable Diffusion U-Net under LoRaD and its alternatives.
 
     python benchmarks/adapters.py                       # SD 1.5's configuration, random weights, a GPU
-    python benchmarks/adapters.py --size tiny --batch-sizes 2 --device cpu    # a smoke test
+    python benchmarks/adapters.py --model tiny --batch-sizes 2 --device cpu    # a smoke test
 
 Every method adapts the same layers of the same frozen bfloat16 network, holds what it trains in float32 and
 runs under autocast, as the training scripts of diffusers do; full fine-tuning trains the bfloat16 weights
@@ -68,7 +68,7 @@ NAMES = {
 class Options:
     """Time adapters side by side."""
 
-    size: Literal["sd15", "tiny"] = "sd15"
+    model: Literal["sd15", "tiny"] = "sd15"
     """Configuration of the U-Net; its weights are random."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """Latents a step."""
@@ -170,8 +170,8 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
     device = torch.device(options.device)
     torch.manual_seed(0)
     with torch.device(device):
-        network = UNet2DConditionModel(**CONFIGS[options.size]).to(torch.bfloat16)
-        network = adapt(network, method, RANKS[options.size])
+        network = UNet2DConditionModel(**CONFIGS[options.model]).to(torch.bfloat16)
+        network = adapt(network, method, RANKS[options.model])
         size = network.config.sample_size
         x, target = torch.randn(2, batch, 4, size, size)
         states = torch.randn(batch, 77, network.config.cross_attention_dim, dtype=torch.bfloat16)
@@ -208,8 +208,8 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
 def rotation(options: Options, clock: Clock) -> dict:
     """All adapted layers turned once, in a CUDA graph where there is a GPU, and the error against float64."""
     with torch.device(options.device):
-        network = UNet2DConditionModel(**CONFIGS[options.size]).to(torch.bfloat16)
-        network = adapt(network, "lorad", RANKS[options.size])
+        network = UNet2DConditionModel(**CONFIGS[options.model]).to(torch.bfloat16)
+        network = adapt(network, "lorad", RANKS[options.model])
     layers = [module for module in network.modules() if isinstance(module, LoRaDLayer)]
     for layer in layers:
         nn.init.normal_(layer.lorad_A["default"], std=0.1)
@@ -257,7 +257,7 @@ def header(options: Options) -> str:
     cuda = torch.device(options.device).type == "cuda"
     machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, PEFT {peft.__version__}"
-    return f"{options.size}, bfloat16, {machine}, {versions}, {date.today()}"
+    return f"{options.model}, bfloat16, {machine}, {versions}, {date.today()}"
 
 
 def table(rows: list[dict]) -> str:

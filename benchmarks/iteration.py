@@ -1,7 +1,8 @@
 """One iteration of WaDi's training, against the same iteration as it is usually written.
 
     python benchmarks/iteration.py                      # SD 1.5's configuration, random weights, a GPU
-    python benchmarks/iteration.py --size tiny --batch-sizes 2 --device cpu   # a smoke test
+    python benchmarks/iteration.py --model pixart-256 --batch-sizes 4
+    python benchmarks/iteration.py --model tiny --batch-sizes 2 --device cpu   # a smoke test
 
 The plain statement holds three separate networks, adapts student and fake model by forward hooks that compute
 every adapted layer twice (see adapters.py), and evaluates the guided predictions of teacher and fake model in
@@ -24,28 +25,44 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adapters import CONFIGS, Clock, HookAdapter, header
 
-from wadi.distill import DistillConfig, Trainer, UNetBackbone, make_accelerator
+from wadi.distill import DistillConfig, Trainer, make_accelerator
+from wadi.distill.backbone import Backbone, PixArtBackbone, UNetBackbone
+from wadi.distill.cache import Embeddings
+from wadi.distill.condition import Condition, pick
 from wadi.distill.losses import fake_loss, generator_loss, guided, vsd_gradient
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.distill.schedule import Schedule
 from wadi.lorad.presets import fake_config, student_config
 
-RANKS = {"sd15": (256, 32), "tiny": (4, 2)}
+RANKS = {"sd15": (256, 32), "pixart-256": (128, 32), "tiny": (4, 2)}
+PIXART = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 32,
+    "patch_size": 2,
+    "caption_channels": 4096,
+    "norm_type": "ada_norm_single",
+}
+PROMPTS = 64
 
 
 @dataclass
 class Options:
     """Time one training iteration, ours and a plain one."""
 
-    size: Literal["sd15", "tiny"] = "sd15"
-    """Configuration of the U-Net; its weights are random."""
+    model: Literal["sd15", "pixart-256", "tiny"] = "sd15"
+    """Configuration of the network; its weights are random."""
     batch_sizes: tuple[int, ...] = (4, 16)
     """Latents an iteration."""
     gradient_checkpointing: tuple[bool, ...] = (False, True)
@@ -60,21 +77,37 @@ class Options:
     """JSON file for the figures."""
 
 
-def new_network(options: Options) -> UNet2DConditionModel:
-    """A U-Net of random bfloat16 weights on the device."""
+def new_backbone(options: Options) -> Backbone:
+    """A network of random bfloat16 weights on the device, with Stable Diffusion's schedule."""
     torch.manual_seed(0)
+    pixart = options.model == "pixart-256"
     with torch.device(options.device):
-        return UNet2DConditionModel(**CONFIGS[options.size]).to(torch.bfloat16).eval().requires_grad_(False)
+        network = (
+            PixArtTransformer2DModel(**PIXART) if pixart else UNet2DConditionModel(**CONFIGS[options.model])
+        )
+    network.to(torch.bfloat16)
+    pipeline = SimpleNamespace(
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        tokenizer=SimpleNamespace(model_max_length=77),
+        **{"transformer" if pixart else "unet": network},
+    )
+    return (PixArtBackbone if pixart else UNetBackbone)(pipeline, options.device)
 
 
-def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+def random_conditions(options: Options, network: nn.Module) -> Condition:
+    """Embeddings of as many prompts as the benchmark has."""
+    if options.model != "pixart-256":
+        states = torch.randn(PROMPTS, 77, network.config.cross_attention_dim, dtype=torch.bfloat16)
+        return {"encoder_hidden_states": states}
+    return {
+        "encoder_hidden_states": torch.randn(PROMPTS, 120, network.config.caption_channels).bfloat16(),
+        "encoder_attention_mask": torch.ones(PROMPTS, 120, dtype=torch.bool),
+    }
 
 
 def ours(options: Options, batch: int, checkpointing: bool) -> Callable[[], object]:
-    """The project's trainer, a step at a time; prompts are drawn from 64 random embeddings."""
-    student_rank, fake_rank = RANKS[options.size]
+    """The project's trainer, a step at a time."""
+    student_rank, fake_rank = RANKS[options.model]
     config = DistillConfig(
         train_batch_size=batch,
         student_rank=student_rank,
@@ -84,12 +117,10 @@ def ours(options: Options, batch: int, checkpointing: bool) -> Callable[[], obje
         gradient_checkpointing=checkpointing,
         null_prompt_probability=0.0,
     )
-    network = new_network(options)
-    pipeline = SimpleNamespace(unet=network, scheduler=new_scheduler())
-    width = network.config.cross_attention_dim
-    states = torch.randn(64, 77, width, dtype=torch.bfloat16)
-    prompts = PromptEmbeddings(states, states[:1], states[:0])
-    trainer = Trainer(config, UNetBackbone(pipeline, options.device), prompts, make_accelerator(config))
+    backbone = new_backbone(options)
+    conditions = random_conditions(options, backbone.network)
+    prompts = PromptEmbeddings(Embeddings([conditions]), pick(conditions, slice(1)), {})
+    trainer = Trainer(config, backbone, prompts, make_accelerator(config))
     steps = iter(range(1_000_000))
     return lambda: trainer.step(next(steps))
 
@@ -100,9 +131,10 @@ class Plain:
     def __init__(self, options: Options, batch: int, checkpointing: bool) -> None:
         self.device = torch.device(options.device)
         self.batch, self.config = batch, DistillConfig()
-        self.schedule = Schedule.from_config(new_scheduler().config).to(self.device)
-        self.teacher = new_network(options)
-        student_rank, fake_rank = RANKS[options.size]
+        self.backbone = new_backbone(options)
+        self.schedule = Schedule.from_config(self.backbone.scheduler_config).to(self.device)
+        self.teacher = self.backbone.network
+        student_rank, fake_rank = RANKS[options.model]
         self.student, self.student_hooks = self._hooked(student_config(self.teacher, student_rank))
         self.fake, self.fake_hooks = self._hooked(fake_config(self.teacher, fake_rank))
         if checkpointing:
@@ -113,38 +145,35 @@ class Plain:
             for hooks in (self.student_hooks, self.fake_hooks)
         ]
         self.ema = [parameter.detach().clone() for parameter in self.student_hooks.parameters()]
-        size, width = self.teacher.config.sample_size, self.teacher.config.cross_attention_dim
-        self.shape = (batch, 4, size, size)
-        self.states = torch.randn(64, 77, width, device=self.device, dtype=torch.bfloat16)
+        self.shape = (batch, *self.backbone.latent_shape)
+        conditions = random_conditions(options, self.teacher)
+        self.conditions = {name: value.to(self.device) for name, value in conditions.items()}
 
     def _hooked(self, config) -> tuple[nn.Module, nn.ModuleList]:
         network = copy.deepcopy(self.teacher)
         layers = [module for name, module in network.named_modules() if name in set(config.target_modules)]
         return network, nn.ModuleList([HookAdapter(layer, config.r) for layer in layers])
 
-    def predict(self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor):
-        """Noise prediction, float32."""
-        return network(x.bfloat16(), t, states, return_dict=False)[0].float()
-
     def guided(
-        self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor, scale: float
-    ):
+        self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, condition: Condition, scale: float
+    ) -> torch.Tensor:
         """Two calls: without and with the prompt."""
-        null = self.predict(network, x, t, self.states[:1].expand_as(states))
-        return guided(null, self.predict(network, x, t, states), scale)
+        null = pick(self.conditions, torch.zeros(self.batch, dtype=torch.int64, device=self.device))
+        without = self.backbone.predict(network, x, t, null)
+        return guided(without, self.backbone.predict(network, x, t, condition), scale)
 
     def __call__(self) -> None:
         """One update of the student, its average, one update of the fake model."""
         device, config, schedule = self.device, self.config, self.schedule
-        states = self.states[torch.randint(64, (self.batch,), device=device)]
+        condition = pick(self.conditions, torch.randint(PROMPTS, (self.batch,), device=device))
         z, noise, fake_noise = (torch.randn(self.shape, device=device) for _ in range(3))
         last = torch.full((self.batch,), 999, device=device)
-        x0 = schedule.one_step(self.predict(self.student, z, last, states), z)
+        x0 = schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
         with torch.no_grad():
             t = torch.randint(20, 981, (self.batch,), device=device)
             x_t = schedule.add_noise(x0, noise, t)
-            teacher = self.guided(self.teacher, x_t, t, states, config.guidance_scale)
-            fake = self.guided(self.fake, x_t, t, states, config.fake_guidance_scale)
+            teacher = self.guided(self.teacher, x_t, t, condition, config.guidance_scale)
+            fake = self.guided(self.fake, x_t, t, condition, config.fake_guidance_scale)
             gradient = vsd_gradient(teacher, fake, schedule.sigma(t))
         generator_loss(x0, gradient).backward()
         self.update(0, self.student_hooks)
@@ -152,7 +181,8 @@ class Plain:
             for average, parameter in zip(self.ema, self.student_hooks.parameters(), strict=True):
                 average.lerp_(parameter, 1 - config.ema_decay)
         t = torch.randint(0, 1000, (self.batch,), device=device)
-        prediction = self.predict(self.fake, schedule.add_noise(x0.detach(), fake_noise, t), t, states)
+        x_t = schedule.add_noise(x0.detach(), fake_noise, t)
+        prediction = self.backbone.predict(self.fake, x_t, t, condition)
         fake_loss(prediction, fake_noise, schedule.alpha(t) ** 2).backward()
         self.update(1, self.fake_hooks)
 

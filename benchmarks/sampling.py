@@ -1,7 +1,7 @@
 """How long a picture takes: stock diffusers in 25 guided steps and in one, and two forms of the fast path.
 
     python benchmarks/sampling.py --out sampling.json           # Stable Diffusion 1.5 at 512 px, on a GPU
-    python benchmarks/sampling.py --size tiny --device cpu      # does it run?
+    python benchmarks/sampling.py --model tiny --device cpu      # does it run?
 
 The exact configuration of Stable Diffusion 1.5 with random weights: speed does not depend on what they say.
 All rows are timed from the prompt to PIL pictures on the host. "New prompt": one that was not seen before;
@@ -101,9 +101,9 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
-def build(size: str, device: str, dtype: torch.dtype) -> tuple[StableDiffusionPipeline, AutoencoderTiny]:
+def build(model: str, device: str, dtype: torch.dtype) -> tuple[StableDiffusionPipeline, AutoencoderTiny]:
     """A pipeline with random weights, made on the device; and an `AutoencoderTiny` for its latents."""
-    options, words = (SD15 if size == "sd15" else TINY), tokenizer()
+    options, words = (SD15 if model == "sd15" else TINY), tokenizer()
     ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     torch.manual_seed(0)
     with torch.device(device):
@@ -233,7 +233,7 @@ def machine(arguments: argparse.Namespace, pipeline: StableDiffusionPipeline) ->
     """What the figures hold for."""
     on_gpu = arguments.device.startswith("cuda")
     return {
-        "model": "SD 1.5, random weights" if arguments.size == "sd15" else "tiny model, random weights",
+        "model": "SD 1.5, random weights" if arguments.model == "sd15" else "tiny model, random weights",
         "pixels": pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
         "batch": arguments.batch,
         "dtype": arguments.dtype,
@@ -252,7 +252,7 @@ def machine(arguments: argparse.Namespace, pipeline: StableDiffusionPipeline) ->
 def main(arguments: argparse.Namespace) -> dict:
     """Run every method, print the table, write the JSON after each row."""
     start = time.perf_counter()
-    stock, tiny_vae = build(arguments.size, arguments.device, getattr(torch, arguments.dtype))
+    stock, tiny_vae = build(arguments.model, arguments.device, getattr(torch, arguments.dtype))
     report = {**machine(arguments, stock), "rows": []}
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
     one_step = StableDiffusionPipeline(
@@ -281,7 +281,7 @@ def main(arguments: argparse.Namespace) -> dict:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=("sd15", "tiny"), default="sd15")
+    parser.add_argument("--model", choices=("sd15", "tiny"), default="sd15")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--mode", choices=("eager", "default", "max-autotune-no-cudagraphs"))

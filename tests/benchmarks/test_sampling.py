@@ -20,7 +20,7 @@ def sampling():
 
 def test_tiny_run(sampling, tmp_path, capsys):
     out = tmp_path / "sampling.json"
-    options = ["--size", "tiny", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--repeats", "3"]
+    options = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--repeats", "3"]
     sampling.main(sampling.parse([*options, "--out", str(out)]))
     report = json.loads(out.read_text())
     names = [row["name"] for row in report["rows"]]

@@ -1,15 +1,16 @@
-"""PixArt-alpha through the same loop: conditions with masks, learned sigma, micro-conditions, resume."""
+"""PixArt-alpha through the same loop: conditions with masks, learned sigma, exact resume."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
 from tests.distill.test_resume import config
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.distill import DistillConfig, EmbeddingCache, PromptEncoder, distill, load_backbone
+from wadi.distill.backbone import PixArtBackbone
 from wadi.distill.config import PRESETS
 from wadi.errors import WadiError
 from wadi.files import load_tensors
@@ -34,8 +35,51 @@ def test_prediction_is_the_first_half_of_the_stock_call(pixart_folder):
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([7, 999])
     with torch.no_grad():
         ours = backbone.predict(backbone.network, x, t, condition)
-        stock = pipeline.transformer(x, states, t, {"resolution": None}, encoder_attention_mask=mask).sample
+        stock = pipeline.transformer(
+            x, states, t, {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=mask
+        ).sample
     torch.testing.assert_close(ours, stock.chunk(2, dim=1)[0])
+
+
+def test_prediction_with_micro_conditions():
+    """Of a 1024 px model the size and shape of its pictures are part of the condition."""
+    pipeline = tiny_pixart()
+    torch.manual_seed(1)
+    pipeline.transformer = PixArtTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=24,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=32,
+        norm_type="ada_norm_single",
+        use_additional_conditions=True,
+    )
+    backbone = PixArtBackbone(pipeline)
+    condition = backbone.text.encode(["a red cat", "a dog"])
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([7, 999])
+    # 8 latents of 8 pixels
+    micro = {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+    with torch.no_grad():
+        ours = backbone.predict(backbone.network, x, t, condition)
+        stock = pipeline.transformer(x, timestep=t, added_cond_kwargs=micro, **condition).sample
+        other = pipeline.transformer(
+            x, timestep=t, added_cond_kwargs=micro | {"resolution": torch.full((2, 2), 32.0)}, **condition
+        ).sample
+    torch.testing.assert_close(ours, stock[:, :4])
+    assert not torch.allclose(ours, other[:, :4])
+
+
+@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
+def test_trains_in_bfloat16_and_with_checkpointing(pixart_folder, tmp_path, changes):
+    options = config(pixart_folder, tmp_path, "run")
+    run = distill(dataclasses.replace(options, max_train_steps=2, alpha_T_squared=0.0047, **changes))
+    weights = load_tensors(run / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lorad_A" in name)
 
 
 def test_distils_exports_and_resumes_the_same_bits(pixart_folder, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.emoji.cases import synthetic_atlas
 from wadi import cli
 from wadi.emoji import evaluate as module
 from wadi.emoji.captions import is_held_out, parse_caption, sample_captions, stated
@@ -20,7 +21,9 @@ from wadi.emoji.evaluate import (
     pipeline_generator,
 )
 from wadi.emoji.judge import Reading
+from wadi.emoji.scenes import render, sample_scenes
 from wadi.errors import WadiError
+from wadi.files import save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,22 @@ def test_batches_do_not_change_the_pictures(generate):
     assert (whole - parts).abs().max() <= 1
     assert (whole != parts).double().mean() < 1e-2
     assert (generate([prompts[2]], [7]).int() - whole[2]).abs().max() <= 1
+
+
+def test_real_pictures_are_the_renderers(tmp_path):
+    atlas = synthetic_atlas()
+    save_tensors(tmp_path / "atlas.safetensors", {"atlas": atlas})
+    captions = sample_captions(7, "drawn")
+    whole, parts = (
+        module.drawn_pictures(
+            EvaluateConfig(atlas=tmp_path / "atlas.safetensors", seed=5, batch_size=size, device="cpu"),
+            captions,
+        )
+        for size in (7, 3)
+    )
+    assert torch.equal(whole, parts)
+    scenes = sample_scenes(stated(captions), torch.Generator().manual_seed(5))
+    assert torch.equal(whole, (render(scenes, atlas) * 255).round().to(torch.uint8))
 
 
 def test_another_seed_is_another_picture(generate):

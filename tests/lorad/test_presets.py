@@ -29,6 +29,25 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "parameters", "keys"),
+    [
+        ("sd15", {}, 859_520_964, 686),
+        ("sd21", {}, 865_910_724, 686),
+        ("pixart", {}, 610_856_096, 603),
+        # two micro-conditions, each embedded by two layers: 256 -> 384 -> 384
+        ("pixart", {"sample_size": 128}, 610_856_096 + 2 * (257 * 384 + 385 * 384), 603 + 8),
+    ],
+)
+def test_the_architectures_are_the_published_ones(architecture, changes, parameters, keys):
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture]()
+        if changes:
+            model = type(model).from_config(dict(model.config) | changes)
+    assert model.num_parameters() == parameters
+    assert len(model.state_dict()) == keys
+
+
 def count(model: nn.Module, config: LoRaDConfig) -> int:
     inject_adapter_in_model(config, model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from wadi.emoji import assets_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, Caption, sample_captions, stated
+from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
+from wadi.emoji.scenes import render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
 from wadi.metrics import entropy_bits, feature_statistics, frechet_distance, precision_recall
@@ -42,6 +44,10 @@ class EvaluateConfig:
     """Seed of the first picture; the next ones follow."""
     batch_size: int = 250
     """Pictures at a time; does not change the result."""
+    real: bool = False
+    """Score freshly drawn pictures instead of a pipeline's: what the judge itself misreads."""
+    atlas: Path | None = None
+    """Atlas file of `wadi emoji atlas` for `real`; drawn from the font if not given."""
     out: Path | None = None
     """JSON file for the figures."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,6 +157,30 @@ def evaluated_pipeline(config: EvaluateConfig):
     return load_pipeline(folder).to(config.device)
 
 
+def generated_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:
+    """(N, 3, 64, 64) uint8 of the pipeline that a configuration names."""
+    generate = pipeline_generator(
+        evaluated_pipeline(config), config.num_inference_steps, config.guidance_scale
+    )
+    return generate_in_batches(
+        generate, [caption.text for caption in captions], config.seed, config.batch_size
+    )
+
+
+def drawn_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:
+    """(N, 3, 64, 64) uint8 from the renderer.
+
+    Raises:
+        WadiError: there is neither font nor atlas.
+    """
+    atlas = load_atlas(config.atlas).to(config.device).float() / 255
+    columns = {name: column.to(config.device) for name, column in stated(captions).items()}
+    scenes = sample_scenes(columns, torch.Generator(config.device).manual_seed(config.seed))
+    starts = tqdm(range(0, len(captions), config.batch_size), desc="pictures", unit="batch")
+    batches = [render(scenes[first : first + config.batch_size], atlas) for first in starts]
+    return torch.cat([(batch * 255).round().to(torch.uint8).cpu() for batch in batches])
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Generate, judge, and write the figures."""
     if config.num_samples < 256:
@@ -163,12 +193,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     captions = evaluation_captions(config.prompts, config.num_samples)
-    generate = pipeline_generator(
-        evaluated_pipeline(config), config.num_inference_steps, config.guidance_scale
-    )
-    images = generate_in_batches(
-        generate, [caption.text for caption in captions], config.seed, config.batch_size
-    )
+    images = drawn_pictures(config, captions) if config.real else generated_pictures(config, captions)
     figures = judge_images(images, captions, device=config.device)
     if config.out is not None:
         write_json(config.out, {"config": {k: str(v) for k, v in vars(config).items()}, "figures": figures})

@@ -198,6 +198,8 @@ class OneStepPipeline:
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
+        if not prompts:
+            return
         tokenizer, limit = self.pipeline.tokenizer, prompt_limit(self.pipeline)
         for prompt in prompts:
             length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
