@@ -142,3 +142,13 @@ def test_unreadable_files_are_one_line(tmp_path, reader, content):
     with pytest.raises(WadiError, match=str(path)) as caught:
         reader(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
+def test_tensors_are_written_with_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640

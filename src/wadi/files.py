@@ -113,7 +113,10 @@ def save_tensors(
     """Write tensors as safetensors, whole or not at all."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing_file(path) as temporary:
+        temporary.touch()  # with the mode that the umask gives; safetensors would make it 0600
+        mode = temporary.stat().st_mode
         safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        temporary.chmod(mode)
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:

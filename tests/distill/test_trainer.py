@@ -5,6 +5,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,9 +140,25 @@ def test_randomness_is_of_seed_and_step():
     first, again = trainer.draw(3).tensors(), trainer.draw(3).tensors()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     others = [trainer.draw(4), make(seed=1).draw(3)]
-    trainer.accelerator = type("Rank", (), {"process_index": 1})()
-    others.append(trainer.draw(3))
     assert not any(torch.equal(first[0], other.z) for other in others)
+
+
+def test_processes_share_the_draw_of_the_larger_batch():
+    """Two processes of batch 2, one after the other, are one process of batch 4."""
+    changes = {"fake_fresh_samples": True, "fake_updates": 3}
+    whole, part, shares = make(train_batch_size=4, **changes).draw(3), make(**changes), []
+    for rank in range(2):
+        part.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        shares.append(part.draw(3))
+    assert torch.equal(whole.fake_null, shares[0].fake_null)
+    assert torch.equal(whole.fake_null, shares[1].fake_null)
+    for name, dim in {"z": 0, "t": 0, "noise": 0, "fake_t": 1, "fake_noise": 1, "fresh_z": 1}.items():
+        first, second = (getattr(share, name) for share in shares)
+        assert torch.equal(getattr(whole, name), torch.cat([first, second], dim))
+        assert not torch.equal(first, second)
+    for name, dim in {"condition": 0, "fresh_condition": 1}.items():
+        parts = [getattr(share, name)["encoder_hidden_states"] for share in shares]
+        assert torch.equal(getattr(whole, name)["encoder_hidden_states"], torch.cat(parts, dim))
 
 
 def test_timesteps_stay_in_their_ranges():
@@ -289,13 +306,97 @@ def test_train_writes_metrics_samples_and_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("role", ["student", "fake"])
 def test_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path, role):
-    trainer = make(output_dir=str(tmp_path), checkpointing_steps=1)
+    trainer = make(output_dir=str(tmp_path), checkpointing_steps=1, max_skipped_steps=1)
     with torch.no_grad():
         next(iter(getattr(trainer, f"{role}_parameters").values())).fill_(math.nan)
-    with pytest.raises(WadiError, match=r"step 1: \w+ is nan") as error:
+    with pytest.raises(WadiError, match=r"step 1: \w+ is nan, 1 steps? in a row") as error:
         trainer.train()
     assert "\n" not in str(error.value)
     assert not list(Path(tmp_path).iterdir())
+
+
+def spoil(trainer, steps, role="teacher"):
+    """Let the network's predictions be infinite during the given steps."""
+    inner_step, inner, now = trainer.step, trainer.backbone.predict, [0]
+
+    def predict(network, x_t, t, condition):
+        output = inner(network, x_t, t, condition)
+        return output * math.inf if network is getattr(trainer, role) and now[0] in steps else output
+
+    trainer.backbone.predict = predict
+    trainer.step = lambda step: (now.__setitem__(0, step), inner_step(step))[1]
+
+
+@pytest.mark.parametrize(
+    ("role", "kept"), [("teacher", ("student", "ema")), ("fake", ("student", "fake", "ema"))]
+)
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(role, kept):
+    """No weight, average, moment or count of the spoilt role moves; what was finite goes on."""
+    trainer = make(fake_updates=1)
+    spoil(trainer, {1}, role)
+    trainer.step(0)
+    before = snapshot(trainer)
+    trainer.step(1)
+    after = snapshot(trainer)
+    for name, tensor in before.items():
+        frozen = name.split("/")[0].removesuffix("_optimizer") in kept
+        assert torch.equal(tensor, after[name]) or not frozen, name
+    assert same(before, after) == (role == "fake")
+    assert trainer.skipped.tolist() == [1, 1]
+    trainer.step(2)
+    assert trainer.skipped.tolist() == [1, 0]
+    assert not any(
+        torch.equal(before[f"student/{name}"], p) for name, p in trainer.student_parameters.items()
+    )
+
+
+def test_run_with_skipped_steps_goes_on_and_says_so(tmp_path):
+    trainer = make(output_dir=str(tmp_path), logging_steps=1, max_skipped_steps=2)
+    spoil(trainer, {0, 2})
+    assert trainer.train()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["skipped_steps"] for row in rows] == [1, 1, 2, 2]
+    assert ["student_loss" in row for row in rows] == [False, True, False, True]
+    again = make(output_dir=str(tmp_path))
+    again.load_checkpoint(tmp_path / "checkpoints/step-000004")
+    assert again.skipped.tolist() == [2, 0]
+
+
+def test_run_of_skipped_steps_stops_though_it_was_over_before_the_log(tmp_path):
+    trainer = make(output_dir=str(tmp_path), logging_steps=4, max_skipped_steps=2)
+    spoil(trainer, {1, 2})
+    with pytest.raises(WadiError, match="step 4: gradients were not finite, 2 steps in a row") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_loss_scale_backs_off_after_a_real_overflow(tmp_path):
+    """Guidance makes the student's scaled gradient overflow float32, and not the fake model's."""
+    trainer = make(guidance_scale=1e6, output_dir=str(tmp_path))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = snapshot(trainer)
+    losses = trainer.step(0)
+    assert float(losses["student_loss"]) < math.inf == float(losses["student_grad_norm"].nan_to_num(math.inf))
+    assert trainer.accelerator.scaler.get_scale() == 2.0**126
+    assert trainer.skipped.tolist() == [1, 1]
+    moved = {name.split("/")[0] for name, x in snapshot(trainer).items() if not torch.equal(x, before[name])}
+    assert moved == {"fake", "fake_optimizer"}
+    trainer.global_step = 1
+    trainer.save_checkpoint()
+    again = make(guidance_scale=1e6, output_dir=str(tmp_path))
+    again.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    again.load_checkpoint(tmp_path / "checkpoints/step-000001")
+    assert again.accelerator.scaler.get_scale() == 2.0**126
+
+
+def test_loss_scale_divides_out():
+    """Exactly, as a power of two: the same bits with it and without."""
+    scaled, plain = make(gradient_accumulation_steps=2), make(gradient_accumulation_steps=2)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for trainer in (scaled, plain):
+        trainer.step(0)
+    assert same(snapshot(scaled), snapshot(plain))
 
 
 def test_cuda_graphs_without_cuda_are_refused():
@@ -316,6 +417,36 @@ def test_cuda_graph_replays_the_eager_iteration(changes):
         for name in expected:
             torch.testing.assert_close(losses[name], expected[name], rtol=2e-2, atol=1e-5)
     assert_close_by_group(eager, graphed)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_skips_a_step_that_is_not_finite():
+    trainer = make(cuda_graphs=True)
+    trainer.step(0)
+    trainer.synchronize()
+    before, draw = snapshot(trainer), trainer.draw
+    trainer.draw = lambda step: dataclasses.replace(draw(step), z=draw(step).z * math.inf)
+    trainer.step(1)
+    trainer.synchronize()
+    assert same(before, snapshot(trainer))
+    assert trainer.skipped.tolist() == [1, 1]
+    trainer.draw = draw
+    trainer.step(2)
+    trainer.synchronize()
+    assert not same(before, snapshot(trainer))
+    assert trainer.skipped.tolist() == [1, 0]
+
+
+@pytest.mark.gpu
+def test_half_precision_trains_with_loss_scaling():
+    trainer, before = make(mixed_precision="fp16"), None
+    for step in range(8):
+        before = before or snapshot(trainer)
+        losses = trainer.step(step)
+    trainer.synchronize()
+    assert all(math.isfinite(value) for value in losses.values()) or int(trainer.skipped[1])
+    assert int(trainer.skipped[0]) < 8
+    assert not same(before, snapshot(trainer))
 
 
 @pytest.mark.gpu

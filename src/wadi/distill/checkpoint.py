@@ -3,9 +3,10 @@
     student.safetensors, fake.safetensors             the adapters
     ema.safetensors                                   the student's moving average
     student_optimizer.safetensors, fake_optimizer...  AdamW's moments and step, as "<parameter>.<moment>"
-    state.json                                        step, config fingerprint, seconds trained, loss scale
+    state.json                                        step, config fingerprint, samples a step, seconds,
+                                                      steps skipped (in all, in a row), loss scale
 
-Noise needs no entry: it derives from (seed, rank, step).
+Noise needs no entry: it derives from (seed, step).
 """
 
 from __future__ import annotations
@@ -46,6 +47,18 @@ def save_checkpoint(
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
     return next(reversed(_checkpoints(folder)), None)
+
+
+def checkpoint_batch(path: Path) -> int:
+    """Samples a step, of all processes together, with which a checkpoint was trained.
+
+    Raises:
+        WadiError: missing or damaged.
+    """
+    batch = read_json(path / "state.json").get("batch")
+    if not isinstance(batch, int) or batch < 1:
+        raise WadiError(f"{path}: does not say how many samples a step has; it is of another version of wadi")
+    return batch
 
 
 def load_checkpoint(

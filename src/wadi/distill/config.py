@@ -60,7 +60,7 @@ class DistillConfig:
     """Seed of adapters, noise, timesteps and order of prompts."""
 
     train_batch_size: int = 4
-    """Samples per process and micro-batch."""
+    """Samples per process and micro-batch. A resumed run keeps its samples a step, or takes fewer at once."""
 
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
@@ -145,6 +145,9 @@ class DistillConfig:
 
     max_grad_norm: float = 1.0
     """Norm to which the gradients of student and fake model are clipped, each on its own."""
+
+    max_skipped_steps: int = 20
+    """Steps in a row with gradients that are not finite, which change nothing, until the training stops."""
 
     ema_decay: float = 0.999
     """Decay of the student's moving average, which is what ships; warms up as min(decay, (1+n)/(10+n))."""
@@ -235,7 +238,10 @@ CHANGEABLE = frozenset(
         "embeddings_dir",
         "output_dir",
         "resume_from_checkpoint",
+        "train_batch_size",
+        "gradient_accumulation_steps",
         "max_train_steps",
+        "max_skipped_steps",
         "logging_steps",
         "checkpointing_steps",
         "checkpoints_total_limit",
@@ -246,7 +252,8 @@ CHANGEABLE = frozenset(
         "cuda_graphs",
     }
 )
-"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay.)"""
+"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay; the
+samples of a step stay as many, however they are shared among processes and micro-batches.)"""
 
 
 def _option(name: str) -> str:
@@ -286,6 +293,7 @@ _RULES = (
             "student_rank",
             "fake_rank",
             "fake_updates",
+            "max_skipped_steps",
             "logging_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",

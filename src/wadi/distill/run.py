@@ -9,7 +9,7 @@ import torch
 
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache
-from wadi.distill.checkpoint import latest_checkpoint
+from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint
 from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
@@ -39,6 +39,8 @@ def distill(config: DistillConfig) -> Path:
     run = Path(config.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     accelerator = make_accelerator(config)
+    if checkpoint is not None:
+        config = share_batch(config, checkpoint_batch(checkpoint), accelerator.num_processes)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
@@ -60,6 +62,7 @@ def distill(config: DistillConfig) -> Path:
             {k: v if isinstance(v, (int, float)) else str(v) for k, v in dataclasses.asdict(config).items()},
         )
     if not trainer.train():
+        accelerator.end_training()
         accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
         raise SystemExit(130)
     if accelerator.is_main_process:
@@ -78,10 +81,30 @@ def export(trainer: Trainer, run: Path) -> None:
     export_pipeline(config.pretrained_model_name_or_path, run / "adapter", run / "pipeline")
 
 
+def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillConfig:
+    """Options with which `processes` take `batch` samples a step: fewer at once, or more micro-batches.
+
+    Raises:
+        WadiError: the processes cannot share the samples equally.
+    """
+    size, count = config.train_batch_size, config.gradient_accumulation_steps
+    if size * count * processes == batch:
+        return config
+    if batch % processes:
+        raise WadiError(
+            f"{config.resume_from_checkpoint or config.output_dir}: was trained with {batch} samples a step, "
+            f"which {processes} processes cannot share equally; start a number that divides {batch}"
+        )
+    own = batch // processes
+    size = max(d for d in range(1, min(size, own) + 1) if own % d == 0)
+    return dataclasses.replace(config, train_batch_size=size, gradient_accumulation_steps=own // size)
+
+
 def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     """Make paths absolute; where a run is resumed, take its options and find its checkpoint.
 
     Of a resumed run, `CHANGEABLE` options may be given anew; others must be its own or the defaults.
+    Samples a step stay as many: see `share_batch`.
 
     Returns:
         The config to train with, and the checkpoint to load, if any.

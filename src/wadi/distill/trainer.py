@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from wadi.distill import checkpoint
@@ -41,7 +42,8 @@ WARMUP_ITERATIONS = 3
 class StepInputs:
     """Everything that is random or drawn from data in one step, on the device.
 
-    n = train_batch_size x gradient_accumulation_steps, u = fake_updates, k = u - 1 if fresh, else 0.
+    n = train_batch_size x gradient_accumulation_steps, this process's share; u = fake_updates; k = u - 1 if
+    fresh, else 0.
     """
 
     z: torch.Tensor  # (n, C, H, W) float32, the student's noise
@@ -82,7 +84,11 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
             log_with=config.report_to,
             project_dir=config.output_dir,
-            kwargs_handlers=[AutocastKwargs(enabled=False)],
+            # the buffers are the frozen base's: alike on all processes, and they stay so
+            kwargs_handlers=[
+                AutocastKwargs(enabled=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
     except (ValueError, ImportError) as error:
         raise WadiError(f"--mixed-precision or --report-to: {' '.join(str(error).split())}") from error
@@ -135,24 +141,25 @@ class Trainer:
             enable_gradient_checkpointing(roles.fake)
         self.teacher = roles.teacher
         self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
-        self.student, self.fake, self.student_optimizer, self.fake_optimizer = accelerator.prepare(
-            roles.student,
-            roles.fake,
-            self._adamw(self.student_parameters, config.student_learning_rate),
-            self._adamw(self.fake_parameters, config.fake_learning_rate),
-        )
+        self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
+        self.student_optimizer = self._adamw(self.student_parameters, config.student_learning_rate)
+        self.fake_optimizer = self._adamw(self.fake_parameters, config.fake_learning_rate)
         self.ema = {name: p.detach().clone() for name, p in self.student_parameters.items()}
         self.ema_weight = torch.ones((), device=self.device)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps in all, and in a row
 
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
         self.global_step, self.seconds = 0, 0.0
+        self.batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        several = accelerator.num_processes > 1
+        self.hosts = torch.distributed.new_group(backend="gloo") if several else None
         self.stream, self.graph = None, None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         elif config.cuda_graphs:
             raise WadiError("--cuda-graphs: needs a CUDA device; leave it out here")
-        if config.cuda_graphs and accelerator.num_processes > 1:
+        if config.cuda_graphs and several:
             raise WadiError("--cuda-graphs: works in one process only; leave it out or start one process")
 
     # --- one step ---
@@ -176,38 +183,44 @@ class Trainer:
             return self.static_losses
 
     def draw(self, step: int) -> StepInputs:
-        """All randomness of a step, from (seed, rank, step) alone: a resumed run draws the same."""
+        """This process's share of the step's randomness, which is of (seed, step) alone.
+
+        Every process draws for the whole batch and keeps its share: N processes see what one would with N
+        times the batch, no two see the same noise, and a resumed run draws the same, on however many.
+        """
         config, schedule = self.config, self.schedule
-        seeds = np.random.SeedSequence([config.seed, self.accelerator.process_index, step]).generate_state(2)
+        # 0: where the process's number once stood
+        seeds = np.random.SeedSequence([config.seed, 0, step]).generate_state(2)
         self.generator.manual_seed(int(seeds[0]))
         self.prompt_generator.manual_seed(int(seeds[1]))
-        n, u = config.train_batch_size * config.gradient_accumulation_steps, config.fake_updates
+        own = config.train_batch_size * config.gradient_accumulation_steps
+        first, n = self.accelerator.process_index * own, self.accelerator.num_processes * own
+        share, u = slice(first, first + own), config.fake_updates
         k = u - 1 if config.fake_fresh_samples else 0
         shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
         low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
         on_device = {"device": self.device, "generator": self.generator}
         return StepInputs(
-            z=torch.randn(n, *shape, **on_device),
-            condition=self._draw_prompts(n),
-            t=torch.randint(low, high + 1, (n,), **on_device),
-            noise=torch.randn(n, *shape, **on_device),
-            fake_t=torch.randint(0, steps, (u, n), **on_device),
-            fake_noise=torch.randn(u, n, *shape, **on_device),
+            z=_keep(torch.randn(n, *shape, **on_device), share),
+            condition=pick(self._draw_prompts(1, n, share), 0),
+            t=_keep(torch.randint(low, high + 1, (n,), **on_device), share),
+            noise=_keep(torch.randn(n, *shape, **on_device), share),
+            fake_t=_keep(torch.randint(0, steps, (u, n), **on_device), share, 1),
+            fake_noise=_keep(torch.randn(u, n, *shape, **on_device), share, 1),
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
-            fresh_z=torch.randn(k, n, *shape, **on_device),
-            fresh_condition={
-                name: tensor.unflatten(0, (k, n)) for name, tensor in self._draw_prompts(k * n).items()
-            },
+            fresh_z=_keep(torch.randn(k, n, *shape, **on_device), share, 1),
+            fresh_condition=self._draw_prompts(k, n, share),
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
         """One update of the student and its average, then `fake_updates` updates of the fake model.
 
         Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
-        hold it.
+        hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
         """
         x0, losses = self._update_student(inputs)
-        self._update_ema()
+        finite = losses["student_grad_norm"].isfinite()
+        self._update_ema(finite)
         for update in range(self.config.fake_updates):
             condition = inputs.condition
             if self.config.fake_fresh_samples and update > 0:
@@ -216,12 +229,22 @@ class Trainer:
                     x0 = self.generate(inputs.fresh_z[update - 1], condition)
             condition = choose(inputs.fake_null[update], self.null, condition)
             losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
+            finite = finite & losses["fake_grad_norm"].isfinite()
+        self._count_skipped(finite)
         return losses
 
     def generate(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The student's one step: x0 (N, C, H, W) float32 from z ~ N(0, I) and the condition of N prompts."""
         t = torch.full((len(z),), self.schedule.num_train_timesteps - 1, device=z.device)
-        return self.schedule.one_step(self.backbone.predict(self.student, z, t, condition), z)
+        return self.schedule.one_step(self._predict(self.student, z, t, condition), z)
+
+    def _predict(
+        self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """`Backbone.predict`; without gradients past DDP, as one process alone may ask for it."""
+        if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
+            network = network.module
+        return self.backbone.predict(network, x_t, t, condition)
 
     def _update_student(self, inputs: StepInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config, schedule = self.config, self.schedule
@@ -257,7 +280,7 @@ class Trainer:
         for micro, synchronize in self._micro_batches(self.fake):
             with synchronize:
                 x_t = schedule.add_noise(x0[micro], noise[micro], t[micro])
-                prediction = self.backbone.predict(self.fake, x_t, t[micro], pick(condition, micro))
+                prediction = self._predict(self.fake, x_t, t[micro], pick(condition, micro))
                 # ||alpha_t eps_fake(x_t, t, c) - alpha_t n||^2
                 weight = schedule.alpha(t[micro]) ** 2 if config.fake_weighting == "alpha_squared" else 1.0
                 loss = fake_loss(schedule.epsilon(prediction, x_t, t[micro]), noise[micro], weight)
@@ -277,9 +300,9 @@ class Trainer:
     ) -> torch.Tensor:
         """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt."""
         if scale == 1:
-            return self.schedule.epsilon(self.backbone.predict(network, x_t, t, condition), x_t, t)
+            return self.schedule.epsilon(self._predict(network, x_t, t, condition), x_t, t)
         both = concatenate([repeat(self.null, len(t)), condition])
-        prediction = self.backbone.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        prediction = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
         return self.schedule.epsilon(guided(*prediction.chunk(2), scale), x_t, t)
 
     def _micro_batches(
@@ -293,21 +316,41 @@ class Trainer:
             yield slice(i * size, (i + 1) * size), synchronize
 
     def _optimize(
-        self, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+        self, optimizer: torch.optim.AdamW, parameters: dict[str, torch.nn.Parameter]
     ) -> torch.Tensor:
-        """Clip, AdamW, clear; returns the gradient norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
-        optimizer.step()
+        """Unscale, clip, AdamW, clear; returns the gradient norm before clipping.
+
+        Where the norm is not finite, fused AdamW's own mask leaves parameters, moments and step count as they
+        were. The processes' gradients are averaged by then: all decide alike.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = norm.isfinite().logical_not().float()
+            optimizer.step()
+        elif norm.isfinite():
+            optimizer.step()
+        if scaler is not None:
+            scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
 
     @torch.no_grad()
-    def _update_ema(self) -> None:
-        """ema += (1 - decay) (student - ema)."""
+    def _update_ema(self, finite: torch.Tensor) -> None:
+        """ema += (1 - decay) (student - ema), where the student was updated."""
         average = list(self.ema.values())
         change = torch._foreach_sub(list(self.student_parameters.values()), average)
-        torch._foreach_mul_(change, self.ema_weight)
+        torch._foreach_mul_(change, self.ema_weight * finite)
         torch._foreach_add_(average, change)
+
+    def _count_skipped(self, finite: torch.Tensor) -> None:
+        """Count a step with a skipped update; a run that is too long stays, until the host looks."""
+        total, run = self.skipped
+        skipped = finite.logical_not()
+        too_long = run >= self.config.max_skipped_steps
+        self.skipped.copy_(torch.stack([total + skipped, torch.where(skipped | too_long, run + skipped, 0)]))
 
     def _set_rates(self, step: int) -> None:
         factor = learning_rate_factor(self.config, step)
@@ -344,12 +387,16 @@ class Trainer:
             }
         return optimizer
 
-    def _draw_prompts(self, count: int) -> Condition:
-        """Conditions of `count` random prompts, copied to the device without waiting."""
+    def _draw_prompts(self, batches: int, count: int, share: slice) -> Condition:
+        """A share of each of some batches of random prompts, copied to the device without waiting."""
         embeddings = self.prompts.embeddings
-        indices = torch.randint(len(embeddings), (count,), generator=self.prompt_generator)
-        chosen = embeddings.take(indices, pin_memory=self.device.type == "cuda")
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in chosen.items()}
+        indices = torch.randint(len(embeddings), (batches * count,), generator=self.prompt_generator)
+        own = indices.view(batches, count)[:, share]
+        chosen = embeddings.take(own.flatten(), pin_memory=self.device.type == "cuda")
+        return {
+            name: tensor.to(self.device, non_blocking=True).unflatten(0, own.shape)
+            for name, tensor in chosen.items()
+        }
 
     # --- CUDA graph ---
 
@@ -377,7 +424,8 @@ class Trainer:
 
     def _state_tensors(self) -> list[torch.Tensor]:
         """Everything that an iteration changes."""
-        return [tensor for group in self.checkpoint_tensors().values() for tensor in group.values()]
+        groups = self.checkpoint_tensors().values()
+        return [*(tensor for group in groups for tensor in group.values()), self.skipped]
 
     # --- the run ---
 
@@ -388,12 +436,12 @@ class Trainer:
             Whether the end was reached; False after Ctrl-C, when the step was finished and saved.
 
         Raises:
-            WadiError: a loss is no longer finite, or a file cannot be written.
+            WadiError: `max_skipped_steps` steps in a row were not finite, or a file cannot be written.
         """
         config, start = self.config, time.monotonic() - self.seconds
         main = self.accelerator.is_main_process
         bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
-        with bar, _catch_interrupt() as interrupted:
+        with bar, _catch_interrupt(self.accelerator) as interrupted:
             while self.global_step < config.max_train_steps:
                 losses = self.step(self.global_step)
                 self.global_step += 1
@@ -414,33 +462,48 @@ class Trainer:
         return every > 0 and self.global_step % every == 0
 
     def _any_process(self, interrupted: threading.Event) -> bool:
-        if self.accelerator.num_processes == 1:
+        """Whether any process was interrupted; asked on the hosts, so that no device is waited for."""
+        if self.hosts is None:
             return interrupted.is_set()
-        flag = torch.tensor(float(interrupted.is_set()), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        flag = torch.tensor(int(interrupted.is_set()))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.hosts)
+        return bool(flag)
 
     def _log(self, losses: dict[str, torch.Tensor]) -> dict[str, str]:
-        """Fetch the losses (the only wait for the device), append to metrics.jsonl, stop if not finite."""
+        """Fetch the losses (the only wait for the device), check them, append to metrics.jsonl.
+
+        Losses are means over the processes; those that are not finite, of a skipped update, are left out.
+        """
         with self.on_stream():
             values = self.accelerator.reduce(torch.stack(list(losses.values())), "mean").tolist()
-        fetched = dict(zip(losses, values, strict=True))
-        step = self.global_step
-        for name, value in fetched.items():
-            if not math.isfinite(value):
-                raise WadiError(
-                    f"step {step}: {name} is {value}; nothing of it was saved, the last checkpoint in "
-                    f"{self.config.output_dir} is good; lower the learning rates and start again"
-                )
+            skipped, run = self.skipped.tolist()
+        fetched, step = dict(zip(losses, values, strict=True)), self.global_step
+        self._check_finite(fetched, run)
         factor = learning_rate_factor(self.config, step - 1)
-        rates = {
+        row = {name: value for name, value in fetched.items() if math.isfinite(value)} | {
+            "skipped_steps": skipped,
             "student_learning_rate": self.config.student_learning_rate * factor,
             "fake_learning_rate": self.config.fake_learning_rate * factor,
         }
-        self.accelerator.log(fetched | rates, step=step)
+        self.accelerator.log(row, step=step)
         if self.accelerator.is_main_process:
-            row = {"step": step, **fetched, **rates, "seconds": round(self.seconds, 3)}
+            row = {"step": step, **row, "seconds": round(self.seconds, 3)}
             append_metrics(Path(self.config.output_dir) / "metrics.jsonl", row)
-        return {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
+        shown = {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
+        return shown | ({"skipped": str(skipped)} if skipped else {})
+
+    def _check_finite(self, losses: dict[str, float], run: int) -> None:
+        """Raise after too long a run of skipped steps, or if a loss is not finite but its update was made."""
+        worst = next((name for name, value in losses.items() if not math.isfinite(value)), None)
+        if run < self.config.max_skipped_steps and (run or worst is None):
+            return
+        what = f"{worst} is {losses[worst]}" if worst else "gradients were not finite"
+        raise WadiError(
+            f"step {self.global_step}: {what}"
+            + (f", {run} steps in a row were skipped" if run else "")
+            + f"; nothing of it was saved, a checkpoint in {self.config.output_dir} is good; "
+            "lower the learning rates and start again"
+        )
 
     def validate(self) -> None:
         """Write samples/step-N.png: a row per validation prompt, a column per seed, by the EMA student."""
@@ -507,7 +570,9 @@ class Trainer:
             scaler = self.accelerator.scaler
             state = {
                 "config": self.config.fingerprint(),
+                "batch": self.batch,
                 "seconds": self.seconds,
+                "skipped": self.skipped.tolist(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
             folder = Path(self.config.output_dir) / "checkpoints"
@@ -524,17 +589,29 @@ class Trainer:
         """Take weights, average, optimizers and step from a checkpoint folder.
 
         Raises:
-            WadiError: damaged, of other options, or of another model.
+            WadiError: damaged, of other options or another number of samples a step, or of another model.
         """
         groups, state = checkpoint.load_checkpoint(path, self.checkpoint_tensors(), self.config.fingerprint())
+        if state["batch"] != self.batch:
+            raise WadiError(
+                f"{path}: was trained with {state['batch']} samples a step, not {self.batch}; choose "
+                "--train-batch-size and the number of processes so that they share as many"
+            )
         with self.on_stream():
             for name, tensors in self.checkpoint_tensors().items():
                 for key, tensor in tensors.items():
                     tensor.copy_(groups[name][key])
+            self.skipped.copy_(torch.tensor(state["skipped"]))
         self.synchronize()
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.global_step, self.seconds = state["step"], state["seconds"]
+
+
+def _keep(whole: torch.Tensor, share: slice, dim: int = 0) -> torch.Tensor:
+    """A share of one dimension, without the memory of the rest."""
+    part = whole.narrow(dim, share.start, share.stop - share.start)
+    return whole if part.shape == whole.shape else part.clone()
 
 
 def learning_rate_factor(config: DistillConfig, step: int) -> float:
@@ -577,17 +654,24 @@ def _moments(
 
 
 @contextlib.contextmanager
-def _catch_interrupt() -> Iterator[threading.Event]:
-    """Set an event on the first Ctrl-C; a second one interrupts at once."""
-    interrupted = threading.Event()
+def _catch_interrupt(accelerator: Accelerator) -> Iterator[threading.Event]:
+    """Set an event on the first Ctrl-C; a second one interrupts at once.
+
+    Of several processes none is interrupted at once: terminal and launcher both send the signal, and the
+    launcher ends those that do not stop in time.
+    """
+    interrupted, alone = threading.Event(), accelerator.num_processes == 1
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
 
     def handle(signum: int, frame: object) -> None:
+        if accelerator.is_main_process and not interrupted.is_set():
+            again = "; press again to stop at once" if alone else ""
+            tqdm.write(f"Ctrl-C: finishing this step, then saving{again}")
         interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-        tqdm.write("Ctrl-C: finishing this step, then saving; press again to stop at once")
+        if alone:
+            signal.signal(signal.SIGINT, previous)
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

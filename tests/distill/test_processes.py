@@ -1,0 +1,194 @@
+"""Two launched processes on the CPU (gloo), against one process with the same samples a step.
+
+Started with torch's own launcher, to which `accelerate launch --multi_gpu` hands over.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import PROMPTS
+from wadi.distill import DistillConfig, distill
+from wadi.distill.run import share_batch
+from wadi.errors import WadiError
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+RUN = """
+import sys
+import torch
+from wadi.distill import DistillConfig, distill
+from wadi.errors import WadiError
+torch.set_num_threads(1)
+try:
+    distill(DistillConfig.load(sys.argv[1]))
+except WadiError as error:
+    raise SystemExit(f"error: {error}") from None
+"""
+GROUPS = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
+
+
+def config(teacher, folder, **options):
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    base = DistillConfig(
+        pretrained_model_name_or_path=str(teacher),
+        prompts=str(folder / "prompts.txt"),
+        output_dir=str(folder / "run"),
+        train_batch_size=4,
+        student_rank=2,
+        fake_rank=2,
+        fake_updates=2,
+        fake_fresh_samples=True,
+        null_prompt_probability=0.5,
+        student_learning_rate=1e-3,
+        fake_learning_rate=1e-3,
+        max_train_steps=6,
+        logging_steps=1,
+        checkpointing_steps=1,
+        checkpoints_total_limit=None,
+        validation_steps=3,
+        validation_seeds=(1,),
+    )
+    return dataclasses.replace(base, **options)
+
+
+def launch(options, folder):
+    (folder / "run.py").write_text(RUN)
+    options.save(folder / "options.yaml")
+    return subprocess.Popen(
+        [*LAUNCH, str(folder / "run.py"), str(folder / "options.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    )
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(run, step):
+    folder = run / f"checkpoints/step-{step:06d}"
+    return {
+        f"{group}/{name}": x
+        for group in GROUPS
+        for name, x in load_file(folder / f"{group}.safetensors").items()
+    }
+
+
+def assert_same_to_rounding(run, other, first, last):
+    """Moments after step `first` and the losses of all.
+
+    The student's gradient is a difference of two networks that are nearly equal: past the first step, where
+    they are equal but for the adapter's start, it magnifies rounding.
+    """
+    tolerance = 1e-3 if first == 1 else 1e-2
+    ours, theirs = checkpoint(run, first), checkpoint(other, first)
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        if name.endswith(("exp_avg", "exp_avg_sq", ".step")):
+            scale = float(theirs[name].abs().max())
+            torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=tolerance * scale + 1e-12)
+    rows, expected = metrics(run), metrics(other)
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    for row, want in zip(rows, expected, strict=True):
+        assert row["skipped_steps"] == want["skipped_steps"] == 0
+        assert row["fake_loss"] == pytest.approx(want["fake_loss"], rel=1e-3)
+        assert row["student_loss"] == pytest.approx(want["student_loss"], rel=2e-2, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def one(teacher_folder, tmp_path_factory):
+    return distill(config(teacher_folder, tmp_path_factory.mktemp("one")))
+
+
+def test_two_processes_are_one_with_the_same_samples(teacher_folder, tmp_path, one):
+    """Batch 1, two micro-batches, two processes: 4 samples a step, with losses averaged over all of them."""
+    options = config(teacher_folder, tmp_path, train_batch_size=1, gradient_accumulation_steps=2)
+    process = launch(options, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    run = tmp_path / "run"
+    assert json.loads((run / "checkpoints/step-000006/state.json").read_text())["batch"] == 4
+    assert_same_to_rounding(run, one, 1, 6)
+    written = [sorted(p.name for p in folder.rglob("*") if "event" not in p.name) for folder in (run, one)]
+    assert written[0] == written[1]
+
+
+def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, one):
+    options = config(
+        teacher_folder, tmp_path, train_batch_size=2, max_train_steps=2000, checkpointing_steps=2000
+    )
+    process = launch(options, tmp_path)
+    run = tmp_path / "run"
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=45)
+    assert process.returncode not in (0, -signal.SIGKILL), err
+    assert out.count(f"wadi distill --resume-from-checkpoint {run}") == 1
+    (last,) = (run / "checkpoints").iterdir()
+    step = int(last.name[-6:])
+    assert step == metrics(run)[-1]["step"] < 2000
+    distill(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=step + 1))
+    assert metrics(run)[-1]["step"] == step + 1
+    saved = DistillConfig.load(run / "config.yaml")
+    assert (saved.train_batch_size, saved.gradient_accumulation_steps) == (2, 2)
+    shared = min(step, 6)
+    for row, want in zip(metrics(run)[:shared], metrics(one)[:shared], strict=True):
+        assert row["fake_loss"] == pytest.approx(want["fake_loss"], rel=1e-3)
+
+
+def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path, one):
+    """The checkpoint of one process goes on where it would have; then a teacher of NaN stops both."""
+    run = tmp_path / "run"
+    shutil.copytree(one, run)
+    for step in range(3, 7):
+        shutil.rmtree(run / f"checkpoints/step-{step:06d}")
+    process = launch(DistillConfig(resume_from_checkpoint=str(run)), tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_same_to_rounding(run, one, 3, 6)
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    path = teacher / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"].fill_(math.nan)
+    save_file(weights, path, metadata={"format": "pt"})
+    options = config(
+        teacher, tmp_path, train_batch_size=2, output_dir=str(tmp_path / "nan"), max_skipped_steps=3
+    )
+    process = launch(dataclasses.replace(options, checkpointing_steps=100), tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, -signal.SIGKILL)
+    assert "error: step 3: student_loss is nan, 3 steps in a row were skipped" in err
+    assert not (tmp_path / "nan/checkpoints").exists()
+
+
+def test_samples_of_a_step_are_shared_anew():
+    options = DistillConfig(train_batch_size=8, gradient_accumulation_steps=1)
+    for batch, processes, size, count in (
+        (8, 1, 8, 1),
+        (8, 2, 4, 1),
+        (16, 1, 8, 2),
+        (12, 1, 6, 2),
+        (24, 2, 6, 2),
+    ):
+        shared = share_batch(options, batch, processes)
+        assert (shared.train_batch_size, shared.gradient_accumulation_steps) == (size, count)
+        assert size * count * processes == batch
+        assert shared.fingerprint() == options.fingerprint()
+    with pytest.raises(WadiError, match="8 samples a step, which 3 processes cannot share equally"):
+        share_batch(options, 8, 3)
