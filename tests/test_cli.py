@@ -1,5 +1,6 @@
 """The command line: what it says, where it says it, and its exit status."""
 
+import os
 import subprocess
 import sys
 import time
@@ -206,3 +207,14 @@ def test_completion_knows_commands_and_options(tmp_path, capsys):
     )
     answer = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout
     assert answer.split() == ["generate", "--student-rank", "train-vae"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])
+def test_reader_that_leaves_early_gets_no_traceback(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "wadi", *arguments], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
