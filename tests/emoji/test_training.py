@@ -105,19 +105,21 @@ def test_one_step_of_the_teacher(penalty):
     latents = torch.randn(4, 4, 16, 16)
     ids = train_teacher.tokenize(tokenizer, ["a cat", "a big dog", "an owl", "a cat and a dog"])
     lowest = torch.tensor([900, 900, 0, 0])
-    training.step(latents, ids, 0, 1e-4, torch.Generator().manual_seed(0), lowest)
+    training.step(latents, ids[:, None], 0, 1e-4, torch.Generator().manual_seed(0), lowest)
     assert (training.timesteps >= lowest).all()
     assert (training.timesteps < 1000).all()
-    assert all(torch.equal(a, b) or torch.equal(a, empty[0]) for a, b in zip(training.ids, ids, strict=True))
+    assert all(
+        torch.equal(a, b) or torch.equal(a, empty[0]) for a, b in zip(training.ids[:, 0], ids, strict=True)
+    )
     # Stable Diffusion's schedule and the loss ||eps(alpha x + sigma n, t, c) - n||^2, written out.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
     noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
     with torch.no_grad():
-        states, nothing = before[1](training.ids)[0], before[1](empty)[0][0]
+        states, nothing = before[1](training.ids[:, 0])[0], before[1](empty)[0][0]
         prediction = before[0](noisy, training.timesteps, states).sample
     expected = (prediction - training.noise).square().mean()
-    lengths = [row.tolist().index(tokenizer.eos_token_id) for row in training.ids]
+    lengths = [row.tolist().index(tokenizer.eos_token_id) for row in training.ids[:, 0]]
     known = torch.cat([row[n:] - nothing[n:] for row, n in zip(states, lengths, strict=True)])
     expected = expected + penalty * known.square().mean()
     torch.testing.assert_close(training.loss, expected, rtol=1e-4, atol=1e-5)

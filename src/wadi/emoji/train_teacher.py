@@ -29,6 +29,7 @@ from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
 from wadi.emoji.glyphs import load_atlas
+from wadi.emoji.recombine import VARIANTS, Recombination
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from wadi.errors import WadiError
@@ -84,6 +85,9 @@ class TrainTeacherConfig:
     summary_penalty: float = 0.0
     """Weight of a penalty on what the end and padding tokens know of their caption. They see all of it, and a
     U-Net that reads them alone learns captions by heart, where it should put their words together."""
+    recombine: float = 0.0
+    """Share of the captions of which every word's state comes from a caption with other emoji beside it, so
+    that the U-Net must read the word, not what it knows of its company."""
     architecture: Literal["unet", "dit"] = "unet"
     """A U-Net with CLIP's text encoder (StableDiffusionPipeline), or PixArt-alpha's transformer with T5's
     (PixArtAlphaPipeline)."""
@@ -159,14 +163,21 @@ def encode_pool(
     captions: list[Caption],
     pictures: int,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (N, 4, 16, 16) bfloat16 of fresh scenes and tokens (N, 24) of their captions, on the device."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents (N, 4, 16, 16) bfloat16 of fresh scenes, tokens (N, 24) and facts (N, 6) of their captions.
+
+    On the device; the facts are those of `Recombination`, nothing (N, 0) where it is not asked for.
+    """
     device = torch.device(config.device)
     atlas = load_atlas(config.atlas).to(device).float() / 255
     generator = torch.Generator(device).manual_seed(seed)
     tokens = tokenize(tokenizer, [caption.text for caption in captions]).to(device)
     columns = {name: column.to(device) for name, column in stated(captions).items()}
-    latents, ids = [], []
+    facts = torch.zeros(len(captions), 0, dtype=torch.int64)
+    if config.recombine:
+        facts = Recombination(tokenizer, "cpu").facts(captions)
+    facts = facts.to(device)
+    latents, ids, known = [], [], []
     for _ in tqdm(range(math.ceil(pictures / ENCODED_BATCH)), desc="pictures", unit="batch"):
         index = torch.randint(len(captions), (ENCODED_BATCH,), generator=generator, device=device)
         images = render(
@@ -175,7 +186,8 @@ def encode_pool(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             latents.append(vae.encode(2 * images - 1).latent_dist.mean.bfloat16())
         ids.append(tokens[index])
-    return torch.cat(latents), torch.cat(ids)
+        known.append(facts[index])
+    return torch.cat(latents), torch.cat(ids), torch.cat(known)
 
 
 def summary(
@@ -191,6 +203,22 @@ def summary(
     """
     after = (ids == end).cumsum(1) > 0
     return ((states - nothing).float().square().mean(2) * after).sum() / after.sum()
+
+
+def take_states(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """The state of each token from one of V captions.
+
+    Args:
+        states: (N V, L, D), V captions for each.
+        source: (N, L) int64, which of them.
+
+    Returns:
+        (N, L, D).
+    """
+    states = states.unflatten(0, (len(source), -1))
+    if states.shape[1] == 1:
+        return states[:, 0]
+    return states.take_along_dim(source[:, None, :, None], 1)[:, 0]
 
 
 class TeacherTraining:
@@ -223,7 +251,9 @@ class TeacherTraining:
         self.latents = torch.zeros(size, 4, 16, 16, device=self.device)
         self.noise = torch.zeros_like(self.latents)
         self.timesteps = torch.zeros(size, dtype=torch.int64, device=self.device)
-        self.ids = empty.to(self.device).repeat(size, 1)
+        # of each caption, the captions whose states it is made of, and which token's is whose
+        self.ids = empty.to(self.device).repeat(size, VARIANTS if config.recombine else 1, 1)
+        self.source = torch.zeros(size, self.ids.shape[2], dtype=torch.int64, device=self.device)
         self.empty = empty.to(self.device)
         self.loss = torch.zeros((), device=self.device)
         self.predict = torch.compile(network) if config.compile else network
@@ -238,15 +268,18 @@ class TeacherTraining:
         ):
             noisy = alpha * self.latents + sigma * self.noise
             if self.config.architecture == "dit":
-                prediction = predict_noise(self.predict, self.text_encoder, noisy, self.timesteps, self.ids)
+                ids = self.ids[:, 0]
+                prediction = predict_noise(self.predict, self.text_encoder, noisy, self.timesteps, ids)
             else:
-                states = self.text_encoder(self.ids)[0]
-                prediction = self.predict(noisy, self.timesteps, states, return_dict=False)[0]
+                ids = self.ids.flatten(0, 1)
+                states = self.text_encoder(ids)[0]
+                mixed = take_states(states, self.source)
+                prediction = self.predict(noisy, self.timesteps, mixed, return_dict=False)[0]
             if self.config.summary_penalty:
                 nothing = self.text_encoder(self.empty)[0]
         loss = F.mse_loss(prediction.float(), self.noise)
         if self.config.summary_penalty:
-            loss = loss + self.config.summary_penalty * summary(self.ids, states, nothing, self.empty[0, -1])
+            loss = loss + self.config.summary_penalty * summary(ids, states, nothing, self.empty[0, -1])
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
@@ -278,15 +311,20 @@ class TeacherTraining:
         rate: float,
         generator: torch.Generator,
         lowest: torch.Tensor | int = 0,
+        source: torch.Tensor | int = 0,
     ) -> None:
-        """Draw timesteps from `lowest` up and noise, leave out a tenth of the captions, and update."""
+        """Draw timesteps from `lowest` up and noise, leave out a tenth of the captions, and update.
+
+        `ids` are (N, V, 24), V captions for each latent; `source` says which one lends each token's state.
+        """
         size = len(latents)
         uniform = torch.rand(size, generator=generator, device=self.device)
         self.latents.copy_(latents)
         self.noise.copy_(torch.randn(latents.shape, generator=generator, device=self.device))
         self.timesteps.copy_(lowest + (uniform * (1000 - lowest)).long())
-        drop = torch.rand(size, 1, generator=generator, device=self.device) < 0.1
+        drop = torch.rand(size, 1, 1, generator=generator, device=self.device) < 0.1
         self.ids.copy_(torch.where(drop, self.empty, ids))
+        self.source.copy_(source) if isinstance(source, torch.Tensor) else self.source.fill_(source)
         self.learning_rate.fill_(rate)
         self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
         self.run()
@@ -351,7 +389,8 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     network, text_encoder = _networks(config, tokenizer)
     initial = [p.detach().clone() for p in (*network.parameters(), *text_encoder.parameters())]
     training = TeacherTraining(config, network, text_encoder, tokenize(tokenizer, [""]))
-    steps = _fit(training, pool, pairs)
+    recombination = Recombination(tokenizer, device) if config.recombine else None
+    steps = _fit(training, pool, pairs, recombination)
     for parameter, average, start in zip(training.parameters, training.ema, initial, strict=True):
         parameter.data.copy_(average.lerp(start, config.init_share))
     write_pipeline(config.out, vae, text_encoder, tokenizer, network)
@@ -360,8 +399,9 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
 
 def _fit(
     training: TeacherTraining,
-    pool: tuple[torch.Tensor, torch.Tensor],
-    pairs: tuple[torch.Tensor, torch.Tensor],
+    pool: tuple[torch.Tensor, ...],
+    pairs: tuple[torch.Tensor, ...],
+    recombination: Recombination | None,
 ) -> TimedSteps:
     config, device, size = training.config, training.device, training.config.train_batch_size
     generator = torch.Generator(device).manual_seed(config.seed + 1)
@@ -370,12 +410,17 @@ def _fit(
     steps = TimedSteps(config.seconds, config.max_train_steps, "teacher")
     for step, used in steps:
         index = torch.randint(len(pool[0]), (size,), generator=generator, device=device)
-        (latents, ids), focused = (column[index] for column in pool), used < config.pair_focus
+        batch, focused = [column[index] for column in pool], used < config.pair_focus
         if focused:
             index = torch.randint(len(pairs[0]), (size // 2,), generator=generator, device=device)
-            latents[: size // 2], ids[: size // 2] = (column[index] for column in pairs)
+            for column, other in zip(batch, pairs, strict=True):
+                column[: size // 2] = other[index]
+        latents, ids, facts = batch
+        ids, source = ids[:, None], 0
+        if recombination is not None:
+            ids, source = recombination.draw(batch[1], facts, config.recombine, generator)
         rate = config.learning_rate * warmup_cosine(step, used, 500)
-        training.step(latents.float(), ids, step, rate, generator, lowest if focused else 0)
+        training.step(latents.float(), ids, step, rate, generator, lowest if focused else 0, source)
         steps.show(training.loss)
     return steps
 
