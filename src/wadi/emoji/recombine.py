@@ -117,7 +117,9 @@ class Recombination:
         allowed = allowed & ((partner < 0)[:, None] | self.together[partner.clamp(min=0)])
         # where a partner leaves nobody, the emoji itself: the caption then lends to itself
         allowed = torch.where(allowed.any(1, keepdim=True), allowed, self._itself(emoji))
-        return torch.multinomial(allowed.float(), 1, generator=generator)[:, 0]
+        # the largest of random keys: torch.multinomial would wait for the device
+        keys = torch.rand(allowed.shape, generator=generator, device=emoji.device)
+        return torch.where(allowed, keys, -1.0).argmax(1)
 
     def _itself(self, emoji: torch.Tensor) -> torch.Tensor:
         return emoji[:, None] == torch.arange(len(NAMES), device=emoji.device)
