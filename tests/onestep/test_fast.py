@@ -284,10 +284,15 @@ def test_command_line(teacher_folder, tiny_vae, tmp_path, capsys):
 
 
 @pytest.fixture
-def full_float32(monkeypatch):
+def full_float32():
     """Plain and fast may choose other convolutions; TF32 would make them differ by more than rounding."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
 
 
 @pytest.mark.gpu
