@@ -12,6 +12,7 @@ intermediate. Medians of repeated steps in one process; memory is the allocator'
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import platform
@@ -34,7 +35,9 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
 
+from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
+from wadi.errors import WadiError
 from wadi.lorad import student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import angles, rotate, rotated_weight
@@ -74,6 +77,8 @@ class Options:
     """Latents a step."""
     methods: tuple[Literal["lorad", "hook", "lora", "dora", "oft", "full"], ...] = METHODS
     """What to compare."""
+    compile: bool = False
+    """Compile the repeated blocks, of every method alike."""
     repeats: int = 8
     """Timed steps; the median counts."""
     seconds: float = 10.0
@@ -94,19 +99,20 @@ class Clock:
         """Median milliseconds and peak GiB, after three calls to warm up."""
         for _ in range(3):
             call()
-        self._wait()
+        self.wait()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         times, start = [], time.perf_counter()
         while len(times) < self.options.repeats and time.perf_counter() - start < self.options.seconds:
             before = time.perf_counter()
             call()
-            self._wait()
+            self.wait()
             times.append(1000 * (time.perf_counter() - before))
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else float("nan")
         return statistics.median(times), peak
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait for the device."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -179,6 +185,8 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
     if checkpointing:
         network.train()
         enable_gradient_checkpointing(network)
+    if options.compile:
+        compile_regions(network)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
@@ -191,9 +199,10 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with torch.no_grad():
-        forward, _ = clock(predict)
-    whole, peak = clock(step)
+    with compiling() if options.compile else contextlib.nullcontext():
+        with torch.no_grad():
+            forward, _ = clock(predict)
+        whole, peak = clock(step)
     return {
         "method": method,
         "batch_size": batch,
@@ -318,12 +327,15 @@ def _attempt(case: Callable[[], dict], method: str, batch: int, checkpointing: b
     try:
         return case()
     except torch.OutOfMemoryError:
-        return {
-            "method": method,
-            "batch_size": batch,
-            "gradient_checkpointing": checkpointing,
-            "error": "out of memory",
-        }
+        error = "out of memory"
+    except WadiError as reason:
+        error = str(reason)
+    return {
+        "method": method,
+        "batch_size": batch,
+        "gradient_checkpointing": checkpointing,
+        "error": error,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One iteration of WaDi's training, against the same iteration as it is usually written.
 
     python benchmarks/iteration.py                      # SD 1.5's configuration, random weights, a GPU
+    python benchmarks/iteration.py --compile            # a third row: the trainer with compiled blocks
     python benchmarks/iteration.py --model pixart-256 --batch-sizes 4
     python benchmarks/iteration.py --model tiny --batch-sizes 2 --device cpu   # a smoke test
 
@@ -17,8 +18,10 @@ import copy
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -69,6 +72,8 @@ class Options:
     """Without and with recomputation in backward."""
     repeats: int = 6
     """Timed iterations; the median counts."""
+    compile: bool = False
+    """Also time the trainer with compiled blocks."""
     seconds: float = 12.0
     """Stop repeating a case after this long."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,7 +110,7 @@ def random_conditions(options: Options, network: nn.Module) -> Condition:
     }
 
 
-def ours(options: Options, batch: int, checkpointing: bool) -> Callable[[], object]:
+def ours(options: Options, batch: int, checkpointing: bool, compiled: bool = False) -> Callable[[], object]:
     """The project's trainer, a step at a time."""
     student_rank, fake_rank = RANKS[options.model]
     config = DistillConfig(
@@ -115,6 +120,7 @@ def ours(options: Options, batch: int, checkpointing: bool) -> Callable[[], obje
         mixed_precision="bf16",
         allow_tf32=True,
         gradient_checkpointing=checkpointing,
+        compile=compiled,
         null_prompt_probability=0.0,
     )
     backbone = new_backbone(options)
@@ -194,16 +200,21 @@ class Plain:
 
 
 def measure(options: Options, make: Callable, batch: int, checkpointing: bool) -> dict:
-    """Milliseconds and peak memory of one iteration, or that it does not fit."""
+    """Milliseconds and peak memory of one iteration, or that it does not fit, and seconds of the first."""
     clock = Clock(options)
     try:
-        milliseconds, peak = clock(make(options, batch, checkpointing))
+        call = make(options, batch, checkpointing)
+        start = time.perf_counter()
+        call()
+        clock.wait()
+        warmup = time.perf_counter() - start
+        milliseconds, peak = clock(call)
     except torch.OutOfMemoryError:
-        return {"ms": float("nan"), "peak_gib": float("inf")}
+        return {"ms": float("nan"), "peak_gib": float("inf"), "warmup_s": float("nan")}
     finally:
         gc.collect()
         torch.cuda.empty_cache()
-    return {"ms": milliseconds, "peak_gib": peak}
+    return {"ms": milliseconds, "peak_gib": peak, "warmup_s": warmup}
 
 
 def main(options: Options) -> None:
@@ -211,23 +222,25 @@ def main(options: Options) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     head = header(options)
     print(head, flush=True)
-    rows = []
+    rows, makers = [], {"plain": Plain, "ours": ours}
+    if options.compile:
+        makers["ours, compiled"] = partial(ours, compiled=True)
     print(
-        "| batch | checkpointing | plain, ms | ours, ms | throughput | plain, GiB | ours, GiB | memory |\n"
+        "| batch | checkpointing | iteration | ms | throughput | peak, GiB | memory | first iteration, s |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for checkpointing in options.gradient_checkpointing:
         for batch in options.batch_sizes:
-            plain, mine = (measure(options, make, batch, checkpointing) for make in (Plain, ours))
-            rows.append(
-                {"batch_size": batch, "gradient_checkpointing": checkpointing, "plain": plain, "ours": mine}
-            )
-            print(
-                f"| {batch} | {'yes' if checkpointing else 'no'} | {plain['ms']:.0f} | {mine['ms']:.0f} | "
-                f"{plain['ms'] / mine['ms']:.2f} x | {plain['peak_gib']:.1f} | {mine['peak_gib']:.1f} | "
-                f"{mine['peak_gib'] / plain['peak_gib']:.2f} x |",
-                flush=True,
-            )
+            row = {"batch_size": batch, "gradient_checkpointing": checkpointing}
+            for name, make in makers.items():
+                row[name] = figures = measure(options, make, batch, checkpointing)
+                print(
+                    f"| {batch} | {'yes' if checkpointing else 'no'} | {name} | {figures['ms']:.0f} | "
+                    f"{row['plain']['ms'] / figures['ms']:.2f} x | {figures['peak_gib']:.1f} | "
+                    f"{figures['peak_gib'] / row['plain']['peak_gib']:.2f} x | {figures['warmup_s']:.1f} |",
+                    flush=True,
+                )
+            rows.append(row)
     if options.out is not None:
         options.out.write_text(json.dumps({"header": head, "options": str(options), "rows": rows}, indent=2))
 

@@ -408,9 +408,10 @@ def test_cuda_graphs_without_cuda_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
-def test_cuda_graph_replays_the_eager_iteration(changes):
-    changes |= {"fake_fresh_samples": True, "lr_decay_fraction": 0.5, "max_train_steps": 6}
-    eager, graphed = make(**changes), make(cuda_graphs=True, **changes)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graph_replays_the_eager_iteration(changes, compiled):
+    changes = changes | {"fake_fresh_samples": True, "lr_decay_fraction": 0.5, "max_train_steps": 6}
+    eager, graphed = make(**changes), make(cuda_graphs=True, compile=compiled, **changes)
     for step in range(6):
         expected, losses = eager.step(step), graphed.step(step)
         eager.synchronize(), graphed.synchronize()

@@ -26,7 +26,8 @@ from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
 from wadi.distill.prompts import PromptEmbeddings
-from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
+from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
+from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable, view
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
@@ -140,6 +141,11 @@ class Trainer:
             enable_gradient_checkpointing(roles.student)
             enable_gradient_checkpointing(roles.fake)
         self.teacher = roles.teacher
+        if config.compile:
+            check_compiler(self.device)
+            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
+            for network in (self.teacher, roles.student, roles.fake):
+                compile_regions(network)
         self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
         self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
         self.student_optimizer = self._adamw(self.student_parameters, config.student_learning_rate)
@@ -170,7 +176,7 @@ class Trainer:
         Returns:
             Losses and gradient norms, 0-dimensional tensors on the device; valid until the next step.
         """
-        with self.on_stream():
+        with self.on_stream(), compiling() if self.config.compile else contextlib.nullcontext():
             inputs = self.draw(step)
             self._set_rates(step)
             if not self.config.cuda_graphs:
@@ -512,7 +518,9 @@ class Trainer:
             return
         shape = self.backbone.latent_shape
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        with self.on_stream(), self.ema_weights(), torch.no_grad():
+        # another number of samples would be compiled anew
+        uncompiled = eager() if self.config.compile else contextlib.nullcontext()
+        with self.on_stream(), self.ema_weights(), torch.no_grad(), uncompiled:
             z = noise.to(self.device)
             rows = [pick(conditions, slice(i, i + 1)) for i in range(len(self.config.validation_prompts))]
             latents = [

@@ -1,0 +1,175 @@
+"""Compiled blocks against eager ones, and what compiling may not change.
+
+Mostly without code generation ("aot_eager"), which takes a C++ compiler and minutes: the graphs are the same.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from peft import inject_adapter_in_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.distill.test_resume import config
+from tests.distill.test_trainer import make
+from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import tiny_pipeline
+from wadi.distill import DistillConfig, distill, regions
+from wadi.errors import WadiError
+from wadi.files import load_tensors
+from wadi.lorad import LoRaDConfig
+
+REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
+
+
+def blocks(network):
+    return [module for module in network.modules() if type(module).__name__ in REGIONS]
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """Counts compiled graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        patch.setattr(regions, "BACKEND", CompileCounterWithBackend("aot_eager"))
+        yield regions.BACKEND
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_every_graph_is_made_in_the_first_step(graphs):
+    """Equal blocks share one; later steps, another trainer and sample grids of another size make none."""
+    pipeline = tiny_pipeline(channels=(8, 16))
+    trainer = make(pipeline=pipeline, compile=True, fake_updates=1)
+    assert len(blocks(trainer.student)) == len(blocks(trainer.teacher)) == 12
+    trainer.step(0)
+    made = graphs.frame_count
+    # calls of a block: teacher; student; fake model with and without gradients
+    assert 0 < made < 4 * 12
+    for step in (1, 2):
+        trainer.step(step)
+    make(compile=True, fake_updates=1, seed=1).step(0)
+    assert graphs.frame_count == made
+    with regions.eager(), torch.no_grad():
+        trainer.generate(torch.randn(3, *trainer.backbone.latent_shape), _three(trainer))
+    assert graphs.frame_count == made
+
+
+def _three(trainer):
+    return {name: tensor[:1].repeat(3, *[1] * (tensor.dim() - 1)) for name, tensor in trainer.null.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}],
+)
+def test_compiled_steps_are_the_eager_ones(graphs, changes):
+    eager, compiled = make(**changes), make(compile=True, **changes)
+    for step in range(3):
+        expected, losses = eager.step(step), compiled.step(step)
+        for name in expected:
+            torch.testing.assert_close(losses[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_bfloat16_is_within_its_rounding(graphs):
+    """The compiled step departs from the eager one by less than bfloat16 does from float32."""
+    options = {"fake_updates": 1}
+    full = make(**options).step(0)
+    half, compiled = (make(mixed_precision="bf16", compile=c, **options).step(0) for c in (False, True))
+    for name in ("fake_loss", "fake_grad_norm"):
+        rounding = abs(float(half[name] - full[name]))
+        assert 0 < rounding < 0.05 * float(full[name])
+        assert abs(float(compiled[name] - half[name])) <= rounding
+
+
+def test_pixart_resumes_the_same_bits_with_sample_grids(graphs, tmp_path):
+    tiny_pixart().save_pretrained(tmp_path / "teacher")
+    options = dataclasses.replace(
+        config(tmp_path / "teacher", tmp_path, "whole"),
+        compile=True,
+        max_train_steps=4,
+        lr_decay_fraction=0.0,
+        alpha_T_squared=0.0047,
+        validation_steps=2,
+        validation_seeds=(1, 2, 3),
+    )
+    whole = distill(options)
+    half = distill(dataclasses.replace(options, output_dir=str(tmp_path / "half"), max_train_steps=2))
+    made = graphs.frame_count
+    distill(DistillConfig(resume_from_checkpoint=str(half), max_train_steps=4))
+    assert graphs.frame_count == made
+    first, second = (load_tensors(r / "checkpoints/step-000004/student.safetensors") for r in (whole, half))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    eager = distill(dataclasses.replace(options, output_dir=str(tmp_path / "eager"), compile=False))
+    names = [load_tensors(r / "adapter/adapter_model.safetensors").keys() for r in (whole, eager)]
+    assert names[0] == names[1]
+
+
+def test_own_modules_and_names_stay(graphs):
+    pipeline = tiny_pipeline(channels=(8, 16))
+    plain, compiled = make(), make(pipeline=pipeline, compile=True)
+    assert not any("forward" in vars(module) for module in pipeline.unet.modules())
+    assert {p.data_ptr() for p in compiled.teacher.parameters()} == {
+        p.data_ptr() for p in pipeline.unet.parameters()
+    }
+    for role in ("teacher", "student", "fake"):
+        assert getattr(plain, role).state_dict().keys() == getattr(compiled, role).state_dict().keys()
+
+
+def small_block():
+    """A transformer block with LoRaD on all its layers, no two sizes of weights and activations alike."""
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(32, 2, 16, cross_attention_dim=48).requires_grad_(False)
+    config = LoRaDConfig(r=2, init_weights=False, target_modules="all-linear")
+    network = inject_adapter_in_model(config, torch.nn.Sequential(block))
+    x, states = torch.randn(1, 7, 32), torch.randn(1, 5, 48)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def call():
+        return network[0](x, encoder_hidden_states=states)
+
+    return SimpleNamespace(network=network, parameters=parameters, call=call)
+
+
+def saved_and_gradients(block):
+    """Elements of what autograd keeps beside parameters, largest first, and the gradients."""
+    own, kept = {p.data_ptr() for p in block.network.parameters()}, []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = block.call()
+    return sorted(kept, reverse=True), torch.autograd.grad(output.square().sum(), block.parameters)
+
+
+def test_nothing_of_a_weights_size_is_kept_for_backward(graphs):
+    """Angles of the smallest weight have 32 x 16 entries, the largest activation but one 7 x 256.
+
+    With common subexpressions merged, the compiler keeps angles: the check can tell.
+    """
+    block = small_block()
+    kept, expected = saved_and_gradients(block)
+    regions.compile_regions(block.network)
+    with regions.compiling():
+        ours, gradients = saved_and_gradients(block)
+    for gradient, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    assert sum(ours) <= sum(kept)
+    torch._dynamo.reset()
+    assert sum(saved_and_gradients(block)[0]) > sum(kept)
+
+
+def test_no_compiler_is_one_line(monkeypatch):
+    def broken(module, inputs):
+        raise RuntimeError("no C++ compiler\nfound")
+
+    monkeypatch.setattr(regions, "BACKEND", broken)
+    with pytest.raises(WadiError, match=r"--compile: .*leave it out") as caught:
+        regions.check_compiler(torch.device("cpu"))
+    assert "\n" not in str(caught.value)
