@@ -40,7 +40,7 @@ from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
 from wadi.lorad import student_config
 from wadi.lorad.layer import LoRaDLayer
-from wadi.lorad.rotation import angles, rotate, rotated_weight
+from wadi.lorad.rotation import angles, rotate, rotated_weight, rotated_weights
 
 CONFIGS = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768},
@@ -224,24 +224,28 @@ def rotation(options: Options, clock: Clock) -> dict:
         nn.init.normal_(layer.lorad_A["default"], std=0.1)
     work = [(layer.base_layer.weight.detach(), layer._factors(["default"])) for layer in layers]
 
-    @torch.no_grad()
-    def turn() -> list[torch.Tensor]:
-        return [rotated_weight(weight, factors) for weight, factors in work]
+    weights, adapters = zip(*work, strict=True)
+    milliseconds = {
+        streams: _replayed(partial(rotated_weights, weights, adapters, streams), clock)
+        for streams in (1, 4, 8, 16)
+    }
+    return {"layers": len(layers), "milliseconds": milliseconds, "relative_error": rotation_error(work)}
 
-    call = turn
+
+def _replayed(call: Callable[[], object], clock: Clock) -> float:
+    """Median milliseconds of a call, captured as a CUDA graph where there is a GPU."""
     if clock.cuda:
-        torch.cuda.synchronize()
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                turn()
+                call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            turn()
+            call()
         call = graph.replay
-    milliseconds, _ = clock(call)
-    return {"layers": len(layers), "milliseconds": milliseconds, "relative_error": rotation_error(work)}
+    return clock(call)[0]
 
 
 @torch.no_grad()
@@ -302,7 +306,9 @@ def main(options: Options) -> None:
     print(header(options), flush=True)
     turned = rotation(options, clock)
     print(
-        f"all {turned['layers']} layers turned once: {turned['milliseconds']:.2f} ms; "
+        f"all {turned['layers']} layers turned once: "
+        + ", ".join(f"{ms:.2f} ms on {n} streams" for n, ms in turned["milliseconds"].items())
+        + "; "
         + ", ".join(
             f"relative error in {name} {error:.1e}" for name, error in turned["relative_error"].items()
         ),

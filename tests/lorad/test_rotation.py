@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wadi.lorad.rotation import Factors, angles, rotate, rotated_linear, rotated_weight, unrotate
+from wadi.lorad.rotation import (
+    Factors,
+    angles,
+    rotate,
+    rotated_linear,
+    rotated_weight,
+    rotated_weights,
+    unrotate,
+)
 
 relaxed = settings(deadline=None, max_examples=50)  # the machine may be busy
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 13))
@@ -283,3 +291,42 @@ def test_cuda_graph_equals_eager(dtype):
     graph.replay()
     for ours, eager in zip(captured, step(), strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+def many(device="cpu"):
+    torch.manual_seed(0)
+    shapes = [(6, 8), (5, 7), (16, 4), (3, 2)]
+    weights = [torch.randn(*shape, device=device) for shape in shapes]
+    adapters = [
+        [Factors(torch.randn(out, 2, device=device), torch.randn(2, fan_in // 2, device=device), 0.5)]
+        for out, fan_in in shapes
+    ]
+    return weights, adapters
+
+
+def test_many_weights_turned_at_once():
+    weights, adapters = many()
+    for weight, adapter, turned in zip(weights, adapters, rotated_weights(weights, adapters), strict=True):
+        A, B, scale = adapter[0]
+        exact = rotate(weight.double(), angles(A.double(), B.double(), scale))
+        torch.testing.assert_close(turned.double(), exact, rtol=1e-5, atol=1e-6)
+        assert not turned.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streams", [1, 3, 16])
+def test_many_weights_on_several_streams_and_in_a_graph(streams):
+    weights, adapters = many("cuda")
+    alone = [rotated_weight(*work) for work in zip(weights, adapters, strict=True)]
+    for _ in range(50):  # memory given back and taken again
+        turned = rotated_weights(weights, adapters, streams)
+        assert all(torch.equal(a, b) for a, b in zip(alone, turned, strict=True))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rotated_weights(weights, adapters, streams)
+    for weight in weights:
+        weight.mul_(-2)
+    graph.replay()
+    for a, b in zip(alone, captured, strict=True):
+        torch.testing.assert_close(b, -2 * a, rtol=1e-6, atol=1e-6)
