@@ -7,7 +7,9 @@ Every method adapts the same layers of the same frozen bfloat16 network, holds w
 runs under autocast, as the training scripts of diffusers do; full fine-tuning trains the bfloat16 weights
 themselves, its cheapest form. "LoRaD, forward hook" is the usual way to write such an adapter: the module
 computes its linear map, then a hook computes it again with the turned weight, and autograd keeps every
-intermediate. Medians of repeated steps in one process; memory is the allocator's peak within a step.
+intermediate. Medians of repeated steps in one process; memory is the allocator's peak within a step. Launched
+one by one, the kernels of a step this size wait for the host; captured in a CUDA graph, as the trainer's
+`--cuda-graphs` does, the time is the GPU's alone.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ CONFIGS = {
     },
 }
 RANKS = {"sd15": 256, "tiny": 4}
-METHODS = ("lorad", "hook", "lora", "dora", "oft", "full")
+METHODS = ("lorad", "hook", "lora", "full", "dora", "oft")
 NAMES = {
     "lorad": "LoRaD",
     "hook": "LoRaD, forward hook",
@@ -75,7 +77,7 @@ class Options:
     """Configuration of the U-Net; its weights are random."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """Latents a step."""
-    methods: tuple[Literal["lorad", "hook", "lora", "dora", "oft", "full"], ...] = METHODS
+    methods: tuple[Literal["lorad", "hook", "lora", "full", "dora", "oft"], ...] = METHODS
     """What to compare."""
     compile: bool = False
     """Compile the repeated blocks, of every method alike."""
@@ -108,8 +110,13 @@ class Clock:
             call()
             self.wait()
             times.append(1000 * (time.perf_counter() - before))
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else float("nan")
-        return statistics.median(times), peak
+        return statistics.median(times), self.peaks()[0]
+
+    def peaks(self) -> tuple[float, float]:
+        """GiB since the last reset: allocated, and reserved by the allocator."""
+        if not self.cuda:
+            return float("nan"), float("nan")
+        return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -188,7 +195,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
     if options.compile:
         compile_regions(network)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=clock.cuda)
 
     def predict() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -203,6 +210,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
         with torch.no_grad():
             forward, _ = clock(predict)
         whole, peak = clock(step)
+        graph = _replayed(step, clock) if clock.cuda else float("nan")
     return {
         "method": method,
         "batch_size": batch,
@@ -210,6 +218,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
         "trainable": sum(parameter.numel() for parameter in trained),
         "forward_ms": forward,
         "step_ms": whole,
+        "graph_ms": graph,
         "peak_gib": peak,
     }
 
@@ -227,25 +236,29 @@ def rotation(options: Options, clock: Clock) -> dict:
     weights, adapters = zip(*work, strict=True)
     milliseconds = {
         streams: _replayed(partial(rotated_weights, weights, adapters, streams), clock)
-        for streams in (1, 4, 8, 16)
+        for streams in (1, 4, 8, 12, 16)
     }
     return {"layers": len(layers), "milliseconds": milliseconds, "relative_error": rotation_error(work)}
 
 
 def _replayed(call: Callable[[], object], clock: Clock) -> float:
-    """Median milliseconds of a call, captured as a CUDA graph where there is a GPU."""
-    if clock.cuda:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+    """Median milliseconds of a call, captured as a CUDA graph where there is a GPU; NaN if it cannot be."""
+    if not clock.cuda:
+        return clock(call)[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
         with torch.cuda.graph(graph):
             call()
-        call = graph.replay
-    return clock(call)[0]
+    except RuntimeError as error:
+        print(f"not captured: {str(error).splitlines()[0]}", flush=True)
+        return float("nan")
+    return clock(graph.replay)[0]
 
 
 @torch.no_grad()
@@ -276,22 +289,26 @@ def header(options: Options) -> str:
 def table(rows: list[dict]) -> str:
     """Markdown: a row for each method, batch size and checkpointing, with ratios to LoRaD's step."""
     lines = [
-        "| batch | checkpointing | method | trainable, M | forward, ms | step, ms | LoRaD / it | peak, GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| batch | checkpointing | method | trainable, M | forward, ms | step, ms | LoRaD / it "
+        "| step in a CUDA graph, ms | LoRaD / it | peak, GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         ours = [
-            other["step_ms"]
+            other
             for other in rows
             if other.get("method") == "lorad"
             and all(other[key] == row[key] for key in ("batch_size", "gradient_checkpointing"))
         ]
         if "error" in row:
-            figures = f"- | - | {row['error']} | - | -"
+            figures = f"- | - | {row['error']} | - | - | - | -"
         else:
-            ratio = f"{ours[0] / row['step_ms']:.2f}" if ours else "-"
+            eager, graph = (
+                f"{row[key]:.1f} | " + (f"{ours[0][key] / row[key]:.2f}" if ours else "-")
+                for key in ("step_ms", "graph_ms")
+            )
             figures = (
-                f"{row['trainable'] / 1e6:.2f} | {row['forward_ms']:.1f} | {row['step_ms']:.1f} | {ratio} | "
+                f"{row['trainable'] / 1e6:.2f} | {row['forward_ms']:.1f} | {eager} | {graph} | "
                 f"{row['peak_gib']:.1f}"
             )
         checkpointing = "yes" if row["gradient_checkpointing"] else "no"

@@ -418,7 +418,8 @@ class Trainer:
     def _record(self, inputs: StepInputs) -> None:
         """Record `iteration` as a CUDA graph over static inputs; weights and optimizers stay as they were."""
         self.static_inputs = inputs.clone()
-        before = [tensor.clone() for tensor in self._state_tensors()]
+        # off the card, where room may be short
+        before = [tensor.to("cpu", copy=True) for tensor in self._state_tensors()]
         for _ in range(WARMUP_ITERATIONS):
             self.iteration(self.static_inputs)
         for tensor, value in zip(self._state_tensors(), before, strict=True):
