@@ -40,7 +40,7 @@ from torch import nn
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
-from wadi.lorad import student_config
+from wadi.lorad import rotated_once, student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import angles, rotate, rotated_weight, rotated_weights
 
@@ -58,9 +58,10 @@ CONFIGS = {
     },
 }
 RANKS = {"sd15": 256, "tiny": 4}
-METHODS = ("lorad", "hook", "lora", "full", "dora", "oft")
+METHODS = ("lorad", "lorad_once", "hook", "lora", "full", "dora", "oft")
 NAMES = {
     "lorad": "LoRaD",
+    "lorad_once": "LoRaD, turned once",
     "hook": "LoRaD, forward hook",
     "lora": "LoRA (PEFT)",
     "dora": "DoRA (PEFT)",
@@ -77,7 +78,7 @@ class Options:
     """Configuration of the U-Net; its weights are random."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """Latents a step."""
-    methods: tuple[Literal["lorad", "hook", "lora", "full", "dora", "oft"], ...] = METHODS
+    methods: tuple[Literal["lorad", "lorad_once", "hook", "lora", "full", "dora", "oft"], ...] = METHODS
     """What to compare."""
     compile: bool = False
     """Compile the repeated blocks, of every method alike."""
@@ -158,7 +159,7 @@ def adapt(network: nn.Module, method: str, r: int) -> nn.Module:
     names = set(config.target_modules)
     layers = [module for name, module in network.named_modules() if name in names]
     equal = sum(r * (layer.out_features + layer.in_features // 2) for layer in layers)
-    if method == "lorad":
+    if method in ("lorad", "lorad_once"):
         inject_adapter_in_model(config, network)
     elif method in ("lora", "dora"):
         rank = equal_rank(network, names, equal)
@@ -197,12 +198,15 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=clock.cuda)
 
+    once = method == "lorad_once"
+
     def predict() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             return network(x.bfloat16(), t, states, return_dict=False)[0]
 
     def step() -> None:
-        F.mse_loss(predict().float(), target).backward()
+        with rotated_once(network, once):
+            F.mse_loss(predict().float(), target).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

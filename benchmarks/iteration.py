@@ -111,12 +111,20 @@ def random_conditions(options: Options, network: nn.Module) -> Condition:
 
 
 def ours(
-    options: Options, batch: int, checkpointing: bool, compiled: bool = False, cuda_graphs: bool = False
+    options: Options,
+    batch: int,
+    checkpointing: bool,
+    compiled: bool = False,
+    cuda_graphs: bool = False,
+    keep_rotated: bool = False,
+    micro_batches: int = 1,
 ) -> Callable[[], object]:
     """The project's trainer, a step at a time."""
     student_rank, fake_rank = RANKS[options.model]
     config = DistillConfig(
-        train_batch_size=batch,
+        train_batch_size=batch // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        keep_rotated=keep_rotated,
         student_rank=student_rank,
         fake_rank=fake_rank,
         mixed_precision="bf16",
@@ -238,6 +246,8 @@ def main(options: Options) -> None:
     cuda = torch.device(options.device).type == "cuda"
     if cuda:
         makers["ours, CUDA graph"] = partial(ours, cuda_graphs=True)
+        makers["ours, CUDA graph, kept"] = partial(ours, cuda_graphs=True, keep_rotated=True)
+        makers["ours, CUDA graph, in two parts"] = partial(ours, cuda_graphs=True, micro_batches=2)
     if options.compile:
         makers["ours, compiled"] = partial(ours, compiled=True, cuda_graphs=cuda)
     print(

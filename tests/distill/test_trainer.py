@@ -15,6 +15,7 @@ from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator
 from wadi.distill.condition import repeat
 from wadi.errors import WadiError
+from wadi.lorad import LoRaDLayer, rotation
 
 CONFIG = DistillConfig(
     train_batch_size=2,
@@ -406,8 +407,47 @@ def test_cuda_graphs_without_cuda_are_refused():
         make(cuda_graphs=True)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, {"fake_updates": 1}]
+)
+def test_weights_turned_once_train_alike(changes):
+    changes = {"fake_fresh_samples": True} | changes
+    usual, once = make(**changes), make(keep_rotated=True, **changes)
+    for step in range(3):
+        expected, losses = usual.step(step), once.step(step)
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name], value, rtol=1e-3, atol=1e-6)
+    assert_close_by_group(usual, once)
+
+
+@pytest.mark.parametrize(("fake_updates", "usual", "kept"), [(1, 5, 2), (2, 8, 4)])
+def test_rotations_an_iteration(monkeypatch, fake_updates, usual, kept):
+    """Of each adapted layer, usually: forward and backward of the student, fake model (guided), then both of it.
+
+    Fresh samples are generated before the second update of the fake model. Kept, a layer is turned once for
+    the student and once for the fake model, and again after an update.
+    """
+    counted = []
+    total = rotation._total_angles
+
+    def count(adapters, dtype):
+        counted.append(1)
+        return total(adapters, dtype)
+
+    monkeypatch.setattr(rotation, "_total_angles", count)
+    for keep, expected in ((False, usual), (True, kept)):
+        trainer = make(fake_updates=fake_updates, fake_fresh_samples=True, keep_rotated=keep)
+        layers = sum(isinstance(module, LoRaDLayer) for module in trainer.student.modules())
+        counted.clear()
+        trainer.step(0)
+        assert len(counted) == expected * layers
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}, {"keep_rotated": True}],
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_graph_replays_the_eager_iteration(changes, compiled):
     changes = changes | {"fake_fresh_samples": True, "lr_decay_fraction": 0.5, "max_train_steps": 6}

@@ -57,6 +57,21 @@ def test_rotation_against_float64(shape, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_gradient_from_the_turned_weight_alone(shape, dtype):
+    turned, _, _ = case(*shape, dtype)
+    grad = torch.randn(turned.shape, device="cuda").to(dtype)
+    exact = (
+        turned.double()[:, 0::2] * grad.double()[:, 1::2] - turned.double()[:, 1::2] * grad.double()[:, 0::2]
+    )
+    for given in (grad, grad.float()):
+        ours = kernels.angle_gradient(turned, given)
+        assert ours.dtype == torch.float32
+        assert relative_error(ours, exact) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_gradient_of_the_angles_against_float64(shape, dtype):
     weight, A, B = case(*shape, dtype)
     grad, theta = torch.randn_like(weight), angles(A, B)

@@ -80,6 +80,10 @@ class DistillConfig:
     cuda_graphs: bool = False
     """Record one iteration as a CUDA graph and replay it: faster for small networks. One process only."""
 
+    keep_rotated: bool = False
+    """Turn the weights of student and fake model once between their updates instead of at every use. Takes
+    the memory of one more copy of the adapted weights for each."""
+
     compile: bool = False
     """Compile the repeated blocks of the networks: faster steps, for some minutes before the first one."""
 
@@ -253,6 +257,7 @@ CHANGEABLE = frozenset(
         "validation_seeds",
         "report_to",
         "cuda_graphs",
+        "keep_rotated",
         "compile",
     }
 )

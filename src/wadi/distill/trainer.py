@@ -32,6 +32,7 @@ from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
 from wadi.lorad.io import copy_adapter
+from wadi.lorad.once import rotated_once
 from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
 
@@ -224,18 +225,24 @@ class Trainer:
         Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
         hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
         """
-        x0, losses = self._update_student(inputs)
-        finite = losses["student_grad_norm"].isfinite()
-        self._update_ema(finite)
-        for update in range(self.config.fake_updates):
-            condition = inputs.condition
-            if self.config.fake_fresh_samples and update > 0:
-                condition = pick(inputs.fresh_condition, update - 1)
-                with torch.no_grad():
-                    x0 = self.generate(inputs.fresh_z[update - 1], condition)
-            condition = choose(inputs.fake_null[update], self.null, condition)
-            losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
-            finite = finite & losses["fake_grad_norm"].isfinite()
+        keep = self.config.keep_rotated
+        with rotated_once(self.student, keep) as student, rotated_once(self.fake, keep) as fake:
+            x0, losses = self._update_student(inputs)
+            finite = losses["student_grad_norm"].isfinite()
+            self._update_ema(finite)
+            for update in range(self.config.fake_updates):
+                condition = inputs.condition
+                if update > 0:
+                    fake.refresh()
+                if self.config.fake_fresh_samples and update > 0:
+                    if update == 1:
+                        student.refresh()
+                    condition = pick(inputs.fresh_condition, update - 1)
+                    with torch.no_grad():
+                        x0 = self.generate(inputs.fresh_z[update - 1], condition)
+                condition = choose(inputs.fake_null[update], self.null, condition)
+                losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
+                finite = finite & losses["fake_grad_norm"].isfinite()
         self._count_skipped(finite)
         return losses
 

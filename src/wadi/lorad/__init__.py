@@ -8,6 +8,7 @@ from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.io import load_adapter, save_adapter
 from wadi.lorad.layer import LoRaDConv2d, LoRaDLayer, LoRaDLinear
 from wadi.lorad.model import LoRaDModel
+from wadi.lorad.once import rotated_once
 from wadi.lorad.presets import fake_config, student_config
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LoRaDModel",
     "fake_config",
     "load_adapter",
+    "rotated_once",
     "save_adapter",
     "student_config",
 ]

@@ -29,6 +29,7 @@ _LIBRARY.define("rotate(Tensor weight, Tensor theta) -> Tensor")
 _LIBRARY.define(
     "rotate_backward(Tensor weight, Tensor theta, Tensor grad, bool with_weight) -> (Tensor, Tensor)"
 )
+_LIBRARY.define("angle_gradient(Tensor turned, Tensor grad) -> Tensor")
 
 
 @torch.compiler.assume_constant_result
@@ -85,6 +86,19 @@ def rotate_backward(
     return (turned if with_weight else None), grad_theta
 
 
+def angle_gradient(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of the angles, ``g_e o' - g_o e'``, from the turned weight and its gradient.
+
+    Args:
+        turned: (out, in), in even.
+        grad: (out, in).
+
+    Returns:
+        (out, in // 2), float32.
+    """
+    return torch.ops.wadi.angle_gradient(turned, grad)
+
+
 @torch.library.register_fake("wadi::rotate", lib=_LIBRARY)
 def _rotate_fake(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     return weight.new_empty(weight.shape)
@@ -95,6 +109,11 @@ def _rotate_backward_fake(
     weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.new_empty(weight.shape if with_weight else (0,)), theta.new_empty(theta.shape)
+
+
+@torch.library.register_fake("wadi::angle_gradient", lib=_LIBRARY)
+def _angle_gradient_fake(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return turned.new_empty((turned.shape[0], turned.shape[1] // 2), dtype=torch.float32)
 
 
 def _rotate_cuda(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -112,6 +131,18 @@ def _rotate_backward_cuda(
     return turned, grad_theta
 
 
+def _angle_gradient_cuda(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    rows, columns = turned.shape
+    grad_theta = torch.empty((rows, columns // 2), dtype=torch.float32, device=turned.device)
+    pairs = grad_theta.numel()
+    with torch.cuda.device_of(turned):
+        _angle_gradient_kernel[(triton.cdiv(pairs, _BLOCK),)](
+            turned.contiguous(), grad.contiguous(), grad_theta, pairs, BLOCK=_BLOCK, num_warps=4
+        )
+    return grad_theta
+
+
+_LIBRARY.impl("angle_gradient", _angle_gradient_cuda, "CUDA")
 _LIBRARY.impl("rotate", _rotate_cuda, "CUDA")
 _LIBRARY.impl("rotate_backward", _rotate_backward_cuda, "CUDA")
 
@@ -181,3 +212,15 @@ if triton is not None:
             grad_odd, grad_even = tl.split(tl.reshape(grad, (BLOCK, 2)))
             grad_theta = grad_even * turned_odd - grad_odd * turned_even
             tl.store(grad_theta_pointer + pair, grad_theta, mask=pair < pairs)
+
+    @triton.jit
+    def _angle_gradient_kernel(turned_pointer, grad_pointer, grad_theta_pointer, pairs, BLOCK: tl.constexpr):
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        pair = start + tl.arange(0, BLOCK)
+        column = 2 * start + tl.arange(0, 2 * BLOCK)
+        turned = tl.load(turned_pointer + column, mask=column < 2 * pairs, other=0.0).to(tl.float32)
+        grad = tl.load(grad_pointer + column, mask=column < 2 * pairs, other=0.0).to(tl.float32)
+        turned_odd, turned_even = tl.split(tl.reshape(turned, (BLOCK, 2)))
+        grad_odd, grad_even = tl.split(tl.reshape(grad, (BLOCK, 2)))
+        grad_theta = grad_even * turned_odd - grad_odd * turned_even
+        tl.store(grad_theta_pointer + pair, grad_theta, mask=pair < pairs)

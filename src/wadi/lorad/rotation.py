@@ -137,6 +137,50 @@ def _side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
     return [torch.cuda.Stream(device) for _ in range(count)]
 
 
+def turned_weight(turned: torch.Tensor, adapters: Sequence[Factors]) -> torch.Tensor:
+    """A weight that has been turned already, as a function of the factors that turned it.
+
+    Backward reads the turned weight alone: ``dL/dTheta = g_e o' - g_o e'`` needs neither W nor the angles.
+
+    Args:
+        turned: (out, in), what `rotated_weight` gave for these `adapters`, without a graph.
+        adapters: the same, unchanged since.
+
+    Returns:
+        `turned` itself, with gradients for A and B.
+    """
+    factors = [tensor for adapter in adapters for tensor in adapter[:2]]
+    if _needs_graph(*factors):
+        return _TurnedWeight.apply(turned, tuple(adapter.scale for adapter in adapters), *factors)
+    return turned
+
+
+def angle_gradient(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """``dL/dTheta = g_e o' - g_o e'``.
+
+    Args:
+        turned: (out, in), the turned weight.
+        grad: (out, in), its gradient.
+
+    Returns:
+        (out, in // 2), float32 or wider.
+    """
+    wide = _wide_dtype(turned, grad)
+    if grad.dtype in (turned.dtype, torch.float32) and kernels.supports(turned, wide):
+        return kernels.angle_gradient(turned, grad)
+    paired = turned.shape[1] - turned.shape[1] % 2
+    turned, grad = turned.to(wide), grad.to(wide)
+    gradient = grad[:, 1:paired:2] * turned[:, 0:paired:2]
+    return gradient.addcmul_(grad[:, 0:paired:2], turned[:, 1:paired:2], value=-1)
+
+
+def turned_linear(
+    x: torch.Tensor, turned: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]
+) -> torch.Tensor:
+    """`rotated_linear` by a weight that has been turned already, see `turned_weight`."""
+    return _linear(x, turned_weight(turned, adapters), bias, _compute_dtype(turned))
+
+
 def rotated_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]
 ) -> torch.Tensor:
@@ -180,6 +224,23 @@ class _RotatedWeight(torch.autograd.Function):
         _, grad_theta = turn.with_gradient(grad, with_weight=False)
         grad_weight = turn.undone(grad) if needs_weight else None
         return grad_weight, None, *_factor_gradients(grad_theta, adapters, needs_factors)
+
+
+class _TurnedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, turned: torch.Tensor, scales: tuple[float, ...], *factors: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(turned, *factors)
+        ctx.scales = scales
+        return turned.view_as(turned)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        turned, *factors = ctx.saved_tensors
+        _, _, *needs_factors = ctx.needs_input_grad
+        grad_theta = angle_gradient(turned, grad)
+        return None, None, *_factor_gradients(grad_theta, _pack(factors, ctx.scales), needs_factors)
 
 
 class _RotatedLinear(torch.autograd.Function):
@@ -242,11 +303,7 @@ class _Backward:
         if self.fused:
             return kernels.rotate_backward(self.original, self.theta, grad, with_weight)
         turned = rotate(self.original, self.theta)
-        grad, paired = grad.to(turned.dtype), 2 * self.theta.shape[1]
-        # dL/dTheta = g_e o' - g_o e'
-        grad_theta = grad[:, 1:paired:2] * turned[:, 0:paired:2]
-        grad_theta.addcmul_(grad[:, 0:paired:2], turned[:, 1:paired:2], value=-1)
-        return turned, grad_theta
+        return turned, angle_gradient(turned, grad.to(turned.dtype))
 
     def undone(self, grad: torch.Tensor) -> torch.Tensor:
         """dL/dW, (out, in): the gradient of the turned weight turned back."""
