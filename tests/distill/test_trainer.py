@@ -422,7 +422,7 @@ def test_weights_turned_once_train_alike(changes):
 
 @pytest.mark.parametrize(("fake_updates", "usual", "kept"), [(1, 5, 2), (2, 8, 4)])
 def test_rotations_an_iteration(monkeypatch, fake_updates, usual, kept):
-    """Of each adapted layer, usually: forward and backward of the student, fake model (guided), then both of it.
+    """Of each adapted layer, usually: student forward and back, fake model guided, then both too.
 
     Fresh samples are generated before the second update of the fake model. Kept, a layer is turned once for
     the student and once for the fake model, and again after an update.

@@ -117,7 +117,7 @@ def one_step(transformer, text_encoder):
     empty = train_teacher.tokenize(tokenizer, [""])
     training = train_teacher.TeacherTraining(config, transformer, text_encoder, empty)
     ids, latents = train_teacher.tokenize(tokenizer, CAPTIONS), torch.randn(4, 4, 16, 16)
-    training.step(latents, ids, 0, 1e-4, torch.Generator().manual_seed(0))
+    training.step(latents, ids[:, None], 0, 1e-4, torch.Generator().manual_seed(0))
     return training, latents
 
 
@@ -135,9 +135,9 @@ def test_one_training_step():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
     noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
-    mask = (training.ids != 0).long()
+    mask = (training.ids[:, 0] != 0).long()
     with torch.no_grad():
-        states = before[1](training.ids, attention_mask=mask)[0]
+        states = before[1](training.ids[:, 0], attention_mask=mask)[0]
         output = before[0](noisy, states, training.timesteps, NO_SIZE, encoder_attention_mask=mask)
     expected = (output.sample[:, :4] - training.noise).square().mean()
     torch.testing.assert_close(training.loss, expected, rtol=1e-4, atol=1e-5)
@@ -246,7 +246,7 @@ def test_preset_trains_a_tenth_of_the_transformer():
     assert (total, count) == (8_012_320, 787_776)
     assert count / total == pytest.approx(0.1, abs=0.005)
     assert (preset.fake_rank, preset.fake_layers, preset.fake_updates) == (preset.student_rank, "student", 2)
-    assert (preset.guidance_scale, preset.fake_guidance_scale) == (2.0, 1.0)
+    assert (preset.guidance_scale, preset.fake_guidance_scale) == (1.5, 1.0)
 
 
 def test_preset_of_the_command_line_needs_a_teacher():
@@ -256,8 +256,8 @@ def test_preset_of_the_command_line_needs_a_teacher():
 
 
 def test_refusals(train, dit_folder, tmp_path):
-    with pytest.raises(WadiError, match="--summary-penalty"):
-        train("penalty", summary_penalty=0.5)
+    with pytest.raises(WadiError, match=r"--recombine 0\.5: only for"):
+        train("recombined", recombine=0.5)
     with pytest.raises(WadiError, match=r"--init .*: holds a StableDiffusionPipeline; --architecture dit"):
         train("other", init=teacher_folder())
     with pytest.raises(WadiError, match=r"model_index.json"):

@@ -82,9 +82,6 @@ class TrainTeacherConfig:
     pair_focus: float = 0.0
     """Share of the training, from its start, in which half of every batch is pairs of objects at high noise,
     where it is decided what is where. Without it the order of two objects is learned last."""
-    summary_penalty: float = 0.0
-    """Weight of a penalty on what the end and padding tokens know of their caption. They see all of it, and a
-    U-Net that reads them alone learns captions by heart, where it should put their words together."""
     recombine: float = 0.0
     """Share of the captions of which every word's state comes from a caption with other emoji beside it, so
     that the U-Net must read the word, not what it knows of its company."""
@@ -190,21 +187,6 @@ def encode_pool(
     return torch.cat(latents), torch.cat(ids), torch.cat(known)
 
 
-def summary(
-    ids: torch.Tensor, states: torch.Tensor, nothing: torch.Tensor, end: torch.Tensor
-) -> torch.Tensor:
-    """Mean square by which the states of the end and padding tokens differ from those of the empty caption.
-
-    Args:
-        ids: (N, L) tokens, padded with the end token.
-        states: (N, L, D), what the text encoder makes of them.
-        nothing: (1, L, D), what it makes of the empty caption.
-        end: the end token.
-    """
-    after = (ids == end).cumsum(1) > 0
-    return ((states - nothing).float().square().mean(2) * after).sum() / after.sum()
-
-
 def take_states(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """The state of each token from one of V captions.
 
@@ -275,11 +257,7 @@ class TeacherTraining:
                 states = self.text_encoder(ids)[0]
                 mixed = take_states(states, self.source)
                 prediction = self.predict(noisy, self.timesteps, mixed, return_dict=False)[0]
-            if self.config.summary_penalty:
-                nothing = self.text_encoder(self.empty)[0]
         loss = F.mse_loss(prediction.float(), self.noise)
-        if self.config.summary_penalty:
-            loss = loss + self.config.summary_penalty * summary(ids, states, nothing, self.empty[0, -1])
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
@@ -347,10 +325,12 @@ def _networks(config: TrainTeacherConfig, tokenizer: Tokenizer) -> tuple[Denoise
 def _check(config: TrainTeacherConfig) -> None:
     if not 0 <= config.init_share <= 1 or (config.init_share and config.init is None):
         raise WadiError(f"--init-share {config.init_share}: must be between 0 and 1, and needs --init")
-    if config.summary_penalty and config.architecture == "dit":
+    if not 0 <= config.recombine <= 1:
+        raise WadiError(f"--recombine {config.recombine}: must be between 0 and 1")
+    if config.recombine and config.architecture == "dit":
         raise WadiError(
-            f"--summary-penalty {config.summary_penalty}: has no meaning for --architecture dit, which never "
-            "sees the padding; leave it away"
+            f"--recombine {config.recombine}: only for --architecture unet, whose text encoder reads from "
+            "the left and tells a name nothing of what follows; leave it away"
         )
     if config.init is None:
         return
@@ -366,7 +346,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
 
     Raises:
         WadiError: a share of `init` outside 0 to 1, or without `init`; an `init` of another architecture, or
-            that is no pipeline folder; a summary penalty for a transformer.
+            that is no pipeline folder; a share out of range, or of captions to recombine for a transformer.
     """
     _check(config)
     device = torch.device(config.device)
