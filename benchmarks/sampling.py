@@ -1,4 +1,4 @@
-"""How long a picture takes: stock diffusers in 25 guided steps and in one, and two forms of the fast path.
+"""How long a picture takes: stock diffusers in 25 guided steps and in one, and the fast path.
 
     python benchmarks/sampling.py --out sampling.json           # Stable Diffusion 1.5 at 512 px, on a GPU
     python benchmarks/sampling.py --model tiny --device cpu      # does it run?
@@ -264,6 +264,8 @@ def main(arguments: argparse.Namespace) -> dict:
     methods: list[tuple[str, Callable[[], Stock | Fast]]] = [
         (f"diffusers, {STEPS} guided steps", lambda: Stock(stock, STEPS, arguments.device)),
         ("diffusers, 1 step", lambda: Stock(one_step, 1, arguments.device)),
+        ("wadi --fast, not compiled", lambda: Fast(one_step, "eager", arguments.device)),
+        ("wadi --fast, not compiled, AutoencoderTiny", lambda: Fast(small, "eager", arguments.device)),
         ("wadi --fast", lambda: Fast(one_step, arguments.mode, arguments.device)),
         ("wadi --fast, AutoencoderTiny", lambda: Fast(small, arguments.mode, arguments.device)),
     ]

@@ -24,9 +24,9 @@ def test_tiny_run(sampling, tmp_path, capsys):
     sampling.main(sampling.parse([*options, "--out", str(out)]))
     report = json.loads(out.read_text())
     names = [row["name"] for row in report["rows"]]
-    assert len(names) == len(set(names)) == 4
+    assert len(names) == len(set(names)) == 6
     shown = capsys.readouterr().out
-    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")][-4:]
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")][-6:]
     assert [cells[0].removeprefix("| ") for cells in rows] == names
     for row, cells in zip(report["rows"], rows, strict=True):
         assert float(cells[1]) == pytest.approx(row["batch_1"]["milliseconds"], abs=0.006)
