@@ -205,7 +205,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
             return network(x.bfloat16(), t, states, return_dict=False)[0]
 
     def step() -> None:
-        with rotated_once(network, once):
+        with rotated_once(network, once, unchecked=options.compile):
             F.mse_loss(predict().float(), target).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -211,16 +211,19 @@ def test_nothing_stays_afterwards():
     copy.deepcopy(model)(x)
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_a_break(rotations):
     model, x = net(torch.float32)
     expected = model(x)
     expected.square().sum().backward()
     before = gradients(model)
     model.zero_grad()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with rotated_once(model):
+    rotations.clear()
+    with rotated_once(model, unchecked=True):
+        assert len(rotations) == 4
         result = compiled(x)
         result.square().sum().backward()
+    assert len(rotations) == 4
     torch.testing.assert_close(result, expected)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
@@ -240,3 +243,34 @@ def test_the_weight_keeps_its_dtype():
     weight, A, B = torch.randn(4, 6).bfloat16(), torch.randn(4, 2), torch.randn(2, 3)
     turned = rotated_weight(weight, [rotation_module.Factors(A, B)])
     assert angle_gradient(turned, torch.ones(4, 6).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", [change_a_parameter, change_the_scale, disable], ids=lambda f: f.__name__)
+def test_compiled_code_does_not_use_what_it_cannot_check(change):
+    model, x = net(torch.float32)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), rotated_once(model):
+        compiled(x)
+        change(model), change(other)
+        torch.testing.assert_close(compiled(x), other(x))
+
+
+def test_a_parameter_in_the_place_of_another_is_not_taken_for_it():
+    model, _ = net()
+    layer = model.again
+    with torch.no_grad(), rotated_once(model) as weights:
+        for _ in range(300):
+            weights.refresh()
+            shape = layer.lorad_A["default"].shape
+            del layer.lorad_A["default"]
+            layer.lorad_A["default"] = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+            assert not layer.kept.fits(layer.base_layer.weight, layer.active_factors())
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    model, x = net()
+    with rotated_once(model):
+        loss = model(x).square().sum()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, list(layers(model)[0].lorad_A.parameters()), create_graph=True)

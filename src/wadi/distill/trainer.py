@@ -225,8 +225,9 @@ class Trainer:
         Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
         hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
         """
-        keep = self.config.keep_rotated
-        with rotated_once(self.student, keep) as student, rotated_once(self.fake, keep) as fake:
+        # unchecked, and refreshed after every update, for compiled blocks
+        keep = self.config.keep_rotated, self.config.compile
+        with rotated_once(self.student, *keep) as student, rotated_once(self.fake, *keep) as fake:
             x0, losses = self._update_student(inputs)
             finite = losses["student_grad_norm"].isfinite()
             self._update_ema(finite)

@@ -18,13 +18,14 @@ class Kept(NamedTuple):
 
     weight: torch.Tensor  # (out, fan-in), the dtype of the base's weight
     source: tuple
+    held: tuple  # what it was made of, alive, so that no other tensor takes its id or address
+    unchecked: bool  # whether compiled code, which cannot ask, may use it
 
     def fits(self, base: torch.Tensor, factors: Sequence[Factors]) -> bool:
-        """Whether base and factors are still what they were: the same tensors, not written to since.
-
-        Compiled code does not ask; there, `rotated_once.refresh` is up to the caller.
-        """
-        return torch.compiler.is_compiling() or self.source == fingerprint(base, factors)
+        """Whether base and factors are still what they were: the same tensors, not written to since."""
+        if torch.compiler.is_compiling():
+            return self.unchecked
+        return self.source == fingerprint(base, factors)
 
 
 def fingerprint(base: torch.Tensor, factors: Sequence[Factors]) -> tuple:
@@ -48,12 +49,17 @@ class rotated_once:  # noqa: N801 - used like torch.no_grad
     the block, where the recomputation finds what the forward found. Merged and disabled layers, which turn
     nothing, are left alone, and so are layers with a trainable base.
 
+    Second derivatives must be taken outside.
+
     Args:
         model: a module with LoRaD layers, injected or wrapped by PEFT, or a view of one.
         enabled: False does nothing.
+        unchecked: let compiled code use the turned weights too. It cannot see whether they are still right:
+            call `refresh` after every change.
     """
 
-    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+    def __init__(self, model: nn.Module, enabled: bool = True, unchecked: bool = False) -> None:
+        self.unchecked = unchecked
         modules = model.modules() if enabled else ()
         self.layers = [module for module in modules if isinstance(module, LoRaDLayer)]
 
@@ -68,7 +74,8 @@ class rotated_once:  # noqa: N801 - used like torch.no_grad
         factors = [layer.active_factors() for layer in layers]
         weights = [layer.matrix() for layer in layers]
         for layer, weight, adapters in zip(layers, rotated_weights(weights, factors), factors, strict=True):
-            layer.kept = Kept(weight, fingerprint(layer.base_layer.weight, adapters))
+            base = layer.base_layer.weight
+            layer.kept = Kept(weight, fingerprint(base, adapters), (base, adapters), self.unchecked)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -237,6 +237,11 @@ class _TurnedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                "rotated_once: the turned weight is kept without its graph; "
+                "take second derivatives outside it"
+            )
         turned, *factors = ctx.saved_tensors
         _, _, *needs_factors = ctx.needs_input_grad
         grad_theta = angle_gradient(turned, grad)
