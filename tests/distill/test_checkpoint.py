@@ -60,6 +60,7 @@ def test_full_disk_leaves_one_line_and_the_old_checkpoint(tmp_path, monkeypatch)
     [
         (lambda path: (path / "state.json").unlink(), "state.json"),
         (lambda path: (path / "state.json").write_text("{"), "not valid JSON"),
+        (lambda path: (path / "state.json").write_text("[1]"), "state.json: damaged, it holds no object"),
         (lambda path: (path / "state.json").write_text('{"step": 1}'), "other options"),
         (lambda path: (path / "fake.safetensors").unlink(), "fake.safetensors"),
         (lambda path: (path / "fake.safetensors").write_bytes(b"\0" * 20), "fake.safetensors"),

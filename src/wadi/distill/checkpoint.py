@@ -55,7 +55,7 @@ def checkpoint_batch(path: Path) -> int:
     Raises:
         WadiError: missing or damaged.
     """
-    batch = read_json(path / "state.json").get("batch")
+    batch = _read_state(path).get("batch")
     if not isinstance(batch, int) or batch < 1:
         raise WadiError(f"{path}: does not say how many samples a step has; it is of another version of wadi")
     return batch
@@ -72,7 +72,7 @@ def load_checkpoint(
     Raises:
         WadiError: missing or damaged files, other names or shapes, or a run with other options.
     """
-    state = read_json(path / "state.json")
+    state = _read_state(path)
     if state.get("config") != fingerprint:
         raise WadiError(f"{path}: was trained with other options; resume it with its own config.yaml")
     groups = {name: load_tensors(path / f"{name}.safetensors") for name in expected}
@@ -81,6 +81,13 @@ def load_checkpoint(
         if shapes != {key: tuple(value.shape) for key, value in groups[name].items()}:
             raise WadiError(f"{path / name}.safetensors: does not fit this model; name the run's own teacher")
     return groups, state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_json(path / "state.json")
+    if not isinstance(state, dict):
+        raise WadiError(f"{path / 'state.json'}: damaged, it holds no object; go on from another checkpoint")
+    return state
 
 
 def _checkpoints(folder: Path) -> list[Path]:

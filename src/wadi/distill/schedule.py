@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
 from wadi.errors import WadiError
-from wadi.onestep.scheduler import SCHEDULE_FIELDS
+from wadi.onestep.scheduler import SCHEDULE_FIELDS, one_step_x0
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -114,7 +114,4 @@ class Schedule(torch.nn.Module):
 
         Half precision would not do: epsilon is amplified by 1/alpha_T (14.6 for Stable Diffusion).
         """
-        prediction, z = prediction.float(), z.float()
-        if self.prediction_type == "epsilon":
-            return (z - self.sigma_T * prediction) / self.alpha_T
-        return self.alpha_T * z - self.sigma_T * prediction
+        return one_step_x0(prediction, z, self.alpha_T, self.sigma_T, self.prediction_type)

@@ -101,9 +101,13 @@ def _betas_ending_at(alpha_T_squared: float, length: int) -> list[float]:
 
 
 def one_step_x0(
-    prediction: torch.Tensor, z: torch.Tensor, alpha_T: float, sigma_T: float, prediction_type: str
+    prediction: torch.Tensor,
+    z: torch.Tensor,
+    alpha_T: float | torch.Tensor,
+    sigma_T: float | torch.Tensor,
+    prediction_type: str,
 ) -> torch.Tensor:
-    """The formula of `one_step_scheduler` alone, for what is compiled or captured: no lookup, float32.
+    """The formula of `one_step_scheduler` alone, for training and for what is captured: no lookup, float32.
 
     Args:
         prediction: the network's at the last timestep, (N, C, h, w), any float dtype.
