@@ -211,7 +211,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
         optimizer.zero_grad(set_to_none=True)
 
     with compiling() if options.compile else contextlib.nullcontext():
-        with torch.no_grad():
+        with torch.no_grad(), rotated_once(network, once, unchecked=options.compile):
             forward, _ = clock(predict)
         whole, peak = clock(step)
         graph = _replayed(step, clock) if clock.cuda else float("nan")

@@ -420,8 +420,10 @@ def test_weights_turned_once_train_alike(changes):
     assert_close_by_group(usual, once)
 
 
-@pytest.mark.parametrize(("fake_updates", "usual", "kept"), [(1, 5, 2), (2, 8, 4)])
-def test_rotations_an_iteration(monkeypatch, fake_updates, usual, kept):
+@pytest.mark.parametrize(
+    ("fake_updates", "fresh", "usual", "kept"), [(1, False, 5, 2), (2, False, 7, 3), (2, True, 8, 4)]
+)
+def test_rotations_an_iteration(monkeypatch, fake_updates, fresh, usual, kept):
     """Of each adapted layer, usually: student forward and back, fake model guided, then both too.
 
     Fresh samples are generated before the second update of the fake model. Kept, a layer is turned once for
@@ -436,7 +438,7 @@ def test_rotations_an_iteration(monkeypatch, fake_updates, usual, kept):
 
     monkeypatch.setattr(rotation, "_total_angles", count)
     for keep, expected in ((False, usual), (True, kept)):
-        trainer = make(fake_updates=fake_updates, fake_fresh_samples=True, keep_rotated=keep)
+        trainer = make(fake_updates=fake_updates, fake_fresh_samples=fresh, keep_rotated=keep)
         layers = sum(isinstance(module, LoRaDLayer) for module in trainer.student.modules())
         counted.clear()
         trainer.step(0)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from peft import inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -242,6 +243,7 @@ def test_autocast():
 def test_the_weight_keeps_its_dtype():
     weight, A, B = torch.randn(4, 6).bfloat16(), torch.randn(4, 2), torch.randn(2, 3)
     turned = rotated_weight(weight, [rotation_module.Factors(A, B)])
+    assert turned.dtype == torch.bfloat16
     assert angle_gradient(turned, torch.ones(4, 6).bfloat16()).dtype == torch.float32
 
 
@@ -274,3 +276,33 @@ def test_second_derivatives_are_refused_not_wrong():
         loss = model(x).square().sum()
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(loss, list(layers(model)[0].lorad_A.parameters()), create_graph=True)
+
+
+def test_a_copy_made_inside_keeps_nothing():
+    model, x = net()
+    with rotated_once(model) as weights:
+        other = copy.deepcopy(model)
+        assert all(layer.kept is None for layer in layers(other))
+        assert all(layer.kept is not None for layer in layers(model))
+    torch.testing.assert_close(other(x), model(x))
+    with pytest.raises(RuntimeError, match="inside the with block"):
+        weights.refresh()
+
+
+def test_diffusers_average_is_seen_after_a_refresh():
+    model, x = net()
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    average = EMAModel([p * 2 for p in adapter])
+    with torch.no_grad(), rotated_once(model) as weights:
+        average.copy_to(adapter)
+        weights.refresh()
+        inside = model(x)
+    torch.testing.assert_close(inside, model(x))
+
+
+def test_a_model_built_for_inference():
+    with torch.inference_mode():
+        model, x = net()
+        expected = model(x)
+        with rotated_once(model):
+            torch.testing.assert_close(model(x), expected)

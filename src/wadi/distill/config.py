@@ -82,7 +82,7 @@ class DistillConfig:
 
     keep_rotated: bool = False
     """Turn the weights of student and fake model once between their updates instead of at every use. Takes
-    the memory of one more copy of the adapted weights for each."""
+    the memory of one more copy of the adapted weights for each, in a CUDA graph of several."""
 
     compile: bool = False
     """Compile the repeated blocks of the networks: faster steps, for some minutes before the first one."""

@@ -151,6 +151,10 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
             return self._kept_forward(x, self.kept.weight, factors)
         return self._rotated_forward(x, factors)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: what `rotated_once` keeps stays with this layer."""
+        return self.__dict__ | {"kept": None}
+
     @property
     def turns(self) -> bool:
         """Whether `forward` turns the weight: an adapter is active, not disabled and not merged."""

@@ -31,7 +31,8 @@ class Kept(NamedTuple):
 def fingerprint(base: torch.Tensor, factors: Sequence[Factors]) -> tuple:
     """Which tensors, where, in which version, at which scale."""
     tensors = [base, *(tensor for adapter in factors for tensor in adapter[:2])]
-    return (*((id(x), x.data_ptr(), x._version) for x in tensors), *(adapter.scale for adapter in factors))
+    versions = (None if x.is_inference() else x._version for x in tensors)
+    return (*((id(x), x.data_ptr()) for x in tensors), *versions, *(adapter.scale for adapter in factors))
 
 
 class rotated_once:  # noqa: N801 - used like torch.no_grad
@@ -42,14 +43,15 @@ class rotated_once:  # noqa: N801 - used like torch.no_grad
             optimizer.step()                # from here on each forward turns them anew, as without the block,
             weights.refresh()               # until they are turned again
 
-    Costs one copy of the adapted weights, in the dtype of the base. Backward needs them alone, not the
-    originals. A layer whose parameters, scale or active adapters have changed since is turned as it would be
-    outside, so the result is never that of old angles (only in-place writes through `.data` go unnoticed, as
-    by autograd). With gradient checkpointing backward must run inside
-    the block, where the recomputation finds what the forward found. Merged and disabled layers, which turn
-    nothing, are left alone, and so are layers with a trainable base.
-
-    Second derivatives must be taken outside.
+    Costs one copy of the adapted weights, in the dtype of the base; on a GPU the allocator may hold an
+    older one beside it for a while, and a CUDA graph one for each `refresh` that it captures. Backward
+    needs the turned weights alone, not the originals. A layer whose parameters, scale or active adapters a
+    torch optimizer or an in-place operation has changed since is turned as it would be outside. Writes
+    through `.data`, as of `EMAModel.copy_to` and `restore` of diffusers, and the replay of a CUDA graph go
+    unnoticed: call `refresh` after them. With gradient checkpointing backward must run inside the block,
+    where the recomputation finds what the forward found; second derivatives must be taken outside. Merged
+    and disabled layers, which turn nothing, are left alone, and so are layers with a trainable base, and
+    copies of the model.
 
     Args:
         model: a module with LoRaD layers, injected or wrapped by PEFT, or a view of one.
@@ -59,27 +61,41 @@ class rotated_once:  # noqa: N801 - used like torch.no_grad
     """
 
     def __init__(self, model: nn.Module, enabled: bool = True, unchecked: bool = False) -> None:
-        self.unchecked = unchecked
+        self.unchecked, self.inside = unchecked, False
         modules = model.modules() if enabled else ()
         self.layers = [module for module in modules if isinstance(module, LoRaDLayer)]
 
     def __enter__(self) -> rotated_once:
+        self.inside = True
         self.refresh()
         return self
 
     def refresh(self) -> None:
-        """Turn the weights again, by the angles as they are now."""
+        """Turn the weights again, by the angles as they are now.
+
+        Raises:
+            RuntimeError: outside the block.
+        """
+        if not self.inside:
+            raise RuntimeError("rotated_once: refresh works inside the with block only")
         self._forget()
         layers = [layer for layer in self.layers if layer.turns and not layer.base_layer.weight.requires_grad]
         factors = [layer.active_factors() for layer in layers]
         weights = [layer.matrix() for layer in layers]
-        for layer, weight, adapters in zip(layers, rotated_weights(weights, factors), factors, strict=True):
+        turned: list[torch.Tensor | None] = [None] * len(layers)
+        for device in {weight.device for weight in weights}:
+            here = [i for i, weight in enumerate(weights) if weight.device == device]
+            together = rotated_weights([weights[i] for i in here], [factors[i] for i in here])
+            for i, weight in zip(here, together, strict=True):
+                turned[i] = weight
+        for layer, weight, adapters in zip(layers, turned, factors, strict=True):
             base = layer.base_layer.weight
             layer.kept = Kept(weight, fingerprint(base, adapters), (base, adapters), self.unchecked)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.inside = False
         self._forget()
 
     def _forget(self) -> None:
