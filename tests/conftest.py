@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_pipeline
+from wadi.lorad import rotation
 
 torch.set_num_threads(1)
 
@@ -39,3 +40,17 @@ def v_teacher_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "sd-v"
     tiny_pipeline(prediction_type="v_prediction").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def rotations(monkeypatch):
+    """How often a weight's angles were computed."""
+    counted = []
+    total = rotation._total_angles
+
+    def count(adapters, dtype):
+        counted.append(1)
+        return total(adapters, dtype)
+
+    monkeypatch.setattr(rotation, "_total_angles", count)
+    return counted

@@ -12,14 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import PROMPTS
-from wadi.distill import DistillConfig, distill
-from wadi.distill.run import share_batch
+from wadi.distill import DistillConfig, Trainer, distill
+from wadi.distill.run import _open_run, share_batch
 from wadi.errors import WadiError
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -192,3 +193,25 @@ def test_samples_of_a_step_are_shared_anew():
         assert shared.fingerprint() == options.fingerprint()
     with pytest.raises(WadiError, match="8 samples a step, which 3 processes cannot share equally"):
         share_batch(options, 8, 3)
+
+
+def test_a_graph_takes_the_samples_of_a_step_at_once(tmp_path):
+    options = DistillConfig(train_batch_size=4, cuda_graphs=True)
+    with pytest.raises(WadiError, match=r"--cuda-graphs: .* 8 samples a step.* add --train-batch-size 8"):
+        share_batch(options, 8, 1)
+    assert share_batch(dataclasses.replace(options, train_batch_size=8), 8, 1).train_batch_size == 8
+
+
+def test_samples_a_step_stay_without_a_checkpoint(teacher_folder, tmp_path, monkeypatch):
+    """A run of two processes with 2 samples each, ended before a checkpoint, goes on in one with 4."""
+    options = config(teacher_folder, tmp_path, train_batch_size=2, max_train_steps=1)
+    run = Path(options.output_dir)
+    _open_run(run, options, 4)
+    seen = []
+    monkeypatch.setattr(Trainer, "train", lambda trainer: seen.append(trainer.batch))
+    with pytest.raises(SystemExit):
+        distill(DistillConfig(resume_from_checkpoint=str(run)))
+    assert seen == [4]
+    (run / "samples.json").write_text("[4]")
+    with pytest.raises(WadiError, match=r"samples\.json: not of the form"):
+        distill(DistillConfig(resume_from_checkpoint=str(run)))

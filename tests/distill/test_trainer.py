@@ -15,7 +15,7 @@ from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator
 from wadi.distill.condition import repeat
 from wadi.errors import WadiError
-from wadi.lorad import LoRaDLayer, rotation
+from wadi.lorad import LoRaDLayer
 
 CONFIG = DistillConfig(
     train_batch_size=2,
@@ -423,26 +423,18 @@ def test_weights_turned_once_train_alike(changes):
 @pytest.mark.parametrize(
     ("fake_updates", "fresh", "usual", "kept"), [(1, False, 5, 2), (2, False, 7, 3), (2, True, 8, 4)]
 )
-def test_rotations_an_iteration(monkeypatch, fake_updates, fresh, usual, kept):
+def test_rotations_an_iteration(rotations, fake_updates, fresh, usual, kept):
     """Of each adapted layer, usually: student forward and back, fake model guided, then both too.
 
     Fresh samples are generated before the second update of the fake model. Kept, a layer is turned once for
     the student and once for the fake model, and again after an update.
     """
-    counted = []
-    total = rotation._total_angles
-
-    def count(adapters, dtype):
-        counted.append(1)
-        return total(adapters, dtype)
-
-    monkeypatch.setattr(rotation, "_total_angles", count)
     for keep, expected in ((False, usual), (True, kept)):
         trainer = make(fake_updates=fake_updates, fake_fresh_samples=fresh, keep_rotated=keep)
         layers = sum(isinstance(module, LoRaDLayer) for module in trainer.student.modules())
-        counted.clear()
+        rotations.clear()
         trainer.step(0)
-        assert len(counted) == expected * layers
+        assert len(rotations) == expected * layers
 
 
 @pytest.mark.gpu

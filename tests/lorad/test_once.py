@@ -52,20 +52,6 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture
-def rotations(monkeypatch):
-    """How often a weight's angles were computed."""
-    counted = []
-    total = rotation_module._total_angles
-
-    def count(adapters, dtype):
-        counted.append(1)
-        return total(adapters, dtype)
-
-    monkeypatch.setattr(rotation_module, "_total_angles", count)
-    return counted
-
-
 @pytest.mark.parametrize("adapters", [("default",), ("default", "other")])
 def test_same_results_and_gradients(adapters):
     model, x = net(adapters=adapters)

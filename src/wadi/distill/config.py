@@ -78,14 +78,15 @@ class DistillConfig:
     """Let float32 matrix products use TF32 on Ampere and later GPUs."""
 
     cuda_graphs: bool = False
-    """Record one iteration as a CUDA graph and replay it: faster for small networks. One process only."""
+    """Record one iteration as a CUDA graph and replay it: spares the host the launching, which takes longer
+    than the work itself at small batches. One process only."""
 
     keep_rotated: bool = False
     """Turn the weights of student and fake model once between their updates instead of at every use. Takes
     the memory of one more copy of the adapted weights for each, in a CUDA graph of several."""
 
     compile: bool = False
-    """Compile the repeated blocks of the networks: faster steps, for some minutes before the first one."""
+    """Compile the repeated blocks of the networks before the first step. Not timed on a GPU yet."""
 
     student_rank: int = 256
     """Rank of the student's LoRaD adapter."""

@@ -14,7 +14,7 @@ from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors
+from wadi.files import explain_os_errors, read_json, write_json
 from wadi.lorad.io import save_adapter
 from wadi.onestep import export_pipeline, write_alpha_T_squared
 
@@ -39,8 +39,9 @@ def distill(config: DistillConfig) -> Path:
     run = Path(config.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     accelerator = make_accelerator(config)
-    if checkpoint is not None:
-        config = share_batch(config, checkpoint_batch(checkpoint), accelerator.num_processes)
+    batch = _samples_a_step(run, checkpoint)
+    if batch is not None:
+        config = share_batch(config, batch, accelerator.num_processes)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
@@ -51,7 +52,7 @@ def distill(config: DistillConfig) -> Path:
         embeddings = _encode(config, backbone, prompts)
     trainer = Trainer(config, backbone, embeddings, accelerator)
     if accelerator.is_main_process:
-        _open_run(run, config)
+        _open_run(run, config, trainer.batch)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
     if accelerator.is_main_process:
@@ -85,7 +86,7 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
     """Options with which `processes` take `batch` samples a step: fewer at once, or more micro-batches.
 
     Raises:
-        WadiError: the processes cannot share the samples equally.
+        WadiError: the processes cannot share the samples equally, or a CUDA graph would have to accumulate.
     """
     size, count = config.train_batch_size, config.gradient_accumulation_steps
     if size * count * processes == batch:
@@ -97,6 +98,11 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
         )
     own = batch // processes
     size = max(d for d in range(1, min(size, own) + 1) if own % d == 0)
+    if size < own and config.cuda_graphs:
+        raise WadiError(
+            f"--cuda-graphs: the run trains with {batch} samples a step, which a graph takes all at once; "
+            f"add --train-batch-size {own}, or leave it out"
+        )
     return dataclasses.replace(config, train_batch_size=size, gradient_accumulation_steps=own // size)
 
 
@@ -162,7 +168,22 @@ def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) ->
     return encode_prompts(text, [prompt.text for prompt in prompts], list(config.validation_prompts), cache)
 
 
-def _open_run(run: Path, config: DistillConfig) -> None:
+def _open_run(run: Path, config: DistillConfig, batch: int) -> None:
     with explain_os_errors(run, "create the run folder"):
         run.mkdir(parents=True, exist_ok=True)
+    # config.yaml last: with it the run can be resumed
+    write_json(run / "samples.json", {"a_step": batch})
     config.save(run / "config.yaml")
+
+
+def _samples_a_step(run: Path, checkpoint: Path | None) -> int | None:
+    """What a resumed run trains with, also where it was interrupted before its first checkpoint."""
+    if checkpoint is not None:
+        return checkpoint_batch(checkpoint)
+    path = run / "samples.json"
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or type(value.get("a_step")) is not int or value["a_step"] < 1:
+        raise WadiError(f'{path}: not of the form {{"a_step": 4}}; write it again, or start a new run')
+    return value["a_step"]

@@ -80,7 +80,7 @@ def is_held_out_background(emoji: int, background: int) -> bool:
     return background == held_out_background(emoji)
 
 
-def is_held_out_pair(first: int, second: int) -> bool:
+def is_held_out_pair(first: int | torch.Tensor, second: int | torch.Tensor) -> bool | torch.Tensor:
     """Whether training never shows these two emoji together: one pair in ten."""
     return (first + second) % 10 == 0
 

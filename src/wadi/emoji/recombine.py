@@ -47,10 +47,7 @@ class Recombination:
         emoji = torch.arange(len(NAMES), device=device)
         # alike[e, f]: f can stand for e without moving a token
         self.alike = self.length[:, None] == self.length
-        self.together = torch.tensor(
-            [[first != second and not is_held_out_pair(first, second) for second in range(len(NAMES))]
-             for first in range(len(NAMES))], device=device,
-        )  # fmt: skip
+        self.together = ~is_held_out_pair(emoji[:, None], emoji) & (emoji[:, None] != emoji)
         self.shown = held_out_background(emoji)[:, None] != torch.arange(len(COLOURS), device=device)
 
     def facts(self, captions: Sequence[Caption]) -> torch.Tensor:
@@ -130,7 +127,7 @@ class Recombination:
         start: torch.Tensor,
         old: torch.Tensor,
         new: torch.Tensor,
-        with_article: torch.Tensor,
+        renamed_article: torch.Tensor,
     ) -> torch.Tensor:
         """(N, L) tokens with another name from `start` on, and its article before it."""
         ids = ids.clone()
@@ -139,5 +136,5 @@ class Recombination:
             value = torch.where(k < self.length[old], self.names[new, k], ids.gather(1, at)[:, 0])
             ids.scatter_(1, at, value[:, None])
         before = (start - 1)[:, None]
-        article = torch.where(with_article, self.article[new], ids.gather(1, before)[:, 0])
+        article = torch.where(renamed_article, self.article[new], ids.gather(1, before)[:, 0])
         return ids.scatter_(1, before, article[:, None])

@@ -198,8 +198,6 @@ def take_states(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         (N, L, D).
     """
     states = states.unflatten(0, (len(source), -1))
-    if states.shape[1] == 1:
-        return states[:, 0]
     return states.take_along_dim(source[:, None, :, None], 1)[:, 0]
 
 
@@ -398,7 +396,7 @@ def _fit(
         latents, ids, facts = batch
         ids, source = ids[:, None], 0
         if recombination is not None:
-            ids, source = recombination.draw(batch[1], facts, config.recombine, generator)
+            ids, source = recombination.draw(ids[:, 0], facts, config.recombine, generator)
         rate = config.learning_rate * warmup_cosine(step, used, 500)
         training.step(latents.float(), ids, step, rate, generator, lowest if focused else 0, source)
         steps.show(training.loss)
