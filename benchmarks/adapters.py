@@ -59,6 +59,8 @@ CONFIGS = {
 }
 RANKS = {"sd15": 256, "tiny": 4}
 METHODS = ("lorad", "lorad_once", "hook", "lora", "full", "dora", "oft")
+WAYS = {"in one launch": None, "on 1 stream": 1, "on 4 streams": 4, "on 8 streams": 8, "on 12 streams": 12}
+"""How `rotated_weights` shares its work."""
 NAMES = {
     "lorad": "LoRaD",
     "lorad_once": "LoRaD, turned once",
@@ -239,8 +241,8 @@ def rotation(options: Options, clock: Clock) -> dict:
 
     weights, adapters = zip(*work, strict=True)
     milliseconds = {
-        streams: _replayed(partial(rotated_weights, weights, adapters, streams), clock)
-        for streams in (1, 4, 8, 12, 16)
+        name: _replayed(partial(rotated_weights, weights, adapters, streams), clock)
+        for name, streams in WAYS.items()
     }
     return {"layers": len(layers), "milliseconds": milliseconds, "relative_error": rotation_error(work)}
 
@@ -273,10 +275,12 @@ def rotation_error(work: list) -> dict[str, float]:
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
         errors = []
-        for weight, factors in work:
-            exact = rotate(weight.to(dtype).double(), angles(*(f.double() for f in factors[0][:2])))
-            ours = rotated_weight(weight.to(dtype), factors).double()
-            errors.append(((ours - exact).norm() / exact.norm()).item())
+        weights = [weight.to(dtype) for weight, _ in work]
+        together = rotated_weights(weights, [factors for _, factors in work])
+        for weight, (_, factors), other in zip(weights, work, together, strict=True):
+            exact = rotate(weight.double(), angles(*(f.double() for f in factors[0][:2])))
+            for ours in (rotated_weight(weight, factors), other):
+                errors.append(((ours.double() - exact).norm() / exact.norm()).item())
         torch.backends.cuda.matmul.allow_tf32 = allowed
         worst[str(dtype).removeprefix("torch.")] = max(errors)
     return worst
@@ -328,7 +332,7 @@ def main(options: Options) -> None:
     turned = rotation(options, clock)
     print(
         f"all {turned['layers']} layers turned once: "
-        + ", ".join(f"{ms:.2f} ms on {n} streams" for n, ms in turned["milliseconds"].items())
+        + ", ".join(f"{ms:.2f} ms {way}" for way, ms in turned["milliseconds"].items())
         + "; "
         + ", ".join(
             f"relative error in {name} {error:.1e}" for name, error in turned["relative_error"].items()

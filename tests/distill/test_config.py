@@ -79,7 +79,6 @@ def test_bad_values_name_the_option(option, value):
     "options",
     [
         {"min_timestep": 0.6, "max_timestep": 0.5},
-        {"cuda_graphs": True, "gradient_accumulation_steps": 2},
         {"cuda_graphs": True, "mixed_precision": "fp16"},
         {"validation_seeds": ()},
     ],

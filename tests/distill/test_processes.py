@@ -35,6 +35,7 @@ try:
 except WadiError as error:
     raise SystemExit(f"error: {error}") from None
 """
+ON_TWO_GPUS = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 GROUPS = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 
@@ -62,15 +63,16 @@ def config(teacher, folder, **options):
     return dataclasses.replace(base, **options)
 
 
-def launch(options, folder):
+def launch(options, folder, launcher=LAUNCH):
     (folder / "run.py").write_text(RUN)
     options.save(folder / "options.yaml")
+    cpu = {"ACCELERATE_USE_CPU": "1"} if launcher is LAUNCH else {}
     return subprocess.Popen(
-        [*LAUNCH, str(folder / "run.py"), str(folder / "options.yaml")],
+        [*launcher, str(folder / "run.py"), str(folder / "options.yaml")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | cpu,
     )
 
 
@@ -124,6 +126,17 @@ def test_two_processes_are_one_with_the_same_samples(teacher_folder, tmp_path, o
     assert_same_to_rounding(run, one, 1, 6)
     written = [sorted(p.name for p in folder.rglob("*") if "event" not in p.name) for folder in (run, one)]
     assert written[0] == written[1]
+
+
+@pytest.mark.gpu
+def test_two_gpus_are_one_with_the_same_samples(teacher_folder, tmp_path, one):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    options = config(teacher_folder, tmp_path, train_batch_size=2)
+    process = launch(options, tmp_path, ON_TWO_GPUS)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    assert_same_to_rounding(tmp_path / "run", one, 1, 6)
 
 
 def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, one):

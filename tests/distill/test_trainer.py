@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from tests.tiny import PROMPTS, tiny_pipeline
@@ -440,7 +441,13 @@ def test_rotations_an_iteration(rotations, fake_updates, fresh, usual, kept):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}, {"keep_rotated": True}],
+    [
+        {},
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"keep_rotated": True},
+        {"gradient_accumulation_steps": 2},
+    ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_graph_replays_the_eager_iteration(changes, compiled):
@@ -474,6 +481,7 @@ def test_cuda_graph_skips_a_step_that_is_not_finite():
 
 @pytest.mark.gpu
 def test_half_precision_trains_with_loss_scaling():
+    AcceleratorState._reset_state()  # accelerate allows one precision a process
     trainer, before = make(mixed_precision="fp16"), None
     for step in range(8):
         before = before or snapshot(trainer)
@@ -482,6 +490,7 @@ def test_half_precision_trains_with_loss_scaling():
     assert all(math.isfinite(value) for value in losses.values()) or int(trainer.skipped[1])
     assert int(trainer.skipped[0]) < 8
     assert not same(before, snapshot(trainer))
+    AcceleratorState._reset_state()
 
 
 @pytest.mark.gpu

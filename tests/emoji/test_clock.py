@@ -5,6 +5,7 @@ import torch
 
 from wadi.emoji import clock
 from wadi.emoji.clock import TimedSteps, warmup_cosine
+from wadi.errors import WadiError
 
 
 def test_stops_after_the_last_step():
@@ -30,6 +31,19 @@ def test_shows_the_loss_of_every_fiftieth_step(monkeypatch):
     for step, _ in steps:
         steps.show(torch.tensor(step / 8))
     assert shown == ["step 0 loss 0.0000", "step 50 loss 6.2500", "step 100 loss 12.5000"]
+
+
+def test_stops_when_the_loss_stays_not_finite():
+    """Once may be a batch that was skipped; twice in a row it is the weights."""
+    losses = {0: 1.0, 50: float("nan"), 100: 0.5, 150: float("inf"), 200: float("nan")}
+    steps = TimedSteps(1e9, 1000, "test")
+
+    def run():
+        for step, _ in steps:
+            steps.show(torch.tensor(losses.get(step, 1.0)))
+
+    with pytest.raises(WadiError, match="step 200: the loss is nan; lower --learning-rate"):
+        run()
 
 
 @pytest.mark.parametrize(

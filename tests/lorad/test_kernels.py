@@ -155,3 +155,62 @@ def test_ops_follow_the_rules_of_custom_operators():
     torch.library.opcheck(torch.ops.wadi.rotate.default, (weight, theta))
     for with_weight in (True, False):
         torch.library.opcheck(torch.ops.wadi.rotate_backward.default, (weight, theta, grad, with_weight))
+
+
+TOGETHER = [(48, 64, 16, 1.0), (160, 320, 32, 0.5), (272, 160, 48, -2.0), (320, 1280, 256, 1.0)]
+
+
+def works(dtype, device="cuda"):
+    """Layers of several shapes, none a multiple of the kernel's tiles in every dimension."""
+    return [kernels.Work(*case(*shape, dtype, device), scale) for *shape, scale in TOGETHER]
+
+
+@pytest.fixture
+def tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_many_layers_in_one_launch_against_float64(tf32, dtype):
+    layers = works(dtype)
+    assert kernels.supports_together(layers)
+    for (weight, A, B, scale), turned in zip(layers, kernels.rotate_together(layers), strict=True):
+        reference = rotate(weight.double(), scale * A.double() @ B.double())
+        assert turned.shape == weight.shape
+        assert turned.dtype == dtype
+        # TF32 keeps 10 bits of each factor: angles of a radian are wrong by about 1e-3
+        assert relative_error(turned, reference) < TOLERANCE[dtype] + 2e-3
+
+
+@pytest.mark.gpu
+def test_one_launch_takes_what_it_can(tf32, monkeypatch):
+    layers = works(torch.bfloat16)
+    small = kernels.Work(*case(64, 64, 4, torch.bfloat16), 1.0)
+    mixed = kernels.Work(*case(48, 64, 16, torch.float32), 1.0)
+    turned_round = kernels.Work(layers[0].weight.T.contiguous().T, *layers[0][1:])
+    for other in (small, mixed, turned_round):
+        assert not kernels.supports_together([*layers, other])
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert not kernels.supports_together(layers)
+
+
+@pytest.mark.gpu
+def test_one_launch_in_a_cuda_graph_follows_the_parameters(tf32):
+    layers = works(torch.bfloat16)
+    eager = kernels.rotate_together(layers)
+    graph = torch.cuda.CUDAGraph()
+    unseen = works(torch.bfloat16)
+    with torch.cuda.graph(graph):
+        assert not kernels.supports_together(unseen)
+        captured = kernels.rotate_together(layers)
+    for layer in layers:
+        layer.A.neg_()
+    graph.replay()
+    for there, back, (weight, *_) in zip(eager, captured, layers, strict=True):
+        assert not torch.equal(there, back)
+        assert relative_error(back.double().norm(dim=1), weight.double().norm(dim=1)) < 5e-3
+    for layer in layers:
+        layer.A.neg_()
+    graph.replay()
+    assert all(torch.equal(there, back) for there, back in zip(eager, captured, strict=True))

@@ -191,8 +191,6 @@ class DistillConfig:
                     raise WadiError(f"--{_option(name)}: must be {rule}, but is {value}")
         if self.min_timestep > self.max_timestep:
             raise WadiError("--min-timestep: must not exceed --max-timestep")
-        if self.cuda_graphs and self.gradient_accumulation_steps > 1:
-            raise WadiError("--cuda-graphs: does not go with --gradient-accumulation-steps above 1")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
         if self.validation_steps and not self.validation_seeds:

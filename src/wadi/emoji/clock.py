@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
+from wadi.errors import WadiError
+
 
 class TimedSteps:
     """Iterates over (step, share of the training that is over), with a progress bar that shows the time left.
@@ -20,7 +22,7 @@ class TimedSteps:
 
     def __init__(self, seconds: float, max_train_steps: int, label: str):
         self.seconds, self.max_train_steps = seconds, max_train_steps
-        self.done, self.elapsed = 0, 0.0
+        self.done, self.elapsed, self.loss = 0, 0.0, 0.0
         self.bar = tqdm(total=1.0, desc=label, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
@@ -39,9 +41,17 @@ class TimedSteps:
             self.bar.refresh()
 
     def show(self, loss: torch.Tensor) -> None:
-        """Show the loss of this step; every 50th only, because reading it waits for the device."""
+        """Show the loss of this step; every 50th only, because reading it waits for the device.
+
+        Raises:
+            WadiError: it was not finite twice in a row.
+        """
         if self.done % 50 == 0:
-            self.bar.set_postfix_str(f"step {self.done} loss {loss.item():.4f}")
+            value, before = loss.item(), self.loss
+            self.loss = value
+            if not (math.isfinite(value) or math.isfinite(before)):
+                raise WadiError(f"step {self.done}: the loss is {value}; lower --learning-rate")
+            self.bar.set_postfix_str(f"step {self.done} loss {value:.4f}")
 
 
 def warmup_cosine(step: int, used: float, warmup_steps: int) -> float:

@@ -224,7 +224,7 @@ class TeacherTraining:
             weight_decay=1e-3,
             betas=(0.9, 0.99),
             capturable=cuda,
-            fused=cuda,
+            fused=True,
         )
         self.alphas_cumprod = new_scheduler().alphas_cumprod.to(self.device)
         size = config.train_batch_size
@@ -259,7 +259,11 @@ class TeacherTraining:
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], 1.0, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.parameters if p.grad is not None], 1.0, foreach=True
+        )
+        # a gradient that is not finite changes nothing: fused AdamW's own mask, which needs no wait
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()
         self.optimizer.step()
         # ema += (1 - decay) (parameters - ema); a lerp with a tensor as weight would wait for the device.
         change = torch._foreach_sub([parameter.detach() for parameter in self.parameters], self.ema)

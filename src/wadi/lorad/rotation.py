@@ -97,23 +97,29 @@ def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.T
 
 @torch.no_grad()
 def rotated_weights(
-    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int = STREAMS
+    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int | None = None
 ) -> list[torch.Tensor]:
     """Turn many weights at once, without gradients: `rotated_weight` for each.
 
-    On a GPU they go over several streams, because one small layer alone leaves most of it idle. May be
-    captured in a CUDA graph.
+    One small layer alone leaves most of a GPU idle: there all are turned in one launch, or where the kernel
+    for it does not fit (see `wadi.lorad.kernels.supports_together`), over several streams. May be captured in
+    a CUDA graph.
 
     Args:
         weights: (out, in) each, all on one device.
         adapters: of each weight.
-        streams: how many streams share the work.
+        streams: how many streams share the work, without the one launch; ``None`` chooses.
 
     Returns:
         The turned weights, in order, ready on the current stream.
     """
     if len(weights) < 2 or streams == 1 or not weights[0].is_cuda:
         return [rotated_weight(*work) for work in zip(weights, adapters, strict=True)]
+    if streams is None and all(len(each) == 1 for each in adapters):
+        works = [kernels.Work(weight, *each[0]) for weight, each in zip(weights, adapters, strict=True)]
+        if kernels.supports_together(works):
+            return kernels.rotate_together(works)
+    streams = streams or STREAMS
     current = torch.cuda.current_stream(weights[0].device)
     sides = _side_streams(weights[0].device, streams)
     for side in sides:
