@@ -270,6 +270,8 @@ def main(arguments: argparse.Namespace) -> dict:
         ("wadi --fast, AutoencoderTiny", lambda: Fast(small, arguments.mode, arguments.device)),
     ]
     for name, make in methods:
+        if arguments.only and name not in arguments.only:
+            continue
         report["rows"].append(measure(name, make(), arguments))
         if arguments.out:
             write_json(arguments.out, report)
@@ -290,6 +292,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="pictures of the larger batch")
     parser.add_argument("--repeats", type=int, default=50, help="calls of each median, at most")
     parser.add_argument("--limit", type=float, default=3.0, help="seconds of each median, about")
+    parser.add_argument("--only", nargs="+", help="rows to measure; all if not given")
     parser.add_argument("--out", type=Path, help="JSON file")
     return parser.parse_args(arguments)
 

@@ -166,8 +166,10 @@ def works(dtype, device="cuda"):
 
 
 @pytest.fixture
-def tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.mark.gpu
@@ -184,14 +186,14 @@ def test_many_layers_in_one_launch_against_float64(tf32, dtype):
 
 
 @pytest.mark.gpu
-def test_one_launch_takes_what_it_can(tf32, monkeypatch):
+def test_one_launch_takes_what_it_can(tf32):
     layers = works(torch.bfloat16)
     small = kernels.Work(*case(64, 64, 4, torch.bfloat16), 1.0)
     mixed = kernels.Work(*case(48, 64, 16, torch.float32), 1.0)
     turned_round = kernels.Work(layers[0].weight.T.contiguous().T, *layers[0][1:])
     for other in (small, mixed, turned_round):
         assert not kernels.supports_together([*layers, other])
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.backends.cuda.matmul.allow_tf32 = False
     assert not kernels.supports_together(layers)
 
 

@@ -28,6 +28,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _BLOCK = 1024
 _ALIGNED = 16
 """Sizes and addresses that `rotate_together` takes are multiples of it, so that loads are wide."""
+_SIDE = 64
 _TILE = {"ROWS": 128, "PAIRS": 64, "RANKS": 32, "num_warps": 8, "num_stages": 3}
 _LIBRARY = torch.library.Library("wadi", "DEF")
 _LIBRARY.define("rotate(Tensor weight, Tensor theta) -> Tensor")
@@ -148,11 +149,16 @@ def rotate_together(works: Sequence[Work]) -> list[torch.Tensor]:
     first = works[0].weight
     table = _table(works)
     turned = torch.empty(sum(w.weight.numel() for w in works), dtype=first.dtype, device=first.device)
+    transposed = torch.empty(sum(w.B.numel() for w in works), device=first.device)
     with torch.cuda.device_of(first):
+        _transpose_together_kernel[(len(table.layer_of_part),)](
+            table.layers, table.layer_of_part, transposed, SIDE=_SIDE, num_warps=4
+        )
         _rotate_together_kernel[(len(table.layer_of_tile),)](
             table.layers,
             table.scales,
             table.layer_of_tile,
+            transposed,
             turned,
             HARDWARE_SINE=first.dtype in _HALF,
             **_TILE,
@@ -164,9 +170,10 @@ def rotate_together(works: Sequence[Work]) -> list[torch.Tensor]:
 class _Table(NamedTuple):
     """What the kernel reads of the layers, on the device."""
 
-    layers: torch.Tensor  # (n, 8) int64: addresses of A, B, W; place of W'; rows, pairs, rank; first tile
+    layers: torch.Tensor  # (n, 10) int64: see `_table`
     scales: torch.Tensor  # (n,) float32
-    layer_of_tile: torch.Tensor  # (tiles,) int32
+    layer_of_tile: torch.Tensor  # (tiles of W',) int32
+    layer_of_part: torch.Tensor  # (tiles of B,) int32
 
 
 _tables: dict[tuple, _Table] = {}
@@ -184,19 +191,27 @@ def _key(works: Sequence[Work]) -> tuple:
 def _table(works: Sequence[Work]) -> _Table:
     key = _key(works)
     if key not in _tables:
-        device, layers, layer_of_tile, place = works[0].weight.device, [], [], 0
+        layers, layer_of_tile, layer_of_part, place, place_of_B = [], [], [], 0, 0
         for i, work in enumerate(works):
-            rows, pairs, _ = work.shape
+            rows, pairs, rank = work.shape
             addresses = (work.A.data_ptr(), work.B.data_ptr(), work.weight.data_ptr())
-            layers.append([*addresses, place, *work.shape, len(layer_of_tile)])
-            layer_of_tile += [i] * (-(-rows // _TILE["ROWS"]) * -(-pairs // _TILE["PAIRS"]))
-            place += work.weight.numel()
-        _tables[key] = _Table(
-            torch.tensor(layers, device=device),
-            torch.tensor([work.scale for work in works], dtype=torch.float32, device=device),
-            torch.tensor(layer_of_tile, dtype=torch.int32, device=device),
-        )
+            first = len(layer_of_tile), len(layer_of_part)
+            layers.append([*addresses, place, place_of_B, rows, pairs, rank, *first])
+            layer_of_tile += [i] * _tiles(rows, _TILE["ROWS"], pairs, _TILE["PAIRS"])
+            layer_of_part += [i] * _tiles(rank, _SIDE, pairs, _SIDE)
+            place, place_of_B = place + work.weight.numel(), place_of_B + work.B.numel()
+        with works[0].weight.device:
+            _tables[key] = _Table(
+                torch.tensor(layers),
+                torch.tensor([work.scale for work in works], dtype=torch.float32),
+                torch.tensor(layer_of_tile, dtype=torch.int32),
+                torch.tensor(layer_of_part, dtype=torch.int32),
+            )
     return _tables[key]
+
+
+def _tiles(rows: int, high: int, columns: int, wide: int) -> int:
+    return -(-rows // high) * -(-columns // wide)
 
 
 @torch.library.register_fake("wadi::rotate", lib=_LIBRARY)
@@ -326,10 +341,35 @@ if triton is not None:
         tl.store(grad_theta_pointer + pair, grad_theta, mask=pair < pairs)
 
     @triton.jit
+    def _transpose_together_kernel(
+        layers_pointer, layer_of_part_pointer, transposed_pointer, SIDE: tl.constexpr
+    ):
+        # the tensor cores take TF32 only with the summed dimension contiguous, and B has it across
+        entry = layers_pointer + 10 * tl.load(layer_of_part_pointer + tl.program_id(0))
+        B = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
+        transposed_pointer += tl.multiple_of(tl.load(entry + 4), 16)
+        pairs = tl.multiple_of(tl.load(entry + 6).to(tl.int32), 16)
+        rank = tl.multiple_of(tl.load(entry + 7).to(tl.int32), 16)
+        part = tl.program_id(0) - tl.load(entry + 9).to(tl.int32)
+
+        across = tl.cdiv(pairs, SIDE)
+        k = (part // across) * SIDE + tl.arange(0, SIDE)
+        pair = (part % across) * SIDE + tl.arange(0, SIDE)
+        b = tl.load(
+            B + k[:, None] * pairs + pair[None, :], mask=(k < rank)[:, None] & (pair < pairs)[None, :]
+        )
+        tl.store(
+            transposed_pointer + pair[:, None] * rank + k[None, :],
+            tl.trans(b),
+            mask=(pair < pairs)[:, None] & (k < rank)[None, :],
+        )
+
+    @triton.jit
     def _rotate_together_kernel(
         layers_pointer,
         scales_pointer,
         layer_of_tile_pointer,
+        transposed_pointer,
         turned_pointer,
         HARDWARE_SINE: tl.constexpr,
         ROWS: tl.constexpr,
@@ -337,16 +377,16 @@ if triton is not None:
         RANKS: tl.constexpr,
     ):
         layer = tl.load(layer_of_tile_pointer + tl.program_id(0))
-        entry = layers_pointer + 8 * layer
+        entry = layers_pointer + 10 * layer
         A = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16)
-        B = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
         weight_type: tl.constexpr = tl.pointer_type(turned_pointer.dtype.element_ty)
         weight_pointer = tl.multiple_of(tl.load(entry + 2).to(weight_type), 16)
         turned_pointer += tl.multiple_of(tl.load(entry + 3), 16)
-        rows = tl.load(entry + 4).to(tl.int32)
-        pairs = tl.multiple_of(tl.load(entry + 5).to(tl.int32), 16)
-        rank = tl.multiple_of(tl.load(entry + 6).to(tl.int32), 16)
-        tile = tl.program_id(0) - tl.load(entry + 7).to(tl.int32)
+        transposed_pointer += tl.multiple_of(tl.load(entry + 4), 16)
+        rows = tl.load(entry + 5).to(tl.int32)
+        pairs = tl.multiple_of(tl.load(entry + 6).to(tl.int32), 16)
+        rank = tl.multiple_of(tl.load(entry + 7).to(tl.int32), 16)
+        tile = tl.program_id(0) - tl.load(entry + 8).to(tl.int32)
 
         across = tl.cdiv(pairs, PAIRS)
         row = (tile // across) * ROWS + tl.arange(0, ROWS)
@@ -360,11 +400,11 @@ if triton is not None:
                 other=0.0,
             )
             b = tl.load(
-                B + k[:, None] * pairs + pair[None, :],
-                mask=(k < rank)[:, None] & (pair < pairs)[None, :],
+                transposed_pointer + pair[:, None] * rank + k[None, :],
+                mask=(pair < pairs)[:, None] & (k < rank)[None, :],
                 other=0.0,
             )
-            theta = tl.dot(a, b, theta, input_precision="tf32")
+            theta = tl.dot(a, tl.trans(b), theta, input_precision="tf32")
         theta *= tl.load(scales_pointer + layer)
         if HARDWARE_SINE:
             theta -= 6.283185307179586 * tl.floor(theta * 0.15915494309189535 + 0.5)
