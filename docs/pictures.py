@@ -1,5 +1,10 @@
-"""Make the pictures of the README: python docs/pictures.py"""
+"""Make the pictures of the README.
 
+python docs/pictures.py                                                   # of what comes with wadi
+python docs/pictures.py dit.png runs/dit-teacher runs/emoji-dit/adapter   # of another pair
+"""
+
+import sys
 from pathlib import Path
 
 from wadi import emoji
@@ -16,10 +21,10 @@ PROMPTS = (
 )
 
 
-def main() -> None:
-    """Write docs/images/before-after.png."""
-    teacher = load_pipeline(emoji.teacher_folder())
-    student = OneStepPipeline.from_pretrained(emoji.teacher_folder(), adapter=emoji.student_folder())
+def main(name: str, teacher_folder: Path, adapter: Path) -> None:
+    """Write docs/images/<name>: the teacher in one step, the student in one, the teacher in 25."""
+    teacher = load_pipeline(teacher_folder)
+    student = OneStepPipeline.from_pretrained(teacher_folder, adapter=adapter)
     pictures = before_after(teacher, student, PROMPTS, seeds=(1, 2, 3), steps=25, guidance_scale=2.0)
     rows = [
         (prompt, [*before, *after, *reference])
@@ -30,8 +35,8 @@ def main() -> None:
     headings = ("before: 1 step", "", "", "wadi student: 1 step", "", "", "teacher: 25 steps", "", "")
     folder = Path(__file__).parent / "images"
     folder.mkdir(exist_ok=True)
-    labelled_grid(rows, headings).save(folder / "before-after.png")
+    labelled_grid(rows, headings).save(folder / name)
 
 
 if __name__ == "__main__":
-    main()
+    main(*(sys.argv[1:] or ("before-after.png", emoji.teacher_folder(), emoji.student_folder())))

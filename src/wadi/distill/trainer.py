@@ -144,9 +144,6 @@ class Trainer:
         self.teacher = roles.teacher
         if config.compile:
             check_compiler(self.device)
-            if self.device.type == "cuda":
-                # what compiled convolutions want; activations take the layout of the weights
-                base.to(memory_format=torch.channels_last)
             self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
             for network in (self.teacher, roles.student, roles.fake):
                 compile_regions(network)

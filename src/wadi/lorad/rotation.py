@@ -97,18 +97,18 @@ def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.T
 
 @torch.no_grad()
 def rotated_weights(
-    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int | None = None
+    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int | None = STREAMS
 ) -> list[torch.Tensor]:
     """Turn many weights at once, without gradients: `rotated_weight` for each.
 
-    One small layer alone leaves most of a GPU idle: there all are turned in one launch, or where the kernel
-    for it does not fit (see `wadi.lorad.kernels.supports_together`), over several streams. May be captured in
-    a CUDA graph.
+    On a GPU they go over several streams, because one small layer alone leaves most of it idle. May be
+    captured in a CUDA graph.
 
     Args:
         weights: (out, in) each, all on one device.
         adapters: of each weight.
-        streams: how many streams share the work, without the one launch; ``None`` chooses.
+        streams: how many streams share the work; ``None`` for one launch where it can be
+            (`wadi.lorad.kernels.supports_together`), which docs/performance.md compares.
 
     Returns:
         The turned weights, in order, ready on the current stream.
