@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("wadi.cli:export", "merge a student into a folder that plain diffusers loads"),
     "import": ("wadi.cli:import_", "make such a folder of the weights that the paper's authors published"),
     "extract": ("wadi.cli:extract", "find the adapter between a teacher and a one-step student"),
+    "evaluate": (
+        "wadi.metrics.evaluate:evaluate",
+        "score pictures of captions against real ones",
+    ),
     "report": ("wadi.cli:report", "write the report of a run again"),
     "prompts encode": (
         "wadi.distill.prompts:encode_to_disk",
@@ -411,7 +415,7 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _print_result(result: Any) -> None:
-    if isinstance(result, dict):
+    if isinstance(result, dict) and result:
         width = max(map(len, result))
         for name, value in result.items():
             figure = f"{value:.4f}" if isinstance(value, float) else f"{value}"

@@ -14,3 +14,18 @@ def entropy_bits(classes: torch.Tensor, num_classes: int) -> float:
     """
     share = torch.bincount(classes.flatten().cpu(), minlength=num_classes).double() / classes.numel()
     return -(share * share.clamp(min=1e-300).log2()).sum().item()
+
+
+def spread(features: torch.Tensor) -> float:
+    """How different the pictures of one prompt are: mean over prompts and pairs of 1 - cos of their features.
+
+    0 if all pictures of every prompt are the same.
+
+    Args:
+        features: (P, n, D), n at least 2 pictures of each of P prompts.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    n = unit.shape[1]
+    # |sum_i u_i|^2 = n + 2 sum_{i<j} u_i.u_j
+    cosines = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (n * (n - 1))
+    return (1 - cosines).mean().item()

@@ -1,0 +1,110 @@
+"""Networks that turn pictures into features: Inception for published figures, the judge for the emoji world.
+
+Inception is torch-fidelity's, whose weights are those of the original FID, run by torchmetrics; CLIP is
+transformers'. Both are fetched from where they are published when they are first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+
+from wadi.errors import WadiError
+
+Extractor = Callable[[torch.Tensor], torch.Tensor]
+"""Pictures (N, 3, H, W) uint8 to features (N, D) float32."""
+
+Name = Literal["inception", "emoji"]
+
+
+def load_extractor(name: Name, device: str | torch.device = "cpu") -> Extractor:
+    """The extractor of that name, on the device.
+
+    Raises:
+        WadiError: torch-fidelity is missing, or the weights cannot be fetched.
+    """
+    if name == "emoji":
+        from wadi.emoji import assets_folder
+        from wadi.emoji.judge import Judge
+
+        judge = Judge.load(assets_folder() / "judge.safetensors").to(device)
+        return lambda pictures: judge.read(pictures.to(device)).features.float().cpu()
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+    except ModuleNotFoundError as error:
+        raise WadiError(
+            "--features inception: needs torch-fidelity; pip install 'wadi[evaluate]', or --features emoji"
+        ) from error
+    except OSError as error:
+        raise WadiError(
+            f"--features inception: its weights could not be fetched ({error}); run it once with a connection"
+        ) from error
+    network = network.to(device).requires_grad_(False)
+    return lambda pictures: network(pictures.to(device)).float().cpu()
+
+
+class Clip:
+    """Agreement of pictures and captions, and picture embeddings, by a CLIP model of transformers.
+
+    Args:
+        name: folder or hub id of a `CLIPModel`, safetensors only.
+        device: where to compute.
+
+    Raises:
+        WadiError: the model cannot be loaded.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            self.model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+            self.processor = CLIPProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise WadiError(f"--clip-model {name}: could not load it: {reason}") from error
+        self.name, self.device = name, device
+
+    @torch.no_grad()
+    def score(self, pictures: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """100 times the cosine between picture and caption, at least 0 (Hessel et al., arXiv 2104.08718).
+
+        Args:
+            pictures: (N, 3, H, W) uint8.
+            captions: N; longer ones are cut to the model's number of tokens.
+
+        Returns:
+            (N,) float32, on the CPU.
+        """
+        inputs = self.processor.tokenizer(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        text = _embedding(self.model.get_text_features(**inputs.to(self.device)))
+        cosine = torch.cosine_similarity(self.embed(pictures), text.float().cpu())
+        return (100 * cosine).clamp_min(0)
+
+    @torch.no_grad()
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, D) float32, on the CPU, of pictures (N, 3, H, W) uint8."""
+        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.device)
+        return _embedding(self.model.get_image_features(pixel_values=pixels)).float().cpu()
+
+
+def _embedding(output: object) -> torch.Tensor:
+    """transformers 5 wraps it."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Features (N, D) of batches of pictures."""
+    return torch.cat([extractor(batch) for batch in batches])

@@ -1,0 +1,198 @@
+"""The protocol on a tiny pipeline, with the judge and a tiny CLIP in place of Inception and the real one."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+from tests.tiny import tiny_tokenizer
+from wadi.cli import main
+from wadi.errors import WadiError
+from wadi.metrics import spread
+from wadi.metrics.evaluate import EvaluateConfig, evaluate
+from wadi.metrics.extractors import Clip, load_extractor
+
+CAPTIONS = [f"a {thing} number {i}" for i, thing in enumerate(("cat", "dog", "cup", "kite") * 2)]
+
+
+@pytest.fixture
+def config(teacher_folder, tmp_path):
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    return EvaluateConfig(
+        captions=tmp_path / "captions.txt",
+        out=tmp_path / "out",
+        model=str(teacher_folder),
+        num_samples=6,
+        resolution=64,
+        features="emoji",
+        spread_prompts=2,
+        spread_samples=3,
+        batch_size=4,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(24)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**sizes, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def pictures(out):
+    return {path.name: np.asarray(Image.open(path)) for path in sorted((out / "pictures").iterdir())}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_set_against_itself(config):
+    """Distance zero, all of it inside; the spread is that of the judge's features of the pictures."""
+    evaluate(config)
+    made = pictures(config.out)
+    assert list(made) == [f"{i:06d}.png" for i in range(6)] + [
+        f"spread-{i:06d}-{k:03d}.png" for i in range(2) for k in range(3)
+    ]
+    assert {array.shape for array in made.values()} == {(64, 64, 3)}
+    reference = config.out.parent / "reference"
+    reference.mkdir()
+    for i in range(6):
+        shutil.copy(config.out / f"pictures/{i:06d}.png", reference)
+    config = dataclasses.replace(config, reference=reference, save_reference=reference / "s.safetensors")
+    figures = evaluate(config)
+    assert figures["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert (figures["precision"], figures["recall"]) == (1.0, 1.0)
+    assert (figures["samples"], figures["reference_samples"]) == (6, 6)
+    stacked = torch.stack([torch.from_numpy(made[n].copy()).permute(2, 0, 1) for n in made if "spread" in n])
+    features = load_extractor("emoji")(stacked)
+    assert figures["spread"] == pytest.approx(spread(features.unflatten(0, (2, 3))), rel=1e-4)
+    again = dataclasses.replace(config, reference=reference / "s.safetensors", save_reference=None)
+    assert evaluate(again)["frechet_distance"] == pytest.approx(figures["frechet_distance"], abs=1e-9)
+    with pytest.raises(WadiError, match="was made with --resize lanczos; give the same"):
+        evaluate(dataclasses.replace(again, resize="box", out=config.out.parent / "box"))
+
+
+def test_what_is_missing_is_made_again_to_the_same_bits(config):
+    evaluate(config)
+    before = pictures(config.out)
+    for name in ("000001.png", "spread-000001-002.png"):
+        (config.out / "pictures" / name).unlink()
+    evaluate(dataclasses.replace(config, batch_size=3))
+    after = pictures(config.out)
+    assert before.keys() == after.keys()
+    # another batch: the same noise, to the rounding of a product
+    assert all(np.abs(before[n].astype(int) - after[n]).max() <= 1 for n in before)
+    assert not same({"": before["000000.png"]}, {"": before["000001.png"]})
+
+
+def test_the_result_holds_what_repeats_it(config):
+    evaluate(config)
+    result = json.loads((config.out / "result.json").read_text())
+    assert result["options"] == {
+        name: str(value) if name in ("captions", "out") else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    assert result["torch"] == torch.__version__
+    assert len(result["captions_sha256"]) == len(result["choice_sha256"]) == 64
+
+
+def test_pictures_of_other_settings_are_refused(config):
+    evaluate(config)
+    for change in ({"seed": 5}, {"resize": "box"}, {"choice_seed": 3}):
+        with pytest.raises(WadiError, match="were made with other"):
+            evaluate(dataclasses.replace(config, **change))
+
+
+def test_clip_score_is_the_cosine_of_the_models_own_embeddings(config, clip_folder):
+    figures = evaluate(dataclasses.replace(config, clip_model=clip_folder))
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    chosen = json.loads((config.out / "settings.json").read_text())
+    assert chosen["choice_sha256"]
+    cosines = []
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))[:6].sort().values
+    for i, index in enumerate(order.tolist()):
+        image = Image.open(config.out / f"pictures/{i:06d}.png")
+        inputs = processor(text=[CAPTIONS[index]], images=image, return_tensors="pt", truncation=True)
+        with torch.no_grad():
+            cosines.append(model(**inputs).logits_per_image.item() / model.logit_scale.exp().item())
+    expected = sum(max(0.0, 100 * cosine) for cosine in cosines) / 6
+    assert figures["clip_score"] == pytest.approx(expected, rel=1e-4)
+    assert "frechet_distance" not in figures
+
+
+def test_clip_reads_long_captions(clip_folder):
+    noise = torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8)
+    assert Clip(clip_folder).score(noise, ["a" * 500, "b"]).shape == (2,)
+
+
+def test_resizing_is_pillows_after_a_square_crop(config):
+    from wadi.metrics.evaluate import _resized
+
+    wide = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8))
+    expected = wide.crop((10, 0, 50, 40)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(_resized(wide, config)), np.asarray(expected))
+
+
+def test_two_processes_make_the_pictures_of_one(config, tmp_path):
+    evaluate(config)
+    alone = pictures(config.out)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("-m", "wadi", "evaluate", "--captions", str(config.captions), "--out", str(tmp_path / "two")),
+        *("--model", config.model, "--num-samples", "6", "--resolution", "64", "--features", "emoji"),
+        *("--spread-prompts", "2", "--spread-samples", "3", "--device", "cpu"),
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = pictures(tmp_path / "two")
+    assert both.keys() == alone.keys()
+    assert all(np.abs(alone[name].astype(int) - both[name]).max() <= 1 for name in alone)
+    assert done.stdout.count("spread") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spread_prompts": 0}, "nothing to measure"),
+        ({"spread_prompts": 7}, "--spread-prompts 7"),
+        ({"num_samples": 9}, "8 captions, fewer than --num-samples 9"),
+        ({"reference": "nowhere"}, "--reference nowhere: no such"),
+        ({"adapter": "x", "num_inference_steps": 4}, "takes one step"),
+        ({"clip_model": "nowhere/at-all"}, "--clip-model nowhere/at-all"),
+        ({"spread_samples": 1}, "--spread-samples"),
+    ],
+)
+def test_mistakes_are_one_line(config, change, message, capsys):
+    options = dataclasses.asdict(config) | change
+    arguments = [
+        f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None
+    ]
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("wadi: error: ")
+    assert message in error
+
+
+def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(WadiError, match=r"wadi\[evaluate\]"):
+        load_extractor("inception")
