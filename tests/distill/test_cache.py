@@ -68,6 +68,32 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(cache, teacher_folder,
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors: {**tensors, "encoder_hidden_states": torch.tensor(1.0)},
+        lambda tensors: {name: tensor[:-1] for name, tensor in tensors.items()},
+        lambda tensors: {name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()},
+        lambda tensors: {"mask": torch.ones(4, 3)},
+        lambda tensors: {**tensors, "encoder_attention_mask": torch.ones(4, 3)},
+    ],
+    ids=["no dimension", "shorter", "narrower", "other tensors", "a tensor more"],
+)
+def test_a_damaged_shard_is_told_and_encoded_again(cache, monkeypatch, capsys, damage):
+    whole = [{k: v.clone() for k, v in shard.items()} for shard in cache.encode(TEXTS)[0].shards]
+    path = cache.entry(TEXTS) / "shard-000000.safetensors"
+    safetensors.torch.save_file(damage(whole[0]), path)
+    asked = counted(monkeypatch, cache.encoder)
+    shards = cache.encode(TEXTS)[0].shards
+    assert asked == TEXTS[:4]
+    assert capsys.readouterr().err.count(f"{path}: damaged; encoding its prompts again") == 1
+    assert all(
+        torch.equal(shard[name], other[name])
+        for shard, other in zip(shards, whole, strict=True)
+        for name in other
+    )
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_half_shard(cache, monkeypatch):
     failing_after(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(WadiError, match=r"shard-000001\.safetensors: .*No space left on device") as error:

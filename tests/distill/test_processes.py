@@ -208,13 +208,6 @@ def test_samples_of_a_step_are_shared_anew():
         share_batch(options, 8, 3)
 
 
-def test_a_graph_takes_the_samples_of_a_step_at_once(tmp_path):
-    options = DistillConfig(train_batch_size=4, cuda_graphs=True)
-    with pytest.raises(WadiError, match=r"--cuda-graphs: .* 8 samples a step.* add --train-batch-size 8"):
-        share_batch(options, 8, 1)
-    assert share_batch(dataclasses.replace(options, train_batch_size=8), 8, 1).train_batch_size == 8
-
-
 def test_samples_a_step_stay_without_a_checkpoint(teacher_folder, tmp_path, monkeypatch):
     """A run of two processes with 2 samples each, ended before a checkpoint, goes on in one with 4."""
     options = config(teacher_folder, tmp_path, train_batch_size=2, max_train_steps=1)

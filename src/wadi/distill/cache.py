@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,9 +81,16 @@ class EmbeddingCache:
         return self.folder / digest.hexdigest()[:32]
 
     def missing(self, prompts: Sequence[str]) -> list[int]:
-        """Numbers of the shards that are absent, damaged, or not of the right shape."""
+        """Numbers of the shards that are absent, damaged, or not of the kind that most are."""
         entry = self.entry(prompts)
-        return [i for i, length in enumerate(_lengths(prompts)) if _read(entry, i, length) is None]
+        shards = [_read(entry, i, length) for i, length in enumerate(_lengths(prompts))]
+        kinds = [None if shard is None else _kind(shard) for shard in shards]
+        usual = Counter(kind for kind in kinds if kind is not None).most_common(1)
+        missing = [i for i, kind in enumerate(kinds) if kind is None or kind != usual[0][0]]
+        for i in missing:
+            if _path(entry, i).exists():
+                tqdm.write(f"{_path(entry, i)}: damaged; encoding its prompts again", file=sys.stderr)
+        return missing
 
     def encode(self, *sets: Sequence[str]) -> list[Embeddings]:
         """Conditions of each set of prompts; what the disk lacks is encoded, with the encoder loaded once.
@@ -129,12 +138,17 @@ def _path(entry: Path, shard: int) -> Path:
 
 
 def _read(entry: Path, shard: int, length: int) -> Condition | None:
-    """Memory-map a shard; None where it is absent, cut short, or of another length."""
+    """Memory-map a shard; None where it is absent, cut short, of another length, or lacks embeddings."""
     if not _path(entry, shard).is_file():
         return None
     try:
         tensors = load_tensors(_path(entry, shard))
     except WadiError:
         return None
-    ok = "encoder_hidden_states" in tensors and all(len(tensor) == length for tensor in tensors.values())
-    return tensors if ok else None
+    whole = all(tensor.ndim > 0 and len(tensor) == length for tensor in tensors.values())
+    return tensors if whole and "encoder_hidden_states" in tensors else None
+
+
+def _kind(shard: Condition) -> tuple:
+    """What shards of one entry have in common: names, dtypes, and all dimensions but the first."""
+    return tuple(sorted((name, str(tensor.dtype), *tensor.shape[1:]) for name, tensor in shard.items()))

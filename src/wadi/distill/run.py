@@ -86,7 +86,7 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
     """Options with which `processes` take `batch` samples a step: fewer at once, or more micro-batches.
 
     Raises:
-        WadiError: the processes cannot share the samples equally, or a CUDA graph would have to accumulate.
+        WadiError: the processes cannot share the samples equally.
     """
     size, count = config.train_batch_size, config.gradient_accumulation_steps
     if size * count * processes == batch:
@@ -98,11 +98,6 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
         )
     own = batch // processes
     size = max(d for d in range(1, min(size, own) + 1) if own % d == 0)
-    if size < own and config.cuda_graphs:
-        raise WadiError(
-            f"--cuda-graphs: the run trains with {batch} samples a step, which a graph takes all at once; "
-            f"add --train-batch-size {own}, or leave it out"
-        )
     return dataclasses.replace(config, train_batch_size=size, gradient_accumulation_steps=own // size)
 
 

@@ -35,9 +35,11 @@ def load_extractor(name: Name, device: str | torch.device = "cpu") -> Extractor:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-    except ModuleNotFoundError as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that is not torch's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(
-            "--features inception: needs torch-fidelity; pip install 'wadi[evaluate]', or --features emoji"
+            f"--features inception: needs torch-fidelity, which is missing or does not work here ({reason}); "
+            "pip install 'wadi[evaluate]', or --features emoji"
         ) from error
     except OSError as error:
         raise WadiError(
