@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from wadi.files import save_tensors, write_json
@@ -125,10 +125,12 @@ def write_adapter(network: nn.Module, folder: Path) -> None:
 
 
 def write_pipeline(source: Path, folder: Path, part: str) -> None:
-    """A pipeline folder of the network in `source` alone, for the swap."""
+    """A pipeline folder of a scheduler and the network in `source`, for the swap."""
     folder.mkdir()
     (folder / part).symlink_to(source.resolve())
-    write_json(folder / "model_index.json", {"_class_name": "Benchmark", part: ["diffusers", "Network"]})
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    parts = {part: ["diffusers", "Network"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    write_json(folder / "model_index.json", {"_class_name": "Benchmark", **parts})
 
 
 def measure(arguments: list[str], threads: int) -> dict[str, float]:

@@ -277,8 +277,8 @@ def extract(
 
 
 def directions(
-    teacher: tyro.conf.Positional[str],
-    student: tyro.conf.Positional[str],
+    teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")],
+    student: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDENT")],
     base: str | None = None,
     out: Path | None = None,
 ) -> None:
@@ -295,10 +295,10 @@ def directions(
         base: What an adapter was made for, if it names nothing; the teacher if not given.
         out: Folder to write; replaced if it exists.
     """
-    from wadi.directions.compare import compare, table, write_comparison
+    from wadi.directions.compare import compare_models, table, write_comparison
 
     _hide_loading_bars()
-    comparison = compare(teacher, student, base)
+    comparison = compare_models(teacher, student, base)
     print(table(comparison))
     if out is not None:
         write_comparison(comparison, out)
@@ -306,8 +306,8 @@ def directions(
 
 
 def directions_swap(
-    teacher: tyro.conf.Positional[str],
-    student: tyro.conf.Positional[str],
+    teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")],
+    student: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDENT")],
     take: Literal["norms", "directions"],
     out: Path,
     base: str | None = None,
@@ -329,10 +329,10 @@ def directions_swap(
     """
     import torch
 
-    from wadi.directions.swap import swap
+    from wadi.directions.swap import swap_rows
 
     _hide_loading_bars()
-    swap(teacher, student, take, out, base, getattr(torch, dtype))
+    swap_rows(teacher, student, take, out, base, getattr(torch, dtype))
     print(f"{out}: the student with the {take} of its teacher; load it with diffusers")
 
 

@@ -120,7 +120,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """What `compare_models` found."""
 
     teacher: str
     student: str
@@ -140,7 +140,7 @@ class Comparison:
         return [_group(name, [la for la in self.layers if getattr(la, field) == name]) for name in names]
 
 
-def compare(
+def compare_models(
     teacher: str | os.PathLike, student: str | os.PathLike, base: str | os.PathLike | None = None
 ) -> Comparison:
     """Compare two networks of one architecture, reading a layer at a time.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import LCMScheduler
 from tqdm import tqdm
 
 from wadi.directions.change import with_norms_of
@@ -24,6 +23,7 @@ from wadi.directions.weights import (
     network_folder,
     open_weights,
 )
+from wadi.errors import WadiError
 from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
 from wadi.onestep import one_step_scheduler, read_alpha_T_squared
 from wadi.onestep.pipeline import forget_origin, pipeline_folder
@@ -34,7 +34,7 @@ SHARD_BYTES = 2**30
 """Most bytes of a written file, and so of what is held at a time."""
 
 
-def swap(
+def swap_rows(
     teacher: str | os.PathLike,
     student: str | os.PathLike,
     take: Part,
@@ -140,7 +140,12 @@ def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
 
 
 def _set_one_step(folder: Path, alpha_T_squared: float | None) -> None:
-    config = LCMScheduler.load_config(folder, subfolder="scheduler")
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise WadiError(
+            "the teacher's pipeline has no scheduler/scheduler_config.json; name a whole pipeline"
+        )
+    config = read_json(file)
     one_step_scheduler(config, alpha_T_squared).save_pretrained(folder / "scheduler")
     index = read_json(folder / "model_index.json")
     index["scheduler"] = ["diffusers", "LCMScheduler"]

@@ -168,7 +168,7 @@ def open_weights(
         if not named and other is None:
             raise WadiError(f"{source}: names no base model; give it with --base")
         return AdaptedWeights(folder, open_weights(named) if named else other)
-    if (path / "config.json").is_file() and not (path / "model_index.json").exists():
+    if path.is_dir() and not (path / "model_index.json").exists():
         return Weights(str(source), _folder_entries(path))
     return Weights(str(source), _folder_entries(network_folder(pipeline_folder(source))))
 
@@ -210,7 +210,8 @@ def _folder_entries(folder: Path) -> dict[str, Entry]:
         found = sorted(folder.glob("*.safetensors"))
         if len(found) != 1:
             raise WadiError(
-                f"{folder}: holds {len(found)} safetensors files and no {WEIGHTS_NAME}; name one file"
+                f"{folder}: neither a pipeline (model_index.json) nor an adapter ({ADAPTER_CONFIG}), and "
+                f"holds {len(found)} safetensors files and no {WEIGHTS_NAME}; name one of those, or one file"
             )
         return _entries(found)
     places = read_json(index)
