@@ -72,7 +72,7 @@ def swap_rows(
     with replacing_folder(out_folder) as folder:
         _copy_pipeline(source, folder, part)
         if isinstance(after, AdaptedWeights):
-            _set_one_step(folder, read_alpha_T_squared(after.folder))
+            _set_one_step(source, folder, read_alpha_T_squared(after.folder))
         _write_shards(folder / part, before, after, take, dtype)
 
 
@@ -139,7 +139,7 @@ def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
     forget_origin(folder)
 
 
-def _set_one_step(folder: Path, alpha_T_squared: float | None) -> None:
+def _set_one_step(source: Path, folder: Path, alpha_T_squared: float | None) -> None:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise WadiError(
