@@ -296,8 +296,11 @@ def directions(
         out: Folder to write; replaced if it exists.
     """
     from wadi.directions.compare import compare_models, table, write_comparison
+    from wadi.files import refuse_to_replace
 
     _hide_loading_bars()
+    if out is not None:
+        refuse_to_replace(out, teacher, student, *([] if base is None else [base]))
     comparison = compare_models(teacher, student, base)
     print(table(comparison))
     if out is not None:

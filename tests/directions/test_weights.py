@@ -112,6 +112,9 @@ def test_mistakes_are_one_line(unet, teacher_folder, tmp_path):
     save_file(state, tmp_path / "nan.safetensors")
     del state["conv_in.bias"]
     save_file(state, tmp_path / "less.safetensors")
+    save_file({"conv_in.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "int8.safetensors")
+    flux = {"model.diffusion_model.input_blocks.1.0.weight": torch.ones(2, 2)}
+    save_file(flux, tmp_path / "other.safetensors")
     config = LoRaDConfig(r=2, target_modules=["to_q"])
     adapted = get_peft_model(tiny_pipeline(channels=(16, 48)).unet, config)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -133,6 +136,8 @@ def test_mistakes_are_one_line(unet, teacher_folder, tmp_path):
             lambda: open_weights(tmp_path / "nan.safetensors").read("conv_in.weight"),
             "conv_in.weight is not finite",
         ),
+        (lambda: open_weights(tmp_path / "int8.safetensors").read("conv_in.weight"), "is I8, not floating"),
+        (lambda: open_weights(tmp_path / "other.safetensors"), "no name for 1 weights"),
         (
             lambda: check_pair(teacher, open_weights(tmp_path / "less.safetensors")),
             "1 weights differ, .*conv_in.bias",

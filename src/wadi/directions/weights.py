@@ -63,9 +63,14 @@ class Weights:
         """Read one tensor, in float32, or in float64 if the file has that.
 
         Raises:
-            WadiError: the file cannot be read, or has numbers that are not finite.
+            WadiError: the file cannot be read, or has numbers that are quantised or not finite.
         """
-        tensor = _wide(_read(self.entries[key]))
+        entry = self.entries[key]
+        if not entry.dtype.startswith(("F", "BF")):
+            raise WadiError(
+                f"{entry.file}: {key} is {entry.dtype}, not floating-point; name unquantised weights"
+            )
+        tensor = _wide(_read(entry))
         if not torch.isfinite(tensor).all():
             raise WadiError(f"{self.name}: {key} is not finite; write the file again or name another")
         return tensor
@@ -230,7 +235,16 @@ def _file_entries(path: Path) -> dict[str, Entry]:
     ldm = [key for key in entries if key.startswith(_LDM_PREFIX)]
     if not ldm:
         return without_prefixes(entries)
-    return {key: entries[name] for key, name in ldm_names(entries).items()}
+    try:
+        names = ldm_names(entries)
+    except (KeyError, IndexError, AttributeError):
+        names = {}
+    if unknown := set(ldm) - set(names.values()):
+        raise WadiError(
+            f"{path}: diffusers' converter has no name for {len(unknown)} weights, such as {min(unknown)}; "
+            "name a checkpoint of Stable Diffusion, or the network as diffusers saves it"
+        )
+    return {key: entries[name] for key, name in names.items()}
 
 
 def ldm_names(keys: Iterable[str]) -> dict[str, str]:
