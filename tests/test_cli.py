@@ -81,6 +81,8 @@ def test_every_command_has_help(command, capsys):
         (["export", "nowhere", "--out", "x"], "nowhere"),
         (["import", "nowhere.pt", "--model", "some/model", "--out", "x"], "nowhere.pt: could not read"),
         (["extract", "--teacher", "nowhere", "--student", "y", "--out", "x"], "nowhere: no such folder"),
+        (["directions", "nowhere", "y"], "nowhere: no such folder"),
+        (["directions", "swap", "nowhere", "y", "--take", "norms", "--out", "x"], "nowhere: no such folder"),
         (["distill", "--student-rank", "0"], "--student-rank"),
         (["distill", "--teacher", "nowhere"], "--prompts"),
     ],
@@ -194,6 +196,20 @@ def test_extract_and_import_give_the_student_back(student, teacher_folder, tmp_p
     ]
     assert np.array_equal(images[0], images[1])
     assert np.abs(images[0] - images[2]).max() < 1e-3
+
+
+def test_directions_of_the_student_and_a_swap(student, teacher_folder, tmp_path, capsys):
+    pair = [teacher_folder, student / "adapter"]
+    assert run("directions", *pair, "--out", tmp_path / "found") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{tmp_path / 'found'}: directions.json, directions.csv, scatter.png, spectrum.png"
+    assert (tmp_path / "found" / "spectrum.png").exists()
+    assert run("directions", "swap", *pair, "--take", "norms", "--out", tmp_path / "swapped") == 0
+    sources = (tmp_path / "swapped", student / "pipeline")  # an adapter that turns kept the norms
+    images = [
+        OneStepPipeline.from_pretrained(source)("a cat", seed=3, output_type="np") for source in sources
+    ]
+    assert np.abs(images[0] - images[1]).max() < 1e-4
 
 
 def test_completion_knows_commands_and_options(tmp_path, capsys):

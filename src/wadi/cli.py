@@ -34,6 +34,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wadi.metrics.evaluate:evaluate",
         "score pictures of captions against real ones",
     ),
+    "directions": (
+        "wadi.cli:directions",
+        "tell how far lengths and directions of weights moved",
+    ),
+    "directions swap": (
+        "wadi.cli:directions_swap",
+        "write the student with its teacher's row norms, or row directions",
+    ),
     "report": ("wadi.cli:report", "write the report of a run again"),
     "prompts encode": (
         "wadi.distill.prompts:encode_to_disk",
@@ -79,7 +87,7 @@ def _main(arguments: list[str]) -> int:
         print(f"wadi {__version__}")
         return 0
     try:
-        if arguments[1:] in (["-h"], ["--help"]) and _under(arguments[0]):
+        if arguments[1:] in (["-h"], ["--help"]) and _under(arguments[0]) and arguments[0] not in COMMANDS:
             print(_group_overview(arguments[0]))
             return 0
         command, options = _command(arguments)
@@ -268,6 +276,69 @@ def extract(
     print(f"{out}: wadi generate --model {teacher} --adapter {out}")
 
 
+def directions(
+    teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")],
+    student: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDENT")],
+    base: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Compare the weights of a student with its teacher's: how far rows moved in length and in direction.
+
+    Prints means by block and by type of layer, every figure beside its null: the same figure for a random
+    change of the same size, which in rows of hundreds of numbers is nearly all direction too. With --out also
+    layer by layer as directions.json and directions.csv, and the plots scatter.png and spectrum.png. Weights
+    are read a layer at a time. See also wadi directions swap.
+
+    Args:
+        teacher: Pipeline folder or hub id, folder of a U-Net or transformer, or safetensors file.
+        student: The same, or the folder of a PEFT adapter.
+        base: What an adapter was made for, if it names nothing; the teacher if not given.
+        out: Folder to write; replaced if it exists.
+    """
+    from wadi.directions.compare import compare_models, table, write_comparison
+    from wadi.files import refuse_to_replace
+
+    _hide_loading_bars()
+    if out is not None:
+        refuse_to_replace(out, teacher, student, *([] if base is None else [base]))
+    comparison = compare_models(teacher, student, base)
+    print(table(comparison))
+    if out is not None:
+        write_comparison(comparison, out)
+        print(f"{out}: directions.json, directions.csv, scatter.png, spectrum.png")
+
+
+def directions_swap(
+    teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")],
+    student: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDENT")],
+    take: Literal["norms", "directions"],
+    out: Path,
+    base: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> None:
+    """Write the student with the norms, or the directions, of the rows of its teacher: a pipeline folder.
+
+    What has no rows, such as biases, stays the student's. Evaluate teacher, student and both swaps, and see
+    which of the two the student's pictures need.
+
+    Args:
+        teacher: Pipeline folder or hub id.
+        student: Pipeline folder or hub id, safetensors file, or adapter folder. Of the last two the rest of
+            the pipeline is the teacher's.
+        take: What of the teacher's.
+        out: Folder to write; replaced if it exists.
+        base: What an adapter was made for, if it names nothing; the teacher if not given.
+        dtype: Of the written weights.
+    """
+    import torch
+
+    from wadi.directions.swap import swap_rows
+
+    _hide_loading_bars()
+    swap_rows(teacher, student, take, out, base, getattr(torch, dtype))
+    print(f"{out}: the student with the {take} of its teacher; load it with diffusers")
+
+
 def report(run: tyro.conf.Positional[Path], steps: int = 25, guidance_scale: float | None = None) -> None:
     """Write the report of a finished run again.
 
@@ -349,6 +420,8 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> N
         else:
             tree[first] = _distill_options([]).__class__ if first == "distill" else _load(COMMANDS[first][0])
     for group, choices in groups.items():
+        if group in tree:  # a command with commands below it: tyro completes its own options
+            continue
         # tyro has no group of one: its command stands for it
         alone = _load(COMMANDS[_under(group)[0]][0])
         tree[group] = Union[tuple(choices)] if len(choices) > 1 else alone  # noqa: UP007

@@ -104,7 +104,7 @@ def read_released(path: str | os.PathLike) -> Released:
             neither a U-Net's, nor PixArt's, nor angles.
     """
     state, beside = _unwrapped(_read(Path(path)), path)
-    state = _without_prefixes(state)
+    state = without_prefixes(state)
     obsolete = [key for key in _OBSOLETE if state.pop(key, None) is not None]
     if wrong := [key for key, value in state.items() if not _is_weight(value)]:
         raise WadiError(f"{path}: {_some(wrong)}: not floating-point tensors; name a file of weights alone")
@@ -149,8 +149,8 @@ def _unwrapped(content: Any, path: str | os.PathLike) -> tuple[dict[str, Any], l
     return dict(content), beside
 
 
-def _without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
-    """Strip prefixes that every key has."""
+def without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
+    """Strip prefixes that every key has: of DDP, of torch.compile, of the part of a pipeline."""
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state

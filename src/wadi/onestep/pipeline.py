@@ -78,7 +78,7 @@ class OneStepPipeline:
         Raises:
             WadiError: something is missing, is not safetensors, or does not fit.
         """
-        folder = None if adapter is None else _adapter_folder(adapter)
+        folder = None if adapter is None else adapter_folder(adapter)
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
         alpha_T_squared = None
         if folder is not None:
@@ -194,7 +194,7 @@ class OneStepPipeline:
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
         with replacing_folder(folder) as temporary:
             stock.save_pretrained(temporary, safe_serialization=True)
-            _forget_origin(temporary)
+            forget_origin(temporary)
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
@@ -376,7 +376,12 @@ def _check_pipeline_folder(folder: Path) -> None:
             raise WadiError(f"{folder}: its model_index.json lists {name!r}, but the sub-folder is missing")
 
 
-def _adapter_folder(adapter: str | os.PathLike) -> Path:
+def adapter_folder(adapter: str | os.PathLike) -> Path:
+    """Folder of a PEFT adapter: itself, or a hub id's in the hub's cache, downloaded if need be.
+
+    Raises:
+        WadiError: no such folder or hub id, or one of its two files is missing.
+    """
     folder = Path(adapter)
     if not folder.exists():
         from huggingface_hub import snapshot_download
@@ -413,7 +418,7 @@ def _merge(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     return adapted.merge_and_unload()
 
 
-def _forget_origin(folder: Path) -> None:
+def forget_origin(folder: Path) -> None:
     """Remove the teacher's path on this machine from the configs that diffusers wrote."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))

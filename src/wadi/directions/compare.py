@@ -1,0 +1,361 @@
+"""`wadi directions`: how far the rows of every layer moved in length and in direction, beside the null."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from wadi.directions.change import (
+    RowChanges,
+    energies,
+    energy_shares,
+    moments,
+    null_energies,
+    null_moments,
+    row_changes,
+)
+from wadi.directions.plot import save_scatter, save_spectrum
+from wadi.directions.weights import Weights, check_pair, open_weights
+from wadi.errors import WadiError
+from wadi.files import refuse_to_replace, replacing_folder, write_json, write_text
+
+RANK_SHARES = torch.arange(51, dtype=torch.float64) / 50
+"""Shares of full rank at which the running share of energy is kept."""
+QUOTED_RANK_SHARE = 0.3
+"""Where the paper quotes it."""
+
+_FLOW = {
+    "conv_in": -3,
+    "time_embedding": -2,
+    "add_embedding": -1,
+    "mid_block": 1,
+    "up_blocks": 2,
+    "conv_out": 3,
+}
+_TYPES = {
+    r"attn1\.": "self-attention",
+    r"attn2\.": "cross-attention",
+    r"\.ff\.": "feed-forward",
+    r"(^|\.)proj_(in|out)": "projection",
+    r"(time|timestep|adaln|add_embedding|resolution|aspect)": "time embedding",
+    r"caption_projection": "caption projection",
+    r"(down|up)samplers": "resampling",
+    r"conv_shortcut": "shortcut",
+    r"resnets\.\d+\.conv": "residual convolution",
+    r"conv_(in|out)|pos_embed": "ends",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and standard deviation over rows, and the same of isotropic changes of the same sizes."""
+
+    mean: float
+    std: float
+    null_mean: float
+    null_std: float
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One weight with rows. A convolution's row is all of one output channel: (out, in * height * width)."""
+
+    name: str
+    block: str
+    type: str
+    rows: int
+    columns: int
+    rows_left_out: int
+    """Rows that are zero in either weight: they have no direction."""
+    changed: bool
+    size: float | None
+    """Root of the mean of (|w' - w| / |w|)^2 over rows; None, as the next three, if all rows are left out."""
+    norm: Figure | None
+    """| |w'| - |w| | / |w|"""
+    direction: Figure | None
+    """1 - cos(w, w')"""
+    angle: Figure | None
+    """Radians."""
+    energy: tuple[float, ...] | None
+    """Running share of energy of the direction residual at `RANK_SHARES`; None if no direction changed."""
+    null_energy: tuple[float, ...] | None
+    """The same for rows of the same lengths in random directions."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Means over the changed layers of a block, of a type, or of all; each layer counts once."""
+
+    name: str
+    layers: int
+    unchanged: int
+    """Layers whose student's weight is the teacher's, and which no mean counts."""
+    norm: Figure | None
+    direction: Figure | None
+    angle: Figure | None
+    energy: float | None
+    """At `QUOTED_RANK_SHARE` of full rank."""
+    null_energy: float | None
+
+    def ratio(self, over: str, of: str = "norm") -> tuple[float | None, float | None]:
+        """Mean `over` mean `of`, such as direction over norm; and the null's."""
+        a, b = getattr(self, over), getattr(self, of)
+        if a is None or b is None:
+            return None, None
+        return tuple(x / y if y else None for x, y in ((a.mean, b.mean), (a.null_mean, b.null_mean)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_models` found."""
+
+    teacher: str
+    student: str
+    layers: tuple[LayerChange, ...]
+    """In the order in which the network uses them."""
+    others: int
+    """Tensors without rows: biases, scales of norms."""
+    others_changed: int
+
+    def overall(self) -> Group:
+        """All layers."""
+        return _group("all", self.layers)
+
+    def by(self, field: str) -> list[Group]:
+        """Groups of the layers that share `field`, "block" or "type", in the network's order."""
+        names = dict.fromkeys(getattr(layer, field) for layer in self.layers)
+        return [_group(name, [la for la in self.layers if getattr(la, field) == name]) for name in names]
+
+
+def compare_models(
+    teacher: str | os.PathLike, student: str | os.PathLike, base: str | os.PathLike | None = None
+) -> Comparison:
+    """Compare two networks of one architecture, reading a layer at a time.
+
+    As many layers are worked on at once as torch has threads.
+
+    Args:
+        teacher: see `wadi.directions.weights.open_weights`.
+        student: the same; an adapter that names no base is the teacher's.
+        base: of adapters.
+
+    Raises:
+        WadiError: something cannot be read, or the two are not of one architecture.
+    """
+    before = open_weights(teacher, base)
+    after = open_weights(student, base, other=before)
+    check_pair(before, after)
+    shapes = before.shapes()
+    names = layers_with_rows(shapes)
+    layers = []
+    total = sum(math.prod(shapes[f"{name}.weight"]) for name in names)
+    with (
+        tqdm(total=total, desc="weights", unit="", unit_scale=True, disable=None, leave=False) as progress,
+        _one_layer_a_thread() as run,
+    ):
+        for layer in run(lambda name: layer_change(name, before, after), names):
+            layers.append(layer)
+            progress.update(layer.rows * layer.columns)
+    others = sorted(shapes.keys() - {f"{name}.weight" for name in names})
+    changed = sum(not torch.equal(before.read(key), after.read(key)) for key in others)
+    return Comparison(before.name, after.name, tuple(layers), len(others), changed)
+
+
+def layers_with_rows(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names of the layers whose weight has rows, in the order in which a network uses them."""
+    names = [
+        key.removesuffix(".weight")
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and len(shape) > 1
+    ]
+    if not names:
+        raise WadiError("neither model has a layer with rows; name a U-Net or a transformer")
+    return sorted(names, key=_place)
+
+
+def layer_change(name: str, before: Weights, after: Weights) -> LayerChange:
+    """All figures of one layer."""
+    weight, target = (weights.read(f"{name}.weight").flatten(1) for weights in (before, after))
+    rows, columns = weight.shape
+    changes, residual = row_changes(weight, target)
+    changed = not torch.equal(weight, target)
+    del weight, target
+    left_out = rows - len(changes.size)
+    size = changes.size.square().mean().sqrt().item() if len(changes.size) else None
+    energy, null = _spectra(residual, zlib.crc32(name.encode())) if changed else (None, None)
+    figures = _figures(changes, columns)
+    return LayerChange(
+        name, block_of(name), type_of(name), rows, columns, left_out, changed, size, *figures, energy, null
+    )
+
+
+def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
+    """Write directions.json, directions.csv, scatter.png and spectrum.png into a new folder, all or none.
+
+    The pictures are not drawn where nothing changed.
+    """
+    refuse_to_replace(folder, comparison.teacher, comparison.student)
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / "directions.json", summary(comparison))
+        write_text(temporary / "directions.csv", as_csv(comparison.layers))
+        if any(layer.changed and layer.norm for layer in comparison.layers):
+            save_scatter(temporary / "scatter.png", comparison.layers)
+        if any(layer.energy for layer in comparison.layers):
+            save_spectrum(
+                temporary / "spectrum.png", comparison.layers, RANK_SHARES.tolist(), QUOTED_RANK_SHARE
+            )
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """All figures as JSON values."""
+    everything = comparison.overall()
+    ratios = {
+        f"{over}_over_norm": dict(zip(("ratio", "null"), everything.ratio(over), strict=True))
+        for over in ("direction", "angle")
+    }
+    return {
+        "teacher": comparison.teacher,
+        "student": comparison.student,
+        "all": {**dataclasses.asdict(everything), **ratios},
+        "blocks": [dataclasses.asdict(group) for group in comparison.by("block")],
+        "types": [dataclasses.asdict(group) for group in comparison.by("type")],
+        "others": comparison.others,
+        "others_changed": comparison.others_changed,
+        "rank_shares": RANK_SHARES.tolist(),
+        "layers": [dataclasses.asdict(layer) for layer in comparison.layers],
+    }
+
+
+def as_csv(layers: Iterable[LayerChange]) -> str:
+    """A line per layer: names, shape, the figures with their nulls, energy at `QUOTED_RANK_SHARE`."""
+    text = io.StringIO()
+    fields = ("name", "block", "type", "rows", "columns", "rows_left_out", "changed", "size")
+    parts = [field.name for field in dataclasses.fields(Figure)]
+    figures = ("norm", "direction", "angle")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*fields, *(f"{f}_{p}" for f in figures for p in parts), "energy_30", "null_energy_30"])
+    for layer in layers:
+        values = [getattr(getattr(layer, f), p, None) for f in figures for p in parts]
+        energy = [_quoted(curve) for curve in (layer.energy, layer.null_energy)]
+        writer.writerow([*(getattr(layer, field) for field in fields), *values, *energy])
+    return text.getvalue()
+
+
+def table(comparison: Comparison) -> str:
+    """The groups as lines of text, every figure beside its null, and the ratios."""
+    groups = [*comparison.by("block"), *comparison.by("type"), comparison.overall()]
+    width = max(len(group.name) for group in groups)
+    row = f"{{:{width}}} {{:>6}}".format
+    heads = ("norm change", "1 - cos", "angle, rad", f"energy at {QUOTED_RANK_SHARE:.0%}")
+    lines = [row("", "") + "".join(f" {head:>18}" for head in heads)]
+    lines.append(row("means over layers", "layers")[: width + 7] + f" {'found':>9}{'null':>9}" * len(heads))
+    for group in groups:
+        pairs = [(f and f.mean, f and f.null_mean) for f in (group.norm, group.direction, group.angle)]
+        pairs.append((group.energy, group.null_energy))
+        cells = "".join(f" {_short(a):>9}{_short(b):>9}" for a, b in pairs)
+        lines.append(row(group.name, group.layers - group.unchanged) + cells)
+    everything = comparison.overall()
+    for over, words in (("direction", "1 - cos"), ("angle", "angle")):
+        found, null = everything.ratio(over)
+        lines.append(f"{words} over norm change: {_short(found)}, null {_short(null)}")
+    lines.append(
+        f"{everything.unchanged} of {everything.layers} layers did not change and are in no mean; "
+        f"of {comparison.others} tensors without rows {comparison.others_changed} changed"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def block_of(name: str) -> str:
+    """Such as down_blocks.0, mid_block, transformer_blocks.5, conv_in."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+
+
+def type_of(name: str) -> str:
+    """What a layer does, in words."""
+    return next((words for pattern, words in _TYPES.items() if re.search(pattern, name)), "other")
+
+
+def _figures(changes: RowChanges, columns: int) -> tuple[Figure | None, ...]:
+    if not len(changes.size):
+        return None, None, None
+    nulls = null_moments(changes.size, columns)
+    return tuple(
+        Figure(*moments(getattr(changes, field)), *nulls[field]) for field in ("norm", "direction", "angle")
+    )
+
+
+def _spectra(residual: torch.Tensor, seed: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    lengths = residual.norm(dim=1, dtype=torch.float64)
+    found = energy_shares(energies(residual), RANK_SHARES)
+    null = energy_shares(null_energies(lengths, tuple(residual.shape), seed), RANK_SHARES)
+    return tuple(None if s is None else tuple(round(x, 6) for x in s.tolist()) for s in (found, null))
+
+
+def _group(name: str, layers: Sequence[LayerChange]) -> Group:
+    changed = [layer for layer in layers if layer.changed]
+
+    def mean(field: str) -> Figure | None:
+        figures = [figure for layer in changed if (figure := getattr(layer, field)) is not None]
+        if not figures:
+            return None
+        return Figure(*(sum(column) / len(figures) for column in zip(*map(_astuple, figures), strict=True)))
+
+    def share(field: str) -> float | None:
+        values = [_quoted(curve) for layer in changed if (curve := getattr(layer, field)) is not None]
+        return sum(values) / len(values) if values else None
+
+    return Group(
+        name,
+        len(layers),
+        len(layers) - len(changed),
+        *map(mean, ("norm", "direction", "angle")),
+        *map(share, ("energy", "null_energy")),
+    )
+
+
+def _astuple(figure: Figure) -> tuple[float, ...]:
+    return dataclasses.astuple(figure)
+
+
+def _quoted(curve: Sequence[float] | None) -> float | None:
+    return None if curve is None else curve[round(QUOTED_RANK_SHARE * (len(RANK_SHARES) - 1))]
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _place(name: str) -> tuple:
+    """Sorts layers as a network uses them: its ends, down, mid, up, and numbers as numbers."""
+    numbers = (int(part) if part.isdigit() else part for part in name.split("."))
+    return _FLOW.get(name.split(".")[0], 0), [(isinstance(part, str), part) for part in numbers]
+
+
+@contextmanager
+def _one_layer_a_thread() -> Iterator[Callable]:
+    """Yield a `map` with as many threads as torch had, each of which computes alone.
+
+    Two layers at once are faster than one by two threads: the eigenvalues hardly run in parallel.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)

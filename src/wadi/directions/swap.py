@@ -1,0 +1,152 @@
+"""`wadi directions swap`: the student with the lengths, or with the directions, of its teacher's rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from wadi.directions.change import with_norms_of
+from wadi.directions.compare import layers_with_rows
+from wadi.directions.weights import (
+    WEIGHTS_NAME,
+    AdaptedWeights,
+    Weights,
+    check_pair,
+    network_folder,
+    open_weights,
+)
+from wadi.errors import WadiError
+from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
+from wadi.onestep import one_step_scheduler, read_alpha_T_squared
+from wadi.onestep.pipeline import forget_origin, pipeline_folder
+
+Part = Literal["norms", "directions"]
+
+SHARD_BYTES = 2**30
+"""Most bytes of a written file, and so of what is held at a time."""
+
+
+def swap_rows(
+    teacher: str | os.PathLike,
+    student: str | os.PathLike,
+    take: Part,
+    out_folder: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a pipeline folder whose network is the student's but for the lengths or directions of its rows.
+
+    With ``take="norms"`` every row is w' |w| / |w'|, with ``take="directions"`` it is w |w'| / |w|, where w
+    is the teacher's and w' the student's. Rows that are zero in either, and tensors without rows, are the
+    student's. The rest of the pipeline is copied: the student's own, or the teacher's where the student is a
+    file or an adapter; with an adapter the scheduler is that of one step. Weights are read and written a
+    piece at a time, in several files where they are larger than `SHARD_BYTES`.
+
+    Args:
+        teacher: pipeline folder or hub id; where the student is a pipeline, all that `open_weights` takes.
+        student: see `wadi.directions.weights.open_weights`.
+        take: what of the teacher's.
+        out_folder: where to write, whole or not at all; replaced if it exists.
+        base: of adapters.
+        dtype: of the written weights of the network.
+
+    Raises:
+        WadiError: something cannot be read or written, or the two are not of one architecture.
+    """
+    refuse_to_replace(out_folder, teacher, student, *([] if base is None else [base]))
+    before = open_weights(teacher, base)
+    after = open_weights(student, base, other=before)
+    check_pair(before, after)
+    path = Path(student)
+    alone = path.exists() and not (path / "model_index.json").exists()  # a hub id is a pipeline's
+    source = pipeline_folder(teacher if alone else student)
+    part = network_folder(source).name
+    with replacing_folder(out_folder) as folder:
+        _copy_pipeline(source, folder, part)
+        if isinstance(after, AdaptedWeights):
+            _set_one_step(source, folder, read_alpha_T_squared(after.folder))
+        _write_shards(folder / part, before, after, take, dtype)
+
+
+def swapped(before: Weights, after: Weights, key: str, take: Part, with_rows: bool) -> torch.Tensor:
+    """One tensor of the result, in float32 or wider."""
+    tensor = after.read(key)
+    if not with_rows:
+        return tensor
+    if take == "norms":
+        return with_norms_of(tensor, before.read(key))
+    weight = before.read(key)
+    zero = (tensor.flatten(1) == 0).all(1) | (weight.flatten(1) == 0).all(1)
+    rows = with_norms_of(weight, tensor)
+    rows[zero] = tensor[zero].to(rows)
+    return rows
+
+
+def _write_shards(folder: Path, before: Weights, after: Weights, take: Part, dtype: torch.dtype) -> None:
+    shapes = after.shapes()
+    with_rows = {f"{name}.weight" for name in layers_with_rows(shapes)}
+    shards = list(_shards(shapes, dtype.itemsize))
+    places = {}
+    sizes = {key: math.prod(shape) for key, shape in shapes.items()}
+    with tqdm(
+        total=sum(sizes.values()), desc="weights", unit="", unit_scale=True, disable=None, leave=False
+    ) as progress:
+        for number, keys in enumerate(shards, 1):
+            tensors = {}
+            for key in keys:
+                # cloned: what was read is a view of the whole file's pages
+                tensor = swapped(before, after, key, take, key in with_rows)
+                tensors[key] = tensor.to(dtype, copy=True)
+                progress.update(sizes[key])
+            stem, _, kind = WEIGHTS_NAME.partition(".")
+            name = WEIGHTS_NAME if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{kind}"
+            save_tensors(folder / name, tensors, {"format": "pt"})
+            places.update(dict.fromkeys(keys, name))
+    if len(shards) > 1:
+        total = sum(sizes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+    keys, held = [], 0
+    for key, shape in shapes.items():
+        size = math.prod(shape) * itemsize
+        if keys and held + size > SHARD_BYTES:
+            yield keys
+            keys, held = [], 0
+        keys.append(key)
+        held += size
+    yield keys
+
+
+def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
+    """Copy what model_index.json lists, but for the weights of `part` and files that safetensors replace."""
+    index = read_json(source / "model_index.json")
+    shutil.copy(source / "model_index.json", folder)
+    for name, value in index.items():
+        if isinstance(value, list) and value[0] is not None:
+            unwanted = ["*.bin", "*.msgpack", "*.onnx*"] + (["*.safetensors*"] if name == part else [])
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(*unwanted))
+    forget_origin(folder)
+
+
+def _set_one_step(source: Path, folder: Path, alpha_T_squared: float | None) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise WadiError(
+            "the teacher's pipeline has no scheduler/scheduler_config.json; name a whole pipeline"
+        )
+    config = read_json(file)
+    one_step_scheduler(config, alpha_T_squared).save_pretrained(folder / "scheduler")
+    index = read_json(folder / "model_index.json")
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,311 @@
+"""Weights of a network on the disk, read one at a time and never held together.
+
+Whatever the files are, the keys are those of diffusers' U-Net or transformer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors, read_json
+from wadi.onestep.importing import without_prefixes
+from wadi.onestep.pipeline import adapter_folder, pipeline_folder
+
+NETWORKS = ("unet", "transformer")
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_PREFIX = "base_model.model."
+_LDM_PREFIX = "model.diffusion_model."
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Weights:
+    """Named tensors in safetensors files.
+
+    A file is opened for every read and closed when its tensor goes, so that pages of the file count as memory
+    for no longer than that.
+
+    Args:
+        name: as the user named them, for messages.
+        entries: by key of diffusers.
+    """
+
+    def __init__(self, name: str, entries: dict[str, Entry]) -> None:
+        self.name = name
+        self.entries = entries
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by key."""
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor, in float32, or in float64 if the file has that.
+
+        Raises:
+            WadiError: the file cannot be read, or has numbers that are quantised or not finite.
+        """
+        entry = self.entries[key]
+        if not entry.dtype.startswith(("F", "BF")):
+            raise WadiError(
+                f"{entry.file}: {key} is {entry.dtype}, not floating-point; name unquantised weights"
+            )
+        tensor = _wide(_read(entry))
+        if not torch.isfinite(tensor).all():
+            raise WadiError(f"{self.name}: {key} is not finite; write the file again or name another")
+        return tensor
+
+
+class AdaptedWeights(Weights):
+    """The weights of a base with a PEFT adapter merged into them, a layer at a time, by PEFT itself.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        base: what the adapter was made for.
+
+    Raises:
+        WadiError: the adapter cannot be read, or has tensors that no layer of the base can take.
+    """
+
+    def __init__(self, folder: Path, base: Weights) -> None:
+        super().__init__(str(folder), dict(base.entries))
+        self.folder, self.base = folder, base
+        self.config = _adapter_config(folder)
+        self.parts: dict[str, dict[str, Entry]] = {}
+        for key, entry in _entries([folder / ADAPTER_WEIGHTS]).items():
+            key = key.removeprefix(_ADAPTER_PREFIX).replace(".base_layer.", ".")
+            if key in self.entries:  # a bias or a whole module that was trained beside the adapter
+                self.entries[key] = entry
+            else:
+                self.parts.setdefault(self._layer_of(key), {})[key] = entry
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor, merged.
+
+        Raises:
+            WadiError: a file cannot be read, the adapter does not fit, or numbers are not finite.
+        """
+        tensor = super().read(key)
+        layer = key.removesuffix(".weight")
+        if layer not in self.parts or layer == key:
+            return tensor
+        merged = self._merged(layer, tensor)
+        if not torch.isfinite(merged).all():
+            raise WadiError(f"{self.name}: the adapter of {layer} is not finite; name another")
+        return merged
+
+    def _layer_of(self, key: str) -> str:
+        layer = key
+        while layer := layer.rpartition(".")[0]:
+            if f"{layer}.weight" in self.base.entries:
+                return layer
+        raise WadiError(
+            f"{self.folder}: the adapter does not fit {self.base.name}: it has {key}, and there is no such "
+            "layer; name the model it was made for with --base"
+        )
+
+    def _merged(self, layer: str, weight: torch.Tensor) -> torch.Tensor:
+        config = copy.copy(self.config)
+        config.target_modules = re.escape(layer)
+        config.exclude_modules = config.modules_to_save = None
+        config.layers_to_transform = config.layers_pattern = None
+        root = _alone(layer, weight)
+        tensors = {key: _wide(_read(entry)) for key, entry in self.parts[layer].items()}
+        try:
+            inject_adapter_in_model(config, root)
+            found = set_peft_model_state_dict(root, tensors)
+            missing = [key for key in found.missing_keys if ".base_layer." not in key]
+            if wrong := [*found.unexpected_keys, *missing]:
+                raise ValueError(f"{wrong[0]} is missing or has no place")
+            module = root.get_submodule(layer)
+            module.merge()
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise WadiError(
+                f"{self.folder}: the adapter of {layer} cannot be merged into {self.base.name}: {line}; "
+                "name the model it was made for with --base"
+            ) from error
+        return module.get_base_layer().weight.detach()
+
+
+def open_weights(
+    source: str | os.PathLike, base: str | os.PathLike | None = None, other: Weights | None = None
+) -> Weights:
+    """Find the weights of a network, and read the headers of their files.
+
+    Args:
+        source: a pipeline folder of diffusers (`unet/` or `transformer/` is taken) or its hub id, the folder
+            of a network alone, a safetensors file of diffusers' keys or of a whole checkpoint (LDM's keys,
+            SD 1.x, 2.x and XL), or the folder of a PEFT adapter.
+        base: what an adapter was made for; if not given, what its adapter_config.json names, and after that
+            `other`.
+        other: weights that an adapter which names no base is taken to be made for.
+
+    Raises:
+        WadiError: there is no such thing, it is no such thing, or a file is unreadable.
+    """
+    path = Path(source)
+    if path.is_file():
+        return Weights(str(source), _file_entries(path))
+    if (path / ADAPTER_CONFIG).is_file():
+        folder = adapter_folder(path)
+        named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not named and other is None:
+            raise WadiError(f"{source}: names no base model; give it with --base")
+        return AdaptedWeights(folder, open_weights(named) if named else other)
+    if path.is_dir() and not (path / "model_index.json").exists():
+        return Weights(str(source), _folder_entries(path))
+    return Weights(str(source), _folder_entries(network_folder(pipeline_folder(source))))
+
+
+def network_folder(pipeline: Path) -> Path:
+    """Sub-folder of a pipeline that holds its U-Net or transformer.
+
+    Raises:
+        WadiError: it has neither.
+    """
+    for part in NETWORKS:
+        if (pipeline / part).is_dir():
+            return pipeline / part
+    raise WadiError(f"{pipeline}: has neither {' nor '.join(NETWORKS)}; name a text-to-image pipeline")
+
+
+def check_pair(teacher: Weights, student: Weights) -> None:
+    """Raise unless both have the same keys and shapes.
+
+    Raises:
+        WadiError: they are not of one architecture.
+    """
+    before, after = teacher.shapes(), student.shapes()
+    if different := sorted(dict(before.items() ^ after.items())):
+        key = different[0]
+        raise WadiError(
+            f"{student.name}: not of one architecture with {teacher.name}: {len(different)} weights differ, "
+            f"such as {key} ({after.get(key, 'none')}, the teacher has {before.get(key, 'none')}); "
+            "name the student's own teacher"
+        )
+
+
+def _folder_entries(folder: Path) -> dict[str, Entry]:
+    """Entries of diffusers' file in a folder, or of the shards that its index names."""
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if (folder / WEIGHTS_NAME).is_file():
+        return _entries([folder / WEIGHTS_NAME])
+    if not index.is_file():
+        found = sorted(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            raise WadiError(
+                f"{folder}: neither a pipeline (model_index.json) nor an adapter ({ADAPTER_CONFIG}), and "
+                f"holds {len(found)} safetensors files and no {WEIGHTS_NAME}; name one of those, or one file"
+            )
+        return _entries(found)
+    places = read_json(index)
+    places = places.get("weight_map") if isinstance(places, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise WadiError(f"{index}: has no weight_map of keys to files; fetch the folder again")
+    entries = _entries([folder / name for name in sorted(set(places.values()))])
+    if missing := places.keys() - entries.keys():
+        raise WadiError(f"{index}: names {min(missing)}, which its file does not hold; fetch it again")
+    return entries
+
+
+def _file_entries(path: Path) -> dict[str, Entry]:
+    """Entries of a file of diffusers' keys, prefixed or not, or of a whole checkpoint."""
+    entries = _entries([path])
+    ldm = [key for key in entries if key.startswith(_LDM_PREFIX)]
+    if not ldm:
+        return without_prefixes(entries)
+    try:
+        names = ldm_names(entries)
+    except (KeyError, IndexError, AttributeError):
+        names = {}
+    if unknown := set(ldm) - set(names.values()):
+        raise WadiError(
+            f"{path}: diffusers' converter has no name for {len(unknown)} weights, such as {min(unknown)}; "
+            "name a checkpoint of Stable Diffusion, or the network as diffusers saves it"
+        )
+    return {key: entries[name] for key, name in names.items()}
+
+
+def ldm_names(keys: Iterable[str]) -> dict[str, str]:
+    """Keys of diffusers to those of a whole checkpoint, by diffusers' own converter, which only renames.
+
+    Args:
+        keys: of the checkpoint; `model.diffusion_model.` is taken, an average (`model_ema.`) is not.
+    """
+    keys = list(keys)
+    pattern = re.compile(rf"{re.escape(_LDM_PREFIX)}input_blocks\.(\d+)\.0\.op\.weight")
+    downsamplers = [int(match.group(1)) for match in map(pattern.fullmatch, keys) if match]
+    # the first one follows input_blocks.0, which is conv_in, and the layers of a block; SD has two
+    config = {"layers_per_block": min(downsamplers, default=3) - 1}
+    if f"{_LDM_PREFIX}label_emb.0.0.weight" in keys:
+        config["addition_embed_type"] = "text_time"  # SD XL
+    return convert_ldm_unet_checkpoint({key: key for key in keys}, config)
+
+
+def _entries(files: list[Path]) -> dict[str, Entry]:
+    entries = {}
+    for file in files:
+        with explain_os_errors(file, "read the safetensors file"), safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118, it is no dictionary
+                part = opened.get_slice(key)
+                entries[key] = Entry(file, key, tuple(part.get_shape()), part.get_dtype())
+    if not entries:
+        raise WadiError(f"{files[0]}: holds no tensors; name another file")
+    return entries
+
+
+def _read(entry: Entry) -> torch.Tensor:
+    with explain_os_errors(entry.file, "read the safetensors file"), safe_open(entry.file, "pt") as opened:
+        return opened.get_tensor(entry.key)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(
+        torch.promote_types(tensor.dtype, torch.float32) if tensor.itemsize > 1 else torch.float32
+    )
+
+
+def _adapter_config(folder: Path) -> PeftConfig:
+    file = folder / ADAPTER_CONFIG
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise WadiError(f"{file}: not a configuration that PEFT knows ({error}); name another") from error
+
+
+def _alone(layer: str, weight: torch.Tensor) -> nn.Module:
+    """A module that holds one layer, of the kind that its weight's shape tells, at its own full name."""
+    out_features, in_features, *kernel = weight.shape
+    if kernel:
+        module = nn.Conv2d(in_features, out_features, tuple(kernel), bias=False, device="meta")
+    else:
+        module = nn.Linear(in_features, out_features, bias=False, device="meta")
+    module.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    *parents, last = layer.split(".")
+    root = node = nn.Module()
+    for name in parents:
+        node.add_module(name, nn.Module())
+        node = node.get_submodule(name)
+    node.add_module(last, module)
+    return root
