@@ -365,7 +365,8 @@ def distill(options: Any) -> None:
     names = [field.name for field in dataclasses.fields(DistillConfig)]
     run = run_distillation(DistillConfig(**{name: getattr(options, name) for name in names}))
     if PartialState().is_main_process:
-        print(f"student: {run / 'pipeline'} (diffusers), {run / 'adapter'} (PEFT)")
+        adapter = f", {run / 'adapter'} (PEFT)" if (run / "adapter").exists() else ""
+        print(f"student: {run / 'pipeline'} (diffusers){adapter}")
         print(f"report: {write(run)}")
 
 

@@ -18,6 +18,9 @@ import yaml
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_text
 
+Method = Literal["lorad", "lora", "dora", "full"]
+"""See `wadi.distill.methods`."""
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -91,6 +94,13 @@ class DistillConfig:
 
     student_rank: int = 256
     """Rank of the student's LoRaD adapter."""
+
+    student_method: Method = "lorad"
+    """What is trained of the student: LoRaD, for comparison another adapter of the same layers and rank, or
+    everything (full). Of others than LoRaD the run folder has pipeline/ only."""
+
+    fake_method: Method = "lorad"
+    """What is trained of the fake model."""
 
     fake_rank: int = 32
     """Rank of the fake model's adapter. As large as the student's, with two updates, it keeps diversity."""
@@ -194,6 +204,12 @@ class DistillConfig:
             raise WadiError("--min-timestep: must not exceed --max-timestep")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
+        if "full" in (self.student_method, self.fake_method) and self.mixed_precision != "no":
+            raise WadiError(
+                "--student-method, --fake-method: full trains the base's own dtype; use --mixed-precision no"
+            )
+        if self.student_adapter is not None and self.student_method != "lorad":
+            raise WadiError(f"--student-adapter: is LoRaD's, --student-method is {self.student_method}")
         if self.validation_steps and not self.validation_seeds:
             raise WadiError("--validation-seeds: name at least one, or set --validation-steps 0")
 

@@ -40,12 +40,14 @@ def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
-def build_roles(base: torch.nn.Module, student: PeftConfig, fake: PeftConfig, seed: int) -> Roles:
+def build_roles(
+    base: torch.nn.Module, student: PeftConfig | None, fake: PeftConfig | None, seed: int
+) -> Roles:
     """Freeze `base` and put the student's and the fake model's adapters, in float32, on views of it.
 
     Args:
         base: the teacher's network, on its device and in the compute dtype.
-        student, fake: configurations of the two adapters.
+        student, fake: configurations of the two adapters; None for a whole copy, all of it trained.
         seed: of the adapters' initialization; torch's own generators are left as they were.
     """
     base.requires_grad_(False).eval()
@@ -53,6 +55,9 @@ def build_roles(base: torch.nn.Module, student: PeftConfig, fake: PeftConfig, se
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for config in (student, fake):
+            if config is None:
+                views.append(copy.deepcopy(base).requires_grad_())
+                continue
             network = inject_adapter_in_model(config, view(base))
             cast_training_params(network, torch.float32)
             views.append(network)

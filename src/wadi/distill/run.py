@@ -11,12 +11,13 @@ from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint
 from wadi.distill.config import CHANGEABLE, DistillConfig
+from wadi.distill.methods import merged_state
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json
 from wadi.lorad.io import save_adapter
-from wadi.onestep import export_pipeline, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, export_pipeline, load_pipeline, write_alpha_T_squared
 
 GRID_PROMPTS = 4
 """Training prompts in the sample grids where the config names none."""
@@ -73,9 +74,16 @@ def distill(config: DistillConfig) -> Path:
 
 
 def export(trainer: Trainer, run: Path) -> None:
-    """Write the averaged student: adapter/ in PEFT format, pipeline/ merged into the teacher."""
+    """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher."""
     config = trainer.config
     student = trainer.accelerator.unwrap_model(trainer.student)
+    if config.student_method != "lorad":
+        pipeline = load_pipeline(config.pretrained_model_name_or_path)
+        network = getattr(pipeline, trainer.backbone.network_name)
+        with trainer.ema_weights():
+            network.load_state_dict(merged_state(student, network.state_dict()))
+        OneStepPipeline(pipeline, config.alpha_T_squared).save_pretrained(run / "pipeline")
+        return
     save_adapter(student, run / "adapter", state_dict=trainer.ema_state())
     if config.alpha_T_squared is not None:
         write_alpha_T_squared(run / "adapter", config.alpha_T_squared)

@@ -25,6 +25,7 @@ from wadi.distill.backbone import Backbone
 from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
+from wadi.distill.methods import method_config
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable, view
@@ -131,7 +132,10 @@ class Trainer:
         base = backbone.network
         small = fake_config if config.fake_layers == "attention" else student_config
         roles = build_roles(
-            base, student_config(base, r=config.student_rank), small(base, r=config.fake_rank), config.seed
+            base,
+            method_config(config.student_method, student_config(base, r=config.student_rank)),
+            method_config(config.fake_method, small(base, r=config.fake_rank)),
+            config.seed,
         )
         if config.student_adapter is not None:
             try:
