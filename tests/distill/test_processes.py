@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,45 @@ except WadiError as error:
     raise SystemExit(f"error: {error}") from None
 """
 ON_TWO_GPUS = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+FAIL = """
+import dataclasses, errno, os, sys
+import torch
+import wadi.distill.trainer as training
+from wadi.distill import DistillConfig, cache, checkpoint, distill, run
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors
+torch.set_num_threads(1)
+options = DistillConfig.load(sys.argv[1])
+
+def full(*arguments, **rest):
+    with explain_os_errors("file", "write it"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+def spoil(trainer, step, usual=training.Trainer.step):
+    losses = usual(trainer, step)
+    next(iter(trainer.ema.values())).fill_(float("nan"))
+    return losses
+
+PLACES = {
+    "prompts": (run, "read_prompts", full),
+    "embeddings": (cache, "save_tensors", full),
+    "folder": (run, "_open_run", full),
+    "metrics": (training, "append_metrics", full),
+    "samples": (training, "labelled_grid", full),
+    "checkpoint": (checkpoint, "save_tensors", full),
+    "weights": (training.Trainer, "step", spoil),
+    "export": (run, "export_pipeline", full),
+}
+for place, (where, name, instead) in PLACES.items():
+    usual = getattr(where, name)
+    if os.environ["RANK"] == "0":
+        setattr(where, name, instead)
+    try:
+        distill(dataclasses.replace(options, output_dir=f"{options.output_dir}-{place}"))
+    except (WadiError, SystemExit) as error:
+        print(f"{place}: {type(error).__name__}: {error}", flush=True)
+    setattr(where, name, usual)
+"""
 GROUPS = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 
@@ -74,6 +114,25 @@ def launch(options, folder, launcher=LAUNCH):
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | cpu,
     )
+
+
+def launch_each(script, *arguments):
+    """Two processes without a launcher: nobody ends the second when the first has failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    both |= {"ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | both | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
 
 
 def metrics(run):
@@ -187,8 +246,37 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
     process = launch(dataclasses.replace(options, checkpointing_steps=100), tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, -signal.SIGKILL)
-    assert "error: step 3: student_loss is nan, 3 steps in a row were skipped" in err
+    assert err.count("error: step 3: student_loss is nan, 3 steps in a row were skipped") == 1
     assert not (tmp_path / "nan/checkpoints").exists()
+
+
+def test_a_failure_of_one_process_stops_all_and_is_told_once(teacher_folder, tmp_path):
+    """Wherever the first process alone writes or reads: it tells, the other stops there too and is quiet."""
+    options = config(
+        teacher_folder,
+        tmp_path,
+        train_batch_size=2,
+        max_train_steps=1,
+        validation_steps=1,
+        embeddings_dir=str(tmp_path / "embeddings"),
+    )
+    (tmp_path / "fail.py").write_text(FAIL)
+    options.save(tmp_path / "options.yaml")
+    processes = launch_each(tmp_path / "fail.py", tmp_path / "options.yaml")
+    try:
+        (first, _), (other, quiet) = (process.communicate(timeout=100) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    full = "WadiError: file: could not write it: No space left on device"
+    places = ["prompts", "embeddings", "folder", "metrics", "samples", "checkpoint", "weights", "export"]
+    told = {place: f"{place}: {full}" for place in places}
+    told["weights"] = "weights: WadiError: step 1: weights are not finite; no checkpoint was written"
+    assert first.splitlines() == list(told.values())
+    assert other.splitlines() == [f"{place}: SystemExit: 2" for place in places]
+    assert "Traceback" not in quiet
+    assert [process.returncode for process in processes] == [0, 0]
+    assert not list(tmp_path.glob("run-*/checkpoints/.*"))
 
 
 def test_samples_of_a_step_are_shared_anew():

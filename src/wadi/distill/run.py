@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint
 from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.methods import merged_state
+from wadi.distill.processes import hosts_group, together
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
@@ -34,41 +36,30 @@ def distill(config: DistillConfig) -> Path:
 
     Raises:
         WadiError: any mistake of the user or failure of the surroundings, in one line.
-        SystemExit: code 130, after Ctrl-C; the run can be resumed.
+        SystemExit: code 130, after Ctrl-C; the run can be resumed. Code 2, where another process has failed,
+            which tells.
     """
     config, checkpoint = resolve(config)
     run = Path(config.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     accelerator = make_accelerator(config)
-    batch = _samples_a_step(run, checkpoint)
-    if batch is not None:
-        config = share_batch(config, batch, accelerator.num_processes)
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
-    prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
-    backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
-    if not config.validation_prompts:
-        config = dataclasses.replace(config, validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
-    with accelerator.main_process_first():  # the others find everything on the disk
-        embeddings = _encode(config, backbone, prompts)
+    hosts = hosts_group(accelerator)
+    with together(hosts):
+        config, backbone, prompts = _load(config, checkpoint, accelerator)
+    for main in (True, False):  # the others find everything on the disk
+        with together(hosts):
+            if accelerator.is_main_process == main:
+                embeddings = _encode(config, backbone, prompts)
     trainer = Trainer(config, backbone, embeddings, accelerator)
-    if accelerator.is_main_process:
-        _open_run(run, config, trainer.batch)
-    if checkpoint is not None:
-        trainer.load_checkpoint(checkpoint)
-    if accelerator.is_main_process:
-        truncate_metrics(run / "metrics.jsonl", trainer.global_step)
-    if config.report_to:
-        accelerator.init_trackers(
-            "wadi",
-            {k: v if isinstance(v, (int, float)) else str(v) for k, v in dataclasses.asdict(config).items()},
-        )
+    with together(hosts):
+        _begin(trainer, run, checkpoint)
     if not trainer.train():
         accelerator.end_training()
         accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
         raise SystemExit(130)
-    if accelerator.is_main_process:
-        export(trainer, run)
+    with together(hosts):
+        if accelerator.is_main_process:
+            export(trainer, run)
     accelerator.end_training()
     return run
 
@@ -160,6 +151,38 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
                 f"it cannot go on with {value}; leave the option away or start a new run"
             )
     return dataclasses.replace(saved, output_dir=str(run), **changed), checkpoint
+
+
+def _load(
+    config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator
+) -> tuple[DistillConfig, Backbone, list[Prompt]]:
+    """Prompts and teacher, and the config with what the run and its prompts decide."""
+    batch = _samples_a_step(Path(config.output_dir), checkpoint)
+    if batch is not None:
+        config = share_batch(config, batch, accelerator.num_processes)
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
+    prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
+    backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
+    if not config.validation_prompts:
+        config = dataclasses.replace(config, validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
+    return config, backbone, prompts
+
+
+def _begin(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
+    """Open the run folder, go to the checkpoint, start the trackers."""
+    accelerator, config = trainer.accelerator, trainer.config
+    if accelerator.is_main_process:
+        _open_run(run, config, trainer.batch)
+    if checkpoint is not None:
+        trainer.load_checkpoint(checkpoint)
+    if accelerator.is_main_process:
+        truncate_metrics(run / "metrics.jsonl", trainer.global_step)
+    if config.report_to:
+        accelerator.init_trackers(
+            "wadi",
+            {k: v if isinstance(v, (int, float)) else str(v) for k, v in dataclasses.asdict(config).items()},
+        )
 
 
 def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) -> PromptEmbeddings:

@@ -26,6 +26,7 @@ from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
 from wadi.distill.methods import method_config
+from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable, view
@@ -123,7 +124,7 @@ class Trainer:
         accelerator: Accelerator,
     ) -> None:
         self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
-        self.device = accelerator.device
+        self.device, self.hosts = accelerator.device, hosts_group(accelerator)
         self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
             self.device
         )
@@ -138,10 +139,11 @@ class Trainer:
             config.seed,
         )
         if config.student_adapter is not None:
-            try:
-                copy_adapter(roles.student, config.student_adapter)
-            except ValueError as error:
-                raise WadiError(f"--student-adapter: {error}") from error
+            with together(self.hosts):
+                try:
+                    copy_adapter(roles.student, config.student_adapter)
+                except ValueError as error:
+                    raise WadiError(f"--student-adapter: {error}") from error
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(roles.student)
             enable_gradient_checkpointing(roles.fake)
@@ -162,15 +164,13 @@ class Trainer:
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
         self.global_step, self.seconds = 0, 0.0
         self.batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        several = accelerator.num_processes > 1
-        self.hosts = torch.distributed.new_group(backend="gloo") if several else None
         self.stream, self.graph = None, None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         elif config.cuda_graphs:
             raise WadiError("--cuda-graphs: needs a CUDA device; leave it out here")
-        if config.cuda_graphs and several:
+        if config.cuda_graphs and self.hosts is not None:
             raise WadiError("--cuda-graphs: works in one process only; leave it out or start one process")
 
     # --- one step ---
@@ -456,6 +456,7 @@ class Trainer:
 
         Raises:
             WadiError: `max_skipped_steps` steps in a row were not finite, or a file cannot be written.
+            SystemExit: code 2, where that happened in another process, which tells.
         """
         config, start = self.config, time.monotonic() - self.seconds
         main = self.accelerator.is_main_process
@@ -465,7 +466,8 @@ class Trainer:
                 losses = self.step(self.global_step)
                 self.global_step += 1
                 bar.update()
-                stop, end = self._any_process(interrupted), self.global_step == config.max_train_steps
+                stop = any_process(interrupted.is_set(), self.hosts)
+                end = self.global_step == config.max_train_steps
                 if self._due(config.logging_steps) or self._due(config.checkpointing_steps) or stop or end:
                     self.seconds = time.monotonic() - start
                     bar.set_postfix(self._log(losses))
@@ -480,14 +482,6 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.global_step % every == 0
 
-    def _any_process(self, interrupted: threading.Event) -> bool:
-        """Whether any process was interrupted; asked on the hosts, so that no device is waited for."""
-        if self.hosts is None:
-            return interrupted.is_set()
-        flag = torch.tensor(int(interrupted.is_set()))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.hosts)
-        return bool(flag)
-
     def _log(self, losses: dict[str, torch.Tensor]) -> dict[str, str]:
         """Fetch the losses (the only wait for the device), check them, append to metrics.jsonl.
 
@@ -496,8 +490,15 @@ class Trainer:
         with self.on_stream():
             values = self.accelerator.reduce(torch.stack(list(losses.values())), "mean").tolist()
             skipped, run = self.skipped.tolist()
-        fetched, step = dict(zip(losses, values, strict=True)), self.global_step
-        self._check_finite(fetched, run)
+        fetched = dict(zip(losses, values, strict=True))
+        with together(self.hosts):
+            self._check_finite(fetched, run)
+            self._write_metrics(fetched, skipped)
+        shown = {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
+        return shown | ({"skipped": str(skipped)} if skipped else {})
+
+    def _write_metrics(self, fetched: dict[str, float], skipped: int) -> None:
+        step = self.global_step
         factor = learning_rate_factor(self.config, step - 1)
         row = {name: value for name, value in fetched.items() if math.isfinite(value)} | {
             "skipped_steps": skipped,
@@ -508,8 +509,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             row = {"step": step, **row, "seconds": round(self.seconds, 3)}
             append_metrics(Path(self.config.output_dir) / "metrics.jsonl", row)
-        shown = {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
-        return shown | ({"skipped": str(skipped)} if skipped else {})
 
     def _check_finite(self, losses: dict[str, float], run: int) -> None:
         """Raise after too long a run of skipped steps, or if a loss is not finite but its update was made."""
@@ -525,10 +524,20 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Write samples/step-N.png: a row per validation prompt, a column per seed, by the EMA student."""
-        seeds, conditions = self.config.validation_seeds, self.prompts.validation
-        if not self.accelerator.is_main_process or not self.config.validation_prompts:
+        """Write samples/step-N.png: a row per validation prompt, a column per seed, by the EMA student.
+
+        Raises:
+            WadiError: the file cannot be written.
+            SystemExit: code 2, in the processes that do not write it.
+        """
+        if not self.config.validation_prompts:
             return
+        with together(self.hosts):
+            if self.accelerator.is_main_process:
+                self._write_samples()
+
+    def _write_samples(self) -> None:
+        seeds, conditions = self.config.validation_seeds, self.prompts.validation
         shape = self.backbone.latent_shape
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         # another number of samples would be compiled anew
@@ -583,28 +592,26 @@ class Trainer:
 
         Raises:
             WadiError: the state is not finite, or the folder cannot be written; nothing half-written stays.
+            SystemExit: code 2, in the processes that do not write it.
         """
         self.synchronize()
-        if self.accelerator.is_main_process:
-            if not all(bool(tensor.isfinite().all()) for tensor in self._state_tensors()):
-                raise WadiError(f"step {self.global_step}: weights are not finite; no checkpoint was written")
-            scaler = self.accelerator.scaler
-            state = {
-                "config": self.config.fingerprint(),
-                "batch": self.batch,
-                "seconds": self.seconds,
-                "skipped": self.skipped.tolist(),
-                "scaler": scaler.state_dict() if scaler else None,
-            }
-            folder = Path(self.config.output_dir) / "checkpoints"
-            checkpoint.save_checkpoint(
-                folder,
-                self.global_step,
-                self.checkpoint_tensors(),
-                state,
-                self.config.checkpoints_total_limit,
-            )
-        self.accelerator.wait_for_everyone()
+        with together(self.hosts):
+            if self.accelerator.is_main_process:
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in self._state_tensors()):
+            raise WadiError(f"step {self.global_step}: weights are not finite; no checkpoint was written")
+        scaler = self.accelerator.scaler
+        state = {
+            "config": self.config.fingerprint(),
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "skipped": self.skipped.tolist(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        folder, limit = Path(self.config.output_dir) / "checkpoints", self.config.checkpoints_total_limit
+        checkpoint.save_checkpoint(folder, self.global_step, self.checkpoint_tensors(), state, limit)
 
     def load_checkpoint(self, path: Path) -> None:
         """Take weights, average, optimizers and step from a checkpoint folder.

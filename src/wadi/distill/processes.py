@@ -1,0 +1,54 @@
+"""Several processes as one: what happens to one of them, all are told, so that none waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+Hosts = torch.distributed.ProcessGroup | None
+"""A group that talks from CPU to CPU, so that no device is waited for; None where there is one process."""
+
+
+def hosts_group(accelerator: Accelerator) -> Hosts:
+    """The group of all processes' CPUs; every process must ask for it."""
+    return torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+
+def any_process(flag: bool, hosts: Hosts) -> bool:
+    """Whether the flag is set in any process; every process must ask."""
+    return flag if hosts is None else -_lowest(-int(flag), hosts) > 0
+
+
+@contextmanager
+def together(hosts: Hosts) -> Iterator[None]:
+    """Go on behind the block only if all processes came through it; every process must enter it.
+
+    The block must not exchange anything with other processes: one that fails in it would leave them waiting.
+
+    Raises:
+        BaseException: the error of the block, in the first process that has one.
+        SystemExit: code 2, in all others.
+    """
+    if hosts is None:
+        yield
+        return
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    own, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    first = _lowest(processes if error is None else own, hosts)
+    if error is not None and first == own:
+        raise error
+    if first < processes:
+        raise SystemExit(2)
+
+
+def _lowest(value: int, hosts: torch.distributed.ProcessGroup) -> int:
+    lowest = torch.tensor(value)
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=hosts)
+    return int(lowest)
