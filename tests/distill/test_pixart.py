@@ -11,9 +11,10 @@ from tests.distill.test_resume import config
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.distill import DistillConfig, EmbeddingCache, PromptEncoder, distill, load_backbone
 from wadi.distill.backbone import PixArtBackbone
+from wadi.distill.condition import concatenate
 from wadi.distill.config import PRESETS
 from wadi.errors import WadiError
-from wadi.files import load_tensors
+from wadi.files import load_tensors, save_tensors
 from wadi.onestep import OneStepPipeline, read_alpha_T_squared
 
 
@@ -115,8 +116,10 @@ def test_complete_cache_loads_no_encoder_and_damage_is_mended(pixart_folder, tmp
     (embeddings,) = cache.encode(prompts)
     expected = encoder.encode(prompts)
     taken = embeddings.take(torch.tensor([4, 0, 3]))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(taken[name], tensor[[4, 0, 3]])
+    mask = taken["encoder_attention_mask"]
+    assert torch.equal(mask, expected["encoder_attention_mask"][[4, 0, 3]])
+    states = taken["encoder_hidden_states"]
+    torch.testing.assert_close(states[mask], expected["encoder_hidden_states"][[4, 0, 3]][mask])
     shard = cache.entry(prompts) / "shard-000001.safetensors"
     good = shard.read_bytes()
     shard.write_bytes(good[:-7])
@@ -126,6 +129,62 @@ def test_complete_cache_loads_no_encoder_and_damage_is_mended(pixart_folder, tmp
     monkeypatch.setattr(encoder, "loaded", lambda: pytest.fail("the encoder was loaded"))
     cache.encode(prompts)
     assert cache.entry(prompts) != cache.entry(prompts[1:])
+
+
+def test_cut_embeddings_predict_the_same_bits(pixart_folder, tmp_path, monkeypatch):
+    """A shard ends with its longest prompt, and the network sees what it saw, forwards and backwards."""
+    prompts = ["a dog", "a cat", "x", "moon and sun and stars"]
+    monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 2)
+    backbone = load_backbone(pixart_folder)
+    cache = EmbeddingCache(backbone.text, tmp_path)
+    (embeddings,) = cache.encode(prompts)
+    # each shard is encoded by itself: other batches are other sums
+    whole = concatenate([backbone.text.encode(prompts[:2]), backbone.text.encode(prompts[2:])])
+    tokens = whole["encoder_attention_mask"].sum(1)
+    longest = tokens.view(2, 2).amax(1).tolist()
+    assert [shard["encoder_hidden_states"].shape[1] for shard in embeddings.shards] == longest
+    cut = embeddings.take(torch.arange(4))
+    assert cut["encoder_hidden_states"].shape == whole["encoder_hidden_states"].shape
+    for states, n in zip(cut["encoder_hidden_states"].split(2), longest, strict=True):
+        assert not states[:, n:].any()
+    x, t = torch.randn(4, 4, 8, 8), torch.tensor([7, 999, 500, 3])
+    parameters = list(backbone.network.requires_grad_(True).parameters())
+    found = []
+    for condition in (cut, whole):
+        prediction = backbone.predict(backbone.network, x, t, condition)
+        gradients = torch.autograd.grad(prediction.square().sum(), parameters, allow_unused=True)
+        found.append([prediction, *(gradient for gradient in gradients if gradient is not None)])
+    assert len(found[0]) > len(parameters) // 2
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors: {"encoder_hidden_states": tensors["encoder_hidden_states"]},
+        lambda tensors: tensors | {"encoder_attention_mask": tensors["encoder_attention_mask"][0]},
+        lambda tensors: tensors | {"encoder_attention_mask": torch.ones(2, 0, dtype=torch.bool)},
+        lambda tensors: tensors | {"encoder_hidden_states": tensors["encoder_hidden_states"][:, :-1]},
+    ],
+    ids=["no mask", "mask of one prompt", "empty mask", "cut too short"],
+)
+def test_a_damaged_shard_alone_is_told_and_encoded_again(pixart_folder, tmp_path, capsys, damage):
+    cache = EmbeddingCache(PromptEncoder.from_pretrained(pixart_folder), tmp_path)
+    cache.encode(["a dog", "x"])
+    shard = cache.entry(["a dog", "x"]) / "shard-000000.safetensors"
+    good = shard.read_bytes()
+    save_tensors(shard, damage(load_tensors(shard)))
+    capsys.readouterr()
+    cache.encode(["a dog", "x"])
+    assert shard.read_bytes() == good
+    assert capsys.readouterr().err.count(f"{shard}: damaged; encoding its prompts again") == 1
+
+
+def test_shards_of_another_format_are_another_entry(pixart_folder, tmp_path, monkeypatch):
+    cache = EmbeddingCache(PromptEncoder.from_pretrained(pixart_folder), tmp_path)
+    entry = cache.entry(["x"])
+    monkeypatch.setattr("wadi.distill.cache.FORMAT", 1)
+    assert cache.entry(["x"]) != entry
 
 
 def test_other_pipelines_get_one_line(pixart_folder, tmp_path):

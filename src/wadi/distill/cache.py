@@ -3,8 +3,9 @@
     <folder>/<key>/index.json                   how many prompts, and how many a shard
     <folder>/<key>/shard-000000.safetensors     the tensors of a `Condition`, first dimension: prompts
 
-The key is a hash of the text encoder, its tokenizer, the dtype, and the prompts: where one of them differs
-the entry is another, and none is ever out of date.
+The key is a hash of this format, the text encoder, its tokenizer, the dtype, and the prompts: where one of
+them differs the entry is another, and none is ever out of date. Where there is a mask, a shard's embeddings
+end with its longest prompt; the mask is whole and tells how long they were.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors, write_json
 
 SHARD_SIZE = 256
-"""Prompts a shard: 30 MB of SD 1.5's in bfloat16, 250 MB of T5-XXL's. A multiple of the encoder's batch."""
+"""Prompts a shard: 30 MB of SD 1.5's in bfloat16, of T5-XXL's 2 MB for each token of the longest. A multiple
+of the encoder's batch."""
+FORMAT = 2
+"""Of the shards: 1 had embeddings of the full length."""
+STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 class Embeddings:
@@ -43,15 +48,21 @@ class Embeddings:
         return sum(self.lengths)
 
     def take(self, indices: torch.Tensor, pin_memory: bool = False) -> Condition:
-        """Conditions of the prompts (N,) in that order, copied once, into pinned memory if asked for."""
+        """Conditions of the prompts (N,) in that order, copied once, into pinned memory if asked for.
+
+        Embeddings that were cut are of full length again: zeros, where the mask lets nobody look.
+        """
         rows = [divmod(index, self.lengths[0]) for index in indices.tolist()]
         result = {}
         for name, like in self.shards[0].items():
-            shape = (len(rows), *like.shape[1:])
+            tokens = self.shards[0].get(MASK, like).shape[1]
+            shape = (len(rows), tokens, *like.shape[2:])
             pinned = pin_memory and like.device.type == "cpu"
             result[name] = torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
             for target, (shard, row) in zip(result[name], rows, strict=True):
-                target.copy_(self.shards[shard][name][row])
+                source = self.shards[shard][name][row]
+                target[: len(source)].copy_(source)
+                target[len(source) :].zero_()
         return result
 
 
@@ -77,13 +88,13 @@ class EmbeddingCache:
 
     def entry(self, prompts: Sequence[str]) -> Path:
         """Folder of these prompts, whether it exists or not."""
-        digest = hashlib.sha256(json.dumps([self._identity, SHARD_SIZE, list(prompts)]).encode())
+        digest = hashlib.sha256(json.dumps([self._identity, FORMAT, SHARD_SIZE, list(prompts)]).encode())
         return self.folder / digest.hexdigest()[:32]
 
     def missing(self, prompts: Sequence[str]) -> list[int]:
         """Numbers of the shards that are absent, damaged, or not of the kind that most are."""
         entry = self.entry(prompts)
-        shards = [_read(entry, i, length) for i, length in enumerate(_lengths(prompts))]
+        shards = [self._read(entry, i, length) for i, length in enumerate(_lengths(prompts))]
         kinds = [None if shard is None else _kind(shard) for shard in shards]
         usual = Counter(kind for kind in kinds if kind is not None).most_common(1)
         missing = [i for i, kind in enumerate(kinds) if kind is None or kind != usual[0][0]]
@@ -116,17 +127,32 @@ class EmbeddingCache:
         entry, part = self.entry(prompts), list(prompts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE])
         if not (entry / "index.json").exists():
             write_json(entry / "index.json", {"prompts": len(prompts), "shard_size": SHARD_SIZE})
-        save_tensors(_path(entry, shard), self.encoder.encode(part))
+        save_tensors(_path(entry, shard), _cut(self.encoder.encode(part)))
         return len(part)
 
     def _open(self, prompts: Sequence[str]) -> Embeddings:
         entry, shards = self.entry(prompts), []
         for i, length in enumerate(_lengths(prompts)):
-            shard = _read(entry, i, length)
+            shard = self._read(entry, i, length)
             if shard is None:
                 raise WadiError(f"{_path(entry, i)}: damaged as soon as it was written; check the disk")
             shards.append(shard)
         return Embeddings(shards)
+
+    def _read(self, entry: Path, shard: int, length: int) -> Condition | None:
+        """Memory-map a shard; None where it is absent, cut short, of another length, or of other tensors."""
+        if not _path(entry, shard).is_file():
+            return None
+        try:
+            tensors = load_tensors(_path(entry, shard))
+        except WadiError:
+            return None
+        dimensions = {STATES: 3, MASK: 2} if self.encoder.masked else {STATES: 3}
+        if {name: tensor.ndim for name, tensor in tensors.items()} != dimensions:
+            return None
+        whole = all(len(tensor) == length for tensor in tensors.values())
+        cut = MASK not in tensors or tensors[STATES].shape[1] == _longest(tensors[MASK])
+        return tensors if whole and cut else None
 
 
 def _lengths(prompts: Sequence[str]) -> list[int]:
@@ -137,18 +163,22 @@ def _path(entry: Path, shard: int) -> Path:
     return entry / f"shard-{shard:06d}.safetensors"
 
 
-def _read(entry: Path, shard: int, length: int) -> Condition | None:
-    """Memory-map a shard; None where it is absent, cut short, of another length, or lacks embeddings."""
-    if not _path(entry, shard).is_file():
-        return None
-    try:
-        tensors = load_tensors(_path(entry, shard))
-    except WadiError:
-        return None
-    whole = all(tensor.ndim > 0 and len(tensor) == length for tensor in tensors.values())
-    return tensors if whole and "encoder_hidden_states" in tensors else None
+def _longest(mask: torch.Tensor) -> int:
+    """Tokens of the longest prompt of a mask (N, L)."""
+    used = mask.bool().any(0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0
+
+
+def _cut(condition: Condition) -> Condition:
+    """A condition without the embeddings behind its longest prompt, if there is a mask to tell."""
+    if MASK not in condition:
+        return condition
+    return condition | {STATES: condition[STATES][:, : _longest(condition[MASK])]}
 
 
 def _kind(shard: Condition) -> tuple:
-    """What shards of one entry have in common: names, dtypes, and all dimensions but the first."""
-    return tuple(sorted((name, str(tensor.dtype), *tensor.shape[1:]) for name, tensor in shard.items()))
+    """What shards of one entry have in common: names, dtypes, and all dimensions but the prompts and cuts."""
+    whole = {
+        name: tensor.shape[2 if name == STATES and MASK in shard else 1 :] for name, tensor in shard.items()
+    }
+    return tuple(sorted((name, str(shard[name].dtype), *sizes) for name, sizes in whole.items()))

@@ -128,7 +128,7 @@ def encode_prompts(
     others = [text for text in validation if text not in where]
     if cache is not None:
         sets = cache.encode(prompts, [""], *([others] if others else []))
-        embeddings, null = sets[0], sets[1].shards[0]
+        embeddings, null = sets[0], sets[1].take(torch.tensor([0]))
         more = [sets[2].take(torch.tensor([i])) for i in range(len(others))]
     else:
         encoded = encoder.encode(["", *others, *prompts])
