@@ -87,7 +87,14 @@ def test_figures_are_kept_for_a_later_report(run, pictures):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is empty"), ('{"step": 1', "not valid JSON lines"), (None, "could not read")],
+    [
+        ("", "is empty"),
+        ('{"step": 1', "not valid JSON lines"),
+        (None, "could not read"),
+        ('{"step": 1, "seconds": 1}\n[1]', "line 2 is not"),
+        ('{"student_loss": 1}', "line 1 is not"),
+        ('{"step": 1, "seconds": "long"}', "line 1 is not"),
+    ],
 )
 def test_broken_metrics_are_one_line(run, pictures, content, message):
     (run / "metrics.jsonl").unlink()
@@ -96,6 +103,31 @@ def test_broken_metrics_are_one_line(run, pictures, content, message):
     with pytest.raises(WadiError, match=message):
         write_report(run, pictures)
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "3",
+        '{"name": "Alignment"}',
+        "[[1]]",
+        '[{"name": "Alignment"}]',
+        json.dumps([dataclasses.asdict(FIGURES[0]) | {"more": 1}]),
+        json.dumps([dataclasses.asdict(FIGURES[0]) | {"before": "0.1"}]),
+        json.dumps([dataclasses.asdict(FIGURES[0]) | {"better": ["higher"]}]),
+    ],
+)
+def test_other_figures_are_one_line(run, pictures, content):
+    (run / "figures.json").write_text(content)
+    with pytest.raises(WadiError, match=r"figures\.json: not a list of figures, .*delete it") as error:
+        write_report(run, pictures)
+    assert "\n" not in str(error.value)
+    assert not (run / "report.html").exists()
+
+
+def test_a_run_that_skipped_every_logged_step_has_a_report(run, pictures):
+    (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.0, "skipped_steps": 1}\n')
+    assert write_report(run, pictures).read_text().count("<svg") == 1
 
 
 def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):

@@ -168,7 +168,7 @@ def write_report(
     if figures is not None:
         write_json(run / FIGURES_FILE, [dataclasses.asdict(figure) for figure in figures])
     elif (run / FIGURES_FILE).exists():
-        figures = [Figure(**row) for row in read_json(run / FIGURES_FILE)]
+        figures = _read_figures(run / FIGURES_FILE)
     metrics = _read_metrics(run / "metrics.jsonl")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wadi.distill", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -205,15 +205,43 @@ def command_line(config: DistillConfig) -> str:
     return shlex.join(words)
 
 
+def _read_figures(path: Path) -> list[Figure]:
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(map(_is_figure, rows)):
+        names = ", ".join(field.name for field in dataclasses.fields(Figure))
+        raise WadiError(f"{path}: not a list of figures, each with {names}; write it again or delete it")
+    return [Figure(**row) for row in rows]
+
+
+def _is_figure(row: Any) -> bool:
+    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Figure)}:
+        return False
+    numbers = [row["before"], row["after"], 0 if row["teacher"] is None else row["teacher"]]
+    texts = [row["name"], row["meaning"]]
+    return (
+        all(map(_is_number, numbers))
+        and all(isinstance(text, str) for text in texts)
+        and row["better"] in ("higher", "lower")
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _read_metrics(path: Path) -> list[dict[str, float]]:
     with explain_os_errors(path, "read the file"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     try:
-        rows = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+        rows = [json.loads(line) for line in content.decode().splitlines()]
+    except ValueError as error:  # not JSON, or not text
         raise WadiError(f"{path}: not valid JSON lines ({error}); is the run still going?") from error
     if not rows:
         raise WadiError(f"{path}: is empty; the run has not logged a step yet")
+    for line, row in enumerate(rows, 1):
+        known = isinstance(row, dict) and row.keys() >= {"step", "seconds"}
+        if not known or not all(map(_is_number, row.values())):
+            raise WadiError(f"{path}: line {line} is not a step's numbers; remove the line")
     return rows
 
 
@@ -230,8 +258,8 @@ def _curves(metrics: list[dict[str, float]]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "wadi"}):
         plot = Plot(figsize=(9, 2.6), layout="constrained")
         for axes, (name, title, colour) in zip(plot.subplots(1, 2), names, strict=True):
-            rows = [(row["step"], row[name]) for row in metrics if name in row]
-            steps, losses = zip(*rows, strict=True)
+            rows = [row for row in metrics if name in row]  # a skipped step has no losses
+            steps, losses = [row["step"] for row in rows], [row[name] for row in rows]
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
             axes.plot(steps, _smooth(losses), color=colour, linewidth=2)
             axes.set_title(title, loc="left", fontsize=11)
@@ -246,8 +274,8 @@ def _curves(metrics: list[dict[str, float]]) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    keep = max(0.0, 1 - 10 / len(values))
-    average, smooth = values[0], []
+    keep = max(0.0, 1 - 10 / max(len(values), 1))
+    average, smooth = next(iter(values), 0.0), []
     for value in values:
         average = keep * average + (1 - keep) * value
         smooth.append(average)
