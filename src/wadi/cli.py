@@ -16,12 +16,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
 from wadi._version import __version__
 from wadi.errors import WadiError
+
+if TYPE_CHECKING:
+    from wadi.onestep import OneStepPipeline
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("wadi.cli:generate", "make pictures in one step"),
@@ -135,23 +138,9 @@ def generate(
             it pays for many pictures. Elsewhere nothing is compiled.
         vae: Another autoencoder, folder or hub id, such as the small and quick madebyollin/taesd.
     """
-    import torch
-
-    from wadi import emoji
-    from wadi.onestep import OneStepPipeline
-
-    _hide_loading_bars()
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
-    if model is None and adapter is None:
-        adapter = str(emoji.student_folder())
-    pipeline = OneStepPipeline.from_pretrained(
-        model or emoji.teacher_folder(),
-        adapter=adapter,
-        torch_dtype=getattr(torch, dtype),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        vae=vae,
-    )
+    pipeline = _load_student(model, adapter, dtype, device, vae)
     if fast:
         batch_size = min(batch_size, num_images)
         pipeline.compile(batch_size=batch_size)
@@ -163,6 +152,27 @@ def generate(
     seconds = time.perf_counter() - start
     _save_pictures(images, seed, out)
     print(f"{out}: {len(images)} picture{'s' * (len(images) > 1)}, one step each, {seconds:.2f} s")
+
+
+def _load_student(
+    model: str | None, adapter: str | None, dtype: str, device: str | None, vae: str | None
+) -> OneStepPipeline:
+    """What the options name, or the student that comes with wadi."""
+    import torch
+
+    from wadi import emoji
+    from wadi.onestep import OneStepPipeline
+
+    _hide_loading_bars()
+    if model is None and adapter is None:
+        adapter = str(emoji.student_folder())
+    return OneStepPipeline.from_pretrained(
+        model or emoji.teacher_folder(),
+        adapter=adapter,
+        torch_dtype=getattr(torch, dtype),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        vae=vae,
+    )
 
 
 def _save_pictures(images: list[Any], seed: int, out: Path) -> None:
