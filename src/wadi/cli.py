@@ -195,7 +195,7 @@ def export(
     adapter: tyro.conf.Positional[str],
     out: Path,
     model: str | None = None,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
     """Merge a student's adapter into its teacher; plain diffusers loads the folder, without wadi.
 
@@ -203,7 +203,7 @@ def export(
         adapter: Folder or hub id of the student's adapter.
         out: Folder to write; replaced if it exists.
         model: Folder or hub id of the teacher; the one that comes with wadi if not given.
-        dtype: Of the written weights; if not given, that of the model's files, but float32 for the network.
+        dtype: Of the written weights.
     """
     import torch
 
@@ -211,13 +211,8 @@ def export(
     from wadi.onestep import export_pipeline
 
     _hide_loading_bars()
-    export_pipeline(model or emoji.teacher_folder(), adapter, out, dtype=dtype and getattr(torch, dtype))
-    print(f"{out}: load it with diffusers, {_how_to_load(dtype)}")
-
-
-def _how_to_load(dtype: str | None) -> str:
-    # without a dtype stock diffusers mixes those of the files, and fails
-    return f"torch_dtype=torch.{dtype or 'float32'}, num_inference_steps=1, guidance_scale=1.0"
+    export_pipeline(model or emoji.teacher_folder(), adapter, out, dtype=getattr(torch, dtype))
+    print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
 
 
 def import_(
@@ -225,7 +220,7 @@ def import_(
     model: str,
     out: Path,
     alpha_T_squared: Annotated[float | None, tyro.conf.arg(aliases=["--alpha-t-squared"])] = 0.0047,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
     """Make a one-step folder that plain diffusers loads of weights that the paper's authors published.
 
@@ -237,7 +232,7 @@ def import_(
         model: The base model that the student was distilled from: folder or hub id.
         out: Folder to write; replaced if it exists.
         alpha_T_squared: Of the student, 0.0047 for all that were published; None for the base model's own.
-        dtype: Of the written weights; if not given, that of the model's files, but float32 for the network.
+        dtype: Of the written weights.
     """
     import torch
     from diffusers import LCMScheduler
@@ -245,7 +240,7 @@ def import_(
     from wadi.onestep import import_weights
 
     _hide_loading_bars()
-    released = import_weights(weights, model, out, alpha_T_squared, dtype and getattr(torch, dtype))
+    released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype))
     print(f"{weights}: {released.kind}, {len(released.tensors)} tensors")
     if released.ignored:
         print(f"not used: {', '.join(released.ignored)}")
@@ -253,7 +248,7 @@ def import_(
         schedule = LCMScheduler.from_pretrained(out, subfolder="scheduler")
         alpha_T_squared = float(schedule.alphas_cumprod[-1])
         print(f"one step: {schedule.config.prediction_type} prediction, alpha_T^2 = {alpha_T_squared:.4g}")
-        print(f"{out}: load it with diffusers, {_how_to_load(dtype)}")
+        print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
     else:
         print(f"{out}: an adapter; wadi generate --model {model} --adapter {out}")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     LCMScheduler,
     PixArtAlphaPipeline,
@@ -20,9 +19,7 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from tests.tiny import tiny_pipeline
 from wadi import LoRaDConfig, WadiError
-from wadi.files import load_tensors
 from wadi.onestep import OneStepPipeline, export_pipeline, image_grid, labelled_grid, write_alpha_T_squared
 
 PROMPT = "a red cat"
@@ -146,40 +143,6 @@ def test_half_precision_files_are_loaded_in_float32(teacher, tmp_path):
     )
     pipeline = OneStepPipeline.from_pretrained(tmp_path / "half").pipeline
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
-
-
-@pytest.mark.parametrize("network", ["unet", "transformer"])
-def test_parts_that_are_not_merged_are_written_as_they_were(network, tmp_path):
-    """A text encoder in half precision stays so, bit by bit, also a T5; the network is merged in float32."""
-    pipeline = tiny_pipeline() if network == "unet" else tiny_pixart()
-    pipeline.text_encoder.half()
-    getattr(pipeline, network).bfloat16()
-    pipeline.save_pretrained(tmp_path / "teacher")
-    adapted = get_peft_model(getattr(pipeline, network), LoRaDConfig(r=2, target_modules=["to_q"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    export_pipeline(tmp_path / "teacher", tmp_path / "adapter", tmp_path / "out")
-    for part, file in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
-        before, after = (
-            load_tensors(tmp_path / folder / part / f"{file}.safetensors") for folder in ("teacher", "out")
-        )
-        assert before.keys() == after.keys()
-        for name, tensor in before.items():
-            assert after[name].dtype == tensor.dtype == (torch.float32 if part == "vae" else torch.float16)
-            assert torch.equal(after[name], tensor)
-    merged = load_tensors(tmp_path / "out" / network / "diffusion_pytorch_model.safetensors")
-    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
-    stock = DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
-    size = {} if network == "unet" else {"use_resolution_binning": False}
-    picture = stock(
-        PROMPT,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        generator=generators(3, 1),
-        output_type="np",
-        **size,
-    ).images
-    ours = OneStepPipeline.from_pretrained(tmp_path / "teacher", tmp_path / "adapter")
-    assert np.array_equal(picture, ours(PROMPT, seed=3, output_type="np"))
 
 
 def test_wrapping_leaves_the_teacher_as_it_is(teacher):

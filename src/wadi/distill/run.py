@@ -19,8 +19,7 @@ from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, export_pipeline, write_alpha_T_squared
-from wadi.onestep.pipeline import load_to_write
+from wadi.onestep import OneStepPipeline, export_pipeline, load_pipeline, write_alpha_T_squared
 
 GRID_PROMPTS = 4
 """Training prompts in the sample grids where the config names none."""
@@ -70,7 +69,7 @@ def export(trainer: Trainer, run: Path) -> None:
     config = trainer.config
     student = trainer.accelerator.unwrap_model(trainer.student)
     if config.student_method != "lorad":
-        pipeline = load_to_write(config.pretrained_model_name_or_path)
+        pipeline = load_pipeline(config.pretrained_model_name_or_path)
         network = getattr(pipeline, trainer.backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))

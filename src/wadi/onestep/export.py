@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from wadi.onestep.pipeline import OneStepPipeline, adapter_folder, load_to_write, merge_adapter
+from wadi.onestep.pipeline import OneStepPipeline
 
 
 def export_pipeline(
@@ -19,23 +19,20 @@ def export_pipeline(
 
     The folder needs neither wadi nor peft:
 
-        pipeline = StableDiffusionPipeline.from_pretrained(out_folder, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(out_folder)
         pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 
-    In float32 its pictures are `OneStepPipeline`'s bit for bit. Where anything is of half precision, also of
-    the teacher's, `torch_dtype` must be given: without it diffusers mixes the files' dtypes and fails. With a
-    half precision the stock scheduler forms x0 in it too.
+    In float32 its pictures are `OneStepPipeline`'s bit for bit. A half-precision folder must be loaded with
+    that dtype (``torch_dtype=torch.float16``); the stock scheduler then forms x0 in half precision too.
 
     Args:
         teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.
         adapter: folder or hub id of the student's adapter.
         out_folder: where to write; replaced if it exists.
-        dtype: dtype of the written weights. When ``None`` the merged network is float32, and the other
-            components keep what the teacher's files hold.
+        dtype: dtype of the written weights; float32 when ``None``.
 
     Raises:
         WadiError: teacher or adapter cannot be loaded, or the folder cannot be written.
     """
-    folder = adapter_folder(adapter)
-    pipeline = load_to_write(teacher, dtype)
-    OneStepPipeline(pipeline, merge_adapter(pipeline, folder)).save_pretrained(out_folder)
+    student = OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype)
+    student.save_pretrained(out_folder)

@@ -24,7 +24,7 @@ from torch import nn
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, load_tensors, refuse_to_replace, replacing_folder
 from wadi.lorad import LoRaDConfig, save_adapter
-from wadi.onestep.pipeline import OneStepPipeline, load_denoiser, load_to_write, write_alpha_T_squared
+from wadi.onestep.pipeline import OneStepPipeline, load_denoiser, load_pipeline, write_alpha_T_squared
 from wadi.onestep.scheduler import one_step_scheduler
 
 RELEASED_ALPHA_T_SQUARED = 0.0047
@@ -71,8 +71,7 @@ def import_weights(
         model: folder or hub id of the base model's pipeline; its other parts are written unchanged.
         out_folder: where to write; replaced if it exists.
         alpha_T_squared: of the student; ``None`` keeps the value of the base model's schedule.
-        dtype: dtype of a pipeline's written weights. When ``None`` the network is float32, and the other
-            parts keep what the base model's files hold.
+        dtype: dtype of a pipeline's written weights; float32 when ``None``.
 
     Returns:
         What the file held.
@@ -86,7 +85,7 @@ def import_weights(
     if released.kind == ANGLES:
         _import_angles(released, weights, model, out_folder, alpha_T_squared)
         return released
-    pipeline = load_to_write(model, dtype)
+    pipeline = load_pipeline(model, dtype)
     network = _network_of(pipeline)
     _check_kind(released, weights, network, model)
     expected = {key: tensor.shape for key, tensor in network.state_dict().items()}

@@ -15,18 +15,16 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, load_tensors, read_json, replacing_folder, write_json
+from wadi.files import load_tensors, read_json, replacing_folder, write_json
 from wadi.onestep.fast import FastPath
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 ONE_STEP_FILE = "one_step.json"
 PIXART_TOKENS = 120
 """`max_sequence_length` of `PixArtAlphaPipeline`: what it pads and cuts to."""
-_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # of no variant
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class OneStepPipeline:
@@ -82,7 +80,11 @@ class OneStepPipeline:
         """
         folder = None if adapter is None else adapter_folder(adapter)
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
-        alpha_T_squared = None if folder is None else merge_adapter(pipeline, folder)
+        alpha_T_squared = None
+        if folder is not None:
+            name = "unet" if hasattr(pipeline, "unet") else "transformer"
+            setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
+            alpha_T_squared = read_alpha_T_squared(folder)
         if vae is not None:
             pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
         if device is not None:
@@ -243,45 +245,6 @@ def load_pipeline(
         raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
 
 
-def load_to_write(
-    pretrained_model_name_or_path: str | os.PathLike, dtype: torch.dtype | None = None
-) -> DiffusionPipeline:
-    """Load a pipeline that is to be written again with another U-Net or transformer, as `load_pipeline` does.
-
-    Args:
-        pretrained_model_name_or_path: folder or hub id.
-        dtype: of all modules. When ``None`` the network is float32 and the others keep what their files hold:
-            no text encoder grows in memory and on the disk.
-
-    Raises:
-        WadiError: as `load_pipeline`.
-    """
-    if dtype is not None:
-        return load_pipeline(pretrained_model_name_or_path, dtype)
-    folder = pipeline_folder(pretrained_model_name_or_path)
-    networks = dict.fromkeys(("unet", "transformer"), torch.float32)
-    dtypes = {"default": torch.float32} | _stored_dtypes(folder) | networks
-    pipeline = load_pipeline(folder, dtypes)
-    for name, module in pipeline.components.items():
-        if name in dtypes:
-            module.to(dtypes[name])  # transformers reads parts of a T5 as float32, whatever it is told
-    return pipeline
-
-
-def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Dtype of each module that has safetensors weights; of a module with several, the widest."""
-    dtypes: dict[str, torch.dtype] = {}
-    for path in folder.glob("*/*.safetensors"):
-        if not _WEIGHTS.fullmatch(path.name):
-            continue
-        with explain_os_errors(path, "read the safetensors file"), safe_open(path, "pt") as file:
-            found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        for dtype in (_FLOATS[name] for name in found if name in _FLOATS):
-            module = path.parent.name
-            dtypes[module] = torch.promote_types(dtype, dtypes.get(module, dtype))
-    return dtypes
-
-
 def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Load the U-Net or transformer of a diffusers pipeline alone, in float32, safetensors only.
 
@@ -437,20 +400,6 @@ def adapter_folder(adapter: str | os.PathLike) -> Path:
 def _check_hub_id(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise WadiError(f"{name}: no such folder, and not a hub id of the form owner/name")
-
-
-def merge_adapter(pipeline: DiffusionPipeline, folder: Path) -> float | None:
-    """Merge a student's adapter into the U-Net or transformer of a pipeline, in place.
-
-    Returns:
-        The student's own alpha_T^2, if it has one.
-
-    Raises:
-        WadiError: the adapter cannot be read, or does not fit.
-    """
-    name = "unet" if hasattr(pipeline, "unet") else "transformer"
-    setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
-    return read_alpha_T_squared(folder)
 
 
 def _merge(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
