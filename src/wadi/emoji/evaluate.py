@@ -149,12 +149,10 @@ def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float
 
 def evaluated_pipeline(config: EvaluateConfig):
     """The pipeline that a configuration names, in float32 on its device, with the right scheduler."""
-    from wadi.onestep import OneStepPipeline, load_pipeline
+    from wadi.onestep.pipeline import load_for_steps
 
     folder = config.pipeline or teacher_folder()
-    if config.adapter is not None or config.num_inference_steps == 1:
-        return OneStepPipeline.from_pretrained(folder, adapter=config.adapter, device=config.device).pipeline
-    return load_pipeline(folder).to(config.device)
+    return load_for_steps(folder, config.adapter, config.num_inference_steps, device=config.device)
 
 
 def generated_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:

@@ -217,13 +217,20 @@ def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
 
 
 def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState) -> None:
-    from wadi.onestep.pipeline import stock_arguments
+    from wadi.emoji import teacher_folder
+    from wadi.onestep.pipeline import load_for_steps, stock_arguments
 
     folder = config.out / PICTURES
     missing = [task for task in tasks if not (folder / task.file).exists()]
     if not missing:
         return
-    pipeline = _pipeline(config, config.device or str(state.device))
+    pipeline = load_for_steps(
+        config.model or teacher_folder(),
+        config.adapter,
+        config.num_inference_steps,
+        getattr(torch, config.dtype),
+        config.device or str(state.device),
+    )
     pipeline.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc="pictures", unit="picture")
     with bar, torch.no_grad():
@@ -240,18 +247,6 @@ def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState
                 with replacing_file(folder / task.file) as temporary:
                     _resized(image, config).save(temporary, format="PNG")
             bar.update(len(part))
-
-
-def _pipeline(config: EvaluateConfig, device: str) -> Any:
-    from wadi.emoji import teacher_folder
-    from wadi.onestep import OneStepPipeline, load_pipeline
-
-    dtype, model = getattr(torch, config.dtype), config.model or teacher_folder()
-    if config.num_inference_steps == 1:
-        return OneStepPipeline.from_pretrained(
-            model, adapter=config.adapter, torch_dtype=dtype, device=device
-        ).pipeline
-    return load_pipeline(model, dtype).to(device)
 
 
 def _resized(image: Image.Image, config: EvaluateConfig) -> Image.Image:

@@ -245,6 +245,30 @@ def load_pipeline(
         raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
 
 
+def load_for_steps(
+    model: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    num_inference_steps: int = 1,
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> DiffusionPipeline:
+    """The stock pipeline that makes pictures in so many steps; one step, or an adapter: the student's.
+
+    Args:
+        model: folder or hub id.
+        adapter: folder or hub id of a student's adapter, merged.
+        num_inference_steps: 1 sets the one-step scheduler.
+        torch_dtype: of all modules; float32 when ``None``.
+        device: where it works.
+
+    Raises:
+        WadiError: as `load_pipeline` and `OneStepPipeline.from_pretrained`.
+    """
+    if adapter is not None or num_inference_steps == 1:
+        return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
+    return load_pipeline(model, torch_dtype).to(device)
+
+
 def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Load the U-Net or transformer of a diffusers pipeline alone, in float32, safetensors only.
 
