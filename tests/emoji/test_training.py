@@ -69,6 +69,30 @@ def test_teacher(vae_folder, atlas, tmp_path, monkeypatch):
         assert all(torch.allclose(theirs[key], value, rtol=2e-3) for key, value in ours.items())
 
 
+def test_an_update_that_is_not_finite_changes_nothing(tmp_path):
+    tokenizer = build_tokenizer()
+    config = train_teacher.TrainTeacherConfig(tmp_path, tmp_path / "out", **TINY)
+    empty = train_teacher.tokenize(tokenizer, [""])
+    text_encoder = train_teacher.new_text_encoder(tokenizer)
+    training = train_teacher.TeacherTraining(config, train_teacher.new_unet(), text_encoder, empty)
+
+    def moved(latents):
+        before = [p.detach().clone() for p in (*training.parameters, *training.ema)]
+        ids, generator = empty.repeat(4, 1, 1), torch.Generator().manual_seed(0)
+        training.step(latents, ids, 0, 1e-3, generator)
+        after = (*training.parameters, *training.ema)
+        return sum(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    finite = torch.randn(4, 4, 16, 16)
+    assert moved(finite) > len(training.parameters)
+    # the average goes on towards weights that stay where they are
+    parameters = [p.detach().clone() for p in training.parameters]
+    moved(finite * torch.inf)
+    assert all(torch.equal(a, b) for a, b in zip(training.parameters, parameters, strict=True))
+    assert all(p.isfinite().all() for p in training.ema)
+    assert moved(finite) > len(training.parameters)
+
+
 def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(train_teacher, "ENCODED_BATCH", 8)
 
