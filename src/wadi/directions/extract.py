@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
+from wadi.directions.weights import check_shapes
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder, write_json
 from wadi.lorad import save_adapter, student_config
@@ -212,13 +213,7 @@ def _check_pair(
     after: dict[str, torch.Tensor],
 ) -> None:
     shapes, others = ({key: tuple(w.shape) for key, w in state.items()} for state in (before, after))
-    if different := sorted(dict(shapes.items() ^ others.items())):
-        key = different[0]
-        raise WadiError(
-            f"{student}: not of one architecture with {teacher}: {len(different)} weights differ, such as "
-            f"{key} ({others.get(key, 'none')}, the teacher has {shapes.get(key, 'none')}); "
-            "name the student's own teacher"
-        )
+    check_shapes(teacher, shapes, student, others)
     for name, state in ((teacher, before), (student, after)):
         if broken := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
             raise WadiError(f"{name}: {len(broken)} weights are not finite, such as {broken[0]}")

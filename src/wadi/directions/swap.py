@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -149,4 +148,4 @@ def _set_one_step(source: Path, folder: Path, alpha_T_squared: float | None) -> 
     one_step_scheduler(config, alpha_T_squared).save_pretrained(folder / "scheduler")
     index = read_json(folder / "model_index.json")
     index["scheduler"] = ["diffusers", "LCMScheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model_index.json", index)

@@ -196,11 +196,24 @@ def check_pair(teacher: Weights, student: Weights) -> None:
     Raises:
         WadiError: they are not of one architecture.
     """
-    before, after = teacher.shapes(), student.shapes()
+    check_shapes(teacher.name, teacher.shapes(), student.name, student.shapes())
+
+
+def check_shapes(
+    teacher: str | os.PathLike,
+    before: dict[str, tuple[int, ...]],
+    student: str | os.PathLike,
+    after: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise unless two networks, named for the message, have tensors of the same keys and shapes.
+
+    Raises:
+        WadiError: they are not of one architecture.
+    """
     if different := sorted(dict(before.items() ^ after.items())):
         key = different[0]
         raise WadiError(
-            f"{student.name}: not of one architecture with {teacher.name}: {len(different)} weights differ, "
+            f"{student}: not of one architecture with {teacher}: {len(different)} weights differ, "
             f"such as {key} ({after.get(key, 'none')}, the teacher has {before.get(key, 'none')}); "
             "name the student's own teacher"
         )
