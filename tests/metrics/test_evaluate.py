@@ -143,6 +143,13 @@ def test_clip_reads_long_captions(clip_folder):
     assert Clip(clip_folder).score(noise, ["a" * 500, "b"]).shape == (2,)
 
 
+def test_a_reference_that_is_no_picture_is_named(config, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(WadiError, match=r"broken.png: could not read the picture"):
+        evaluate(dataclasses.replace(config, reference=tmp_path / "real"))
+
+
 def test_resizing_is_pillows_after_a_square_crop(config):
     from wadi.metrics.evaluate import _resized
 

@@ -19,7 +19,7 @@ import torch
 import torchmetrics
 import transformers
 from accelerate import PartialState
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -265,11 +265,8 @@ def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterat
     for first in tqdm(starts, desc=what, unit="batch", leave=False):
         pictures = []
         for file in files[first : first + config.batch_size]:
-            try:
-                with explain_os_errors(file, "read the picture"), Image.open(file) as image:
-                    array = np.asarray(_resized(image, config))
-            except UnidentifiedImageError as error:
-                raise WadiError(f"{file}: not a picture; remove it") from error
+            with explain_os_errors(file, "read the picture"), Image.open(file) as image:
+                array = np.asarray(_resized(image, config))
             pictures.append(torch.from_numpy(array.copy()).permute(2, 0, 1))
         if len({picture.shape for picture in pictures}) > 1:
             raise WadiError(f"{files[first].parent}: pictures of several sizes; give --resolution")
