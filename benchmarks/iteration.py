@@ -8,12 +8,15 @@
 The plain statement holds three separate networks, adapts student and fake model by forward hooks that compute
 every adapted layer twice (see adapters.py), and evaluates the guided predictions of teacher and fake model in
 four calls. Both do the same arithmetic: one update of the student, one of the fake model, the average, the
-same batch, ranks, precision and optimizer. Medians in one process; memory is the allocator's peak with
-everything that the iteration needs on the card.
+same batch, ranks, precision and optimizer. "Networks alone" is what no implementation can leave out: the
+calls of the three networks, and backward to activations and to the weights that are adapted; no adapter,
+loss, average or optimizer. Medians in one process; memory is the allocator's peak with everything that the
+iteration needs on the card.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -37,10 +40,11 @@ from adapters import CONFIGS, Clock, HookAdapter, header
 from wadi.distill import DistillConfig, Trainer, make_accelerator
 from wadi.distill.backbone import Backbone, PixArtBackbone, UNetBackbone
 from wadi.distill.cache import Embeddings
-from wadi.distill.condition import Condition, pick
+from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.losses import fake_loss, generator_loss, guided, vsd_gradient
 from wadi.distill.prompts import PromptEmbeddings
-from wadi.distill.roles import enable_gradient_checkpointing
+from wadi.distill.regions import compile_regions, compiling
+from wadi.distill.roles import enable_gradient_checkpointing, view
 from wadi.distill.schedule import Schedule
 from wadi.lorad.presets import fake_config, student_config
 
@@ -214,6 +218,71 @@ class Plain:
         self.optimizers[which].zero_grad(set_to_none=True)
 
 
+class Networks:
+    """The networks' own part of the iteration, as fast as the trainer runs them: the floor of its time.
+
+    LoRaD's gradient by an angle is made of the gradient by the weight, so the weights of the adapted layers
+    have gradients; nothing is turned, and nothing else is computed.
+    """
+
+    def __init__(self, options: Options, batch: int, checkpointing: bool, compiled: bool = False) -> None:
+        self.backbone, self.compiled, self.graph = new_backbone(options), compiled, None
+        device, self.batch = torch.device(options.device), batch
+        teacher = self.backbone.network
+        student_rank, fake_rank = RANKS[options.model]
+        self.teacher = view(teacher)
+        self.student = self._trained(student_config(teacher, student_rank), checkpointing)
+        self.fake = self._trained(fake_config(teacher, fake_rank), checkpointing)
+        if compiled:
+            for network in (self.teacher, self.student, self.fake):
+                compile_regions(network)
+        conditions = random_conditions(options, teacher)
+        self.condition = {name: value[:batch].to(device) for name, value in conditions.items()}
+        self.x = torch.randn(batch, *self.backbone.latent_shape, device=device)
+        self.t = torch.full((batch,), 500, device=device)
+        self.cuda = device.type == "cuda"
+
+    def _trained(self, config, checkpointing: bool) -> nn.Module:
+        network = copy.deepcopy(self.backbone.network).requires_grad_(False)
+        if checkpointing:
+            enable_gradient_checkpointing(network.train())
+        names = set(config.target_modules)
+        for name, module in network.named_modules():
+            if name in names:
+                module.weight.requires_grad_()
+        return network
+
+    def networks(self) -> None:
+        """Student and back, teacher and fake model with and without the prompt, fake model and back."""
+        both = concatenate([self.condition, self.condition])
+        prediction = self.backbone.predict(self.student, self.x, self.t, self.condition)
+        with torch.no_grad():
+            for network in (self.teacher, self.fake):
+                self.backbone.predict(network, self.x.repeat(2, 1, 1, 1), self.t.repeat(2), both)
+        prediction.backward(self.x)
+        self.backbone.predict(self.fake, self.x, self.t, self.condition).backward(self.x)
+        for network in (self.student, self.fake):
+            network.zero_grad(set_to_none=True)
+
+    def __call__(self) -> None:
+        """One iteration; in a CUDA graph where there is a GPU."""
+        with compiling() if self.compiled else contextlib.nullcontext():
+            if not self.cuda:
+                self.networks()
+                return
+            if self.graph is None:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(3):
+                        self.networks()
+                torch.cuda.synchronize()
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.networks()
+            self.graph.replay()
+
+
 def measure(options: Options, make: Callable, batch: int, checkpointing: bool) -> dict:
     """Milliseconds and peak memory of one iteration, or that it does not fit, and seconds of the first.
 
@@ -247,6 +316,7 @@ def main(options: Options) -> None:
     head = header(options)
     print(head, flush=True)
     rows, makers = [], {"plain": Plain, "ours": ours}
+    makers["networks alone"] = Networks
     cuda = torch.device(options.device).type == "cuda"
     if cuda:
         makers["ours, CUDA graph"] = partial(ours, cuda_graphs=True)
@@ -256,6 +326,7 @@ def main(options: Options) -> None:
         compiled = partial(ours, compiled=True, cuda_graphs=cuda)
         makers["ours, compiled"] = compiled
         makers["ours, compiled, in two parts"] = partial(compiled, micro_batches=2)
+        makers["networks alone, compiled"] = partial(Networks, compiled=True)
     if options.only:
         makers = {name: make for name, make in makers.items() if name in ("plain", *options.only)}
     print(
@@ -267,7 +338,7 @@ def main(options: Options) -> None:
         for batch in options.batch_sizes:
             row = {"batch_size": batch, "gradient_checkpointing": checkpointing}
             for name, make in makers.items():
-                if name.endswith("in two parts") and batch % 2:
+                if "in two parts" in name and batch % 2:
                     continue
                 row[name] = figures = measure(options, make, batch, checkpointing)
                 print(

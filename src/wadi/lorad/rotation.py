@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from wadi.lorad import kernels
 
 STREAMS = 8
-"""CUDA streams that `rotated_weights` shares its work among."""
+"""CUDA streams that `rotated_weights` shares its work among where one launch cannot do it."""
 
 
 class Factors(NamedTuple):
@@ -97,18 +97,17 @@ def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.T
 
 @torch.no_grad()
 def rotated_weights(
-    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int | None = STREAMS
+    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int | None = None
 ) -> list[torch.Tensor]:
     """Turn many weights at once, without gradients: `rotated_weight` for each.
 
-    On a GPU they go over several streams, because one small layer alone leaves most of it idle. May be
-    captured in a CUDA graph.
+    On a GPU all in one launch where that can be (`wadi.lorad.kernels.supports_together`), and elsewhere over
+    several streams, because one small layer alone leaves most of it idle. May be captured in a CUDA graph.
 
     Args:
         weights: (out, in) each, all on one device.
         adapters: of each weight.
-        streams: how many streams share the work; ``None`` for one launch where it can be
-            (`wadi.lorad.kernels.supports_together`), which docs/performance.md compares.
+        streams: how many streams share the work, instead of one launch; docs/performance.md compares.
 
     Returns:
         The turned weights, in order, ready on the current stream.
