@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from wadi.emoji import assets_folder, teacher_folder
-from wadi.emoji.captions import COLOURS, Caption, sample_captions, stated
+from wadi.emoji.captions import COLOURS, RELATIONS, Caption, sample_captions, stated
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
-from wadi.emoji.scenes import render, sample_scenes
+from wadi.emoji.scenes import FREE, render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
 from wadi.metrics import entropy_bits, feature_statistics, frechet_distance, precision_recall
@@ -73,11 +73,26 @@ def judge_images(
     reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
     reference = load_tensors(assets / "reference.safetensors")
     columns = {name: column.to(device) for name, column in stated(captions).items()}
+    return reading_figures(reading, columns, reference)
+
+
+def reading_figures(
+    reading: Reading, columns: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """The figures of :func:`judge_images` from what the judge has read.
+
+    Args:
+        reading: of N pictures.
+        columns: what their captions state (:func:`wadi.emoji.captions.stated`), on the reading's device.
+        reference: tensors of reference.safetensors.
+    """
     right = {name: value.double().mean().item() for name, value in attributes_right(reading, columns).items()}
-    count = min(len(images), len(reference["features"]))
-    precision, recall = precision_recall(reference["features"][:count].to(device), reading.features[:count])
+    samples = len(reading.features)
+    count = min(samples, len(reference["features"]))
+    real = reference["features"][:count].to(reading.features.device)
+    precision, recall = precision_recall(real, reading.features[:count])
     return {
-        "samples": len(images),
+        "samples": samples,
         "frechet_distance": frechet_distance(reference, feature_statistics(reading.features)),
         "precision": precision,
         "recall": recall,
@@ -91,23 +106,59 @@ def free_attributes(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[
     """How much varies of what the captions leave free: what a collapsed student loses first.
 
     Returns:
-        ``background_entropy`` in bits over pictures whose caption names no colour (ten equally likely
-        colours: 3.32); ``place_spread`` and ``size_spread``, standard deviations in pixels over single
-        objects whose place or size is not stated. A figure is nan where no caption leaves that attribute
-        free.
+        Entropies in bits, each over the pictures whose caption leaves that attribute free:
+
+        - ``background_entropy``, ten colours, equally likely in the data: 3.32;
+        - ``place_entropy`` of single objects, nine cells of the room that each has: 3.17 if uniform;
+        - ``size_entropy`` of single objects, four ranges between the smallest and the biggest: 2 if uniform;
+        - ``order_entropy`` of "A and B", whether A is left of, right of, above or below B: 2 if uniform;
+          of the pictures that show A and B;
+
+        and ``place_spread`` and ``size_spread``, standard deviations in pixels of the same places and sizes.
+        A figure is nan where no picture counts.
     """
     single = columns["emoji"][:, 1] < 0
     anywhere = single & (columns["place"] < 0)
     any_size = single & (columns["size"] < 0)
-    free = columns["background"] < 0
+    colours = reading.background[columns["background"] < 0]
+    center, size = reading.center[anywhere, 0], reading.size[any_size, 0]
     side = 64
     return {
-        "background_entropy": entropy_bits(reading.background[free], len(COLOURS))
-        if free.any()
-        else float("nan"),
-        "place_spread": side * reading.center[anywhere, 0].std(0).mean().item(),
-        "size_spread": side * reading.size[any_size, 0].std().item(),
+        "background_entropy": _entropy(colours, len(COLOURS)),
+        "place_entropy": _entropy(_cells(center, reading.size[anywhere, 0]), 9),
+        "size_entropy": _entropy(_bins((size - FREE[0]) / (FREE[1] - FREE[0]), 4), 4),
+        "order_entropy": _entropy(_orders(reading, columns), 4),
+        "place_spread": side * center.std(0).mean().item(),
+        "size_spread": side * size.std().item(),
     }
+
+
+def _entropy(classes: torch.Tensor, num_classes: int) -> float:
+    return entropy_bits(classes, num_classes) if len(classes) else float("nan")
+
+
+def _bins(value: torch.Tensor, count: int) -> torch.Tensor:
+    """(N,) in [0, 1] to one of `count` equal ranges; what is outside belongs to the nearest."""
+    return (value * count).floor().long().clamp(0, count - 1)
+
+
+def _cells(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Which of 3 x 3 cells of the room that an object of its size has: the renderer draws places in it."""
+    room = (0.5 - size / 2).clamp(min=1e-3)
+    column, row = _bins(((center - 0.5) / room[:, None] + 1) / 2, 3).unbind(1)
+    return 3 * row + column
+
+
+def _orders(reading: Reading, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where the first object of "A and B" is, seen from the second: left, right, above or below."""
+    first, second = columns["emoji"].unbind(1)
+    crossed = (reading.emoji[:, 0] == second) & (reading.emoji[:, 1] == first)
+    straight = (reading.emoji[:, 0] == first) & (reading.emoji[:, 1] == second)
+    counts = (columns["relation"] == RELATIONS.index("and")) & (straight | crossed)
+    center = torch.where(crossed[:, None, None], reading.center.flip(1), reading.center)[counts]
+    dx, dy = (center[:, 0] - center[:, 1]).unbind(1)
+    horizontal = dx.abs() > dy.abs()
+    return torch.where(horizontal, (dx > 0).long(), 2 + (dy > 0).long())
 
 
 def evaluation_captions(prompts: str, count: int) -> list[Caption]:

@@ -1,0 +1,526 @@
+"""Which adapter makes the better one-step student, and what decides it: many distillations side by side.
+
+    python benchmarks/ablation.py --list                               # the runs of a suite
+    python benchmarks/ablation.py --suites rates                       # on a GPU; selection captions
+    python benchmarks/ablation.py --suites methods ranks fake guidance # with the rates that `rates` chose
+    python benchmarks/ablation.py --suites dit-rates dit-methods --dit runs/dit   # wadi emoji train-teacher
+    python benchmarks/ablation.py --suites cost                        # one at a time: time and memory a step
+    python benchmarks/ablation.py --device cpu --max-train-steps 2 --num-samples 256    # does it run?
+
+Every run distils the same teacher on the same prompts with the same number of updates and is judged on the
+same captions and noise; runs differ in what `runs_of` names, and in their seed. Several students are trained
+at once on one device, each on a CUDA stream of its own with its iteration captured as a graph. Each run
+leaves one JSON file, written when it is complete; what is there is not run again. `benchmarks/evidence.py`
+makes the tables and plots of docs/evidence.md from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
+from wadi.distill.backbone import Backbone, load_backbone
+from wadi.distill.cache import Embeddings
+from wadi.distill.condition import Condition, pick
+from wadi.distill.prompts import PromptEmbeddings, read_prompts
+from wadi.emoji import assets_folder, prompts_file, teacher_folder
+from wadi.emoji.captions import stated
+from wadi.emoji.evaluate import evaluation_captions, reading_figures
+from wadi.emoji.judge import Judge
+from wadi.errors import WadiError
+from wadi.files import load_tensors, read_json, write_json
+from wadi.lorad.presets import student_config
+
+RATES = {
+    "lorad": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "dora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "oft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+}
+"""Learning rates of the student that are tried, as many for each method."""
+NAMES = {"lorad": "LoRaD", "lora": "LoRA", "dora": "DoRA", "oft": "OFT", "full": "full fine-tuning"}
+SEEDS = (1, 2, 3, 4, 5)
+"""Of the final runs; rates are chosen with seed 0."""
+SHARE = 0.10
+"""Of the network's parameters, that every adapter trains."""
+SHARES = (0.01, 0.025, 0.05, 0.10, 0.20)
+CURVE = (0.1, 0.25, 0.5, 0.75)
+"""Where in the training the averaged student is judged, beside the end."""
+
+
+@dataclass
+class Options:
+    """Train students side by side and judge them."""
+
+    suites: tuple[str, ...] = ("rates",)
+    """Which runs: see --list."""
+    names: tuple[str, ...] = ()
+    """Only these runs of the suites."""
+    out: Path = Path("docs/results/ablation")
+    """Folder of the results, a folder a suite in it."""
+    dit: Path | None = None
+    """Folder of the transformer teacher, for suites that begin with dit-."""
+    max_train_steps: int = 1000
+    """Updates of every student."""
+    train_batch_size: int = 64
+    """Samples an update."""
+    num_samples: int = 10_000
+    """Pictures of the final figures."""
+    curve_samples: int = 2000
+    """Pictures of the figures on the way."""
+    together: int = 12
+    """Students trained at once."""
+    share: tuple[int, int] = (0, 1)
+    """This process's share of the runs, as (i, n): every n-th from the i-th, for several devices."""
+    seconds: float = math.inf
+    """Begin no further run after this long."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+    list: bool = False
+    """Only name the runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what it is called, and its options beside the common ones."""
+
+    suite: str
+    name: str
+    label: str
+    changes: dict[str, Any]
+    seed: int = 0
+    prompts: str = "test"
+
+    @property
+    def teacher(self) -> str:
+        """Name of the teacher."""
+        return "dit" if self.suite.startswith("dit-") else "unet"
+
+    def path(self, out: Path) -> Path:
+        """Where its result is."""
+        return out / self.suite / f"{self.name}.json"
+
+
+# --- the runs ---
+
+
+def student(method: str, rate: float, rank: int) -> dict[str, Any]:
+    """Options of a student."""
+    return {"student_method": method, "student_learning_rate": rate, "student_rank": rank}
+
+
+def runs_of(suite: str, ranks: Ranks, rates: dict[str, float]) -> list[Run]:
+    """The runs of one suite.
+
+    Args:
+        suite: one of `SUITES`.
+        ranks: of the suite's teacher.
+        rates: the chosen learning rate of each method, where the suite needs them.
+    """
+    kind = suite.removeprefix("dit-")
+    if kind == "rates":
+        return [
+            Run(suite, f"{m}-{rate:.0e}", NAMES[m], student(m, rate, ranks.equal(m, SHARE)), 0, "selection")
+            for m, tried in RATES.items()
+            for rate in tried
+        ]
+    if kind == "methods":
+        return [
+            Run(suite, f"{m}-seed{seed}", NAMES[m], student(m, rates[m], ranks.equal(m, SHARE)), seed)
+            for seed in SEEDS
+            for m in RATES
+        ]
+    if kind == "ranks":
+        return [
+            Run(suite, f"{m}-{100 * share:g}-seed{seed}", NAMES[m], student(m, rates[m], rank), seed)
+            for seed in SEEDS[:2]
+            for m in ("lorad", "lora")
+            for share in SHARES
+            for rank in [ranks.equal(m, share)]
+        ]
+    return [
+        Run(suite, name, label, changes | student("lorad", rates["lorad"], ranks.equal("lorad", SHARE)), seed)
+        for seed in SEEDS[:2]
+        for name, label, changes in (_fakes(ranks, seed) if kind == "fake" else _guidance(seed))
+    ]
+
+
+def _fakes(ranks: Ranks, seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Fake models by method, size and updates; the paper's proportions first."""
+    small = {"fake_method": "lorad", "fake_layers": "attention", "fake_rank": 4}
+    equal = ranks.equal("lorad", SHARE)
+    kinds = [
+        ("attention-r4", "LoRaD r4, attention", small),
+        *((f"lorad-r{r}", f"LoRaD r{r}", {"fake_rank": r}) for r in (4, equal, 2 * equal)),
+        (
+            "lora",
+            "LoRA",
+            {"fake_method": "lora", "fake_rank": ranks.equal("lora", SHARE)} | {"fake_learning_rate": 1e-3},
+        ),
+        ("full", "all weights", {"fake_method": "full", "fake_learning_rate": 1e-4}),
+    ]
+    for name, label, changes in kinds:
+        for updates in (1, 2, 4):
+            plural = "s" if updates > 1 else ""
+            yield (
+                f"{name}-x{updates}-seed{seed}",
+                f"{label}, {updates} update{plural}",
+                changes | {"fake_updates": updates},
+            )
+
+
+def _guidance(seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for teacher, fake in ((1, 1), (1.25, 1), (1.5, 1), (2, 1), (3, 1), (1.5, 1.5), (2, 2), (3, 3)):
+        # a fake model that is guided needs to know the empty prompt
+        changes = {"null_prompt_probability": 0.1 if fake != 1 else 0.0}
+        changes |= {"guidance_scale": float(teacher), "fake_guidance_scale": float(fake)}
+        yield f"{teacher:g}-{fake:g}-seed{seed}", f"{teacher:g} / {fake:g}", changes
+
+
+SUITES = ("rates", "methods", "ranks", "fake", "guidance", "dit-rates", "dit-methods", "cost", "dit-cost")
+
+
+class Ranks:
+    """Ranks at which adapters of a network have a share of its parameters."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.total = network, sum(p.numel() for p in network.parameters())
+        names = set(student_config(network).target_modules)
+        self.layers = [module for name, module in network.named_modules() if name in names]
+
+    def equal(self, method: str, share: float) -> int:
+        """The rank (of OFT: the block size) whose number of parameters is nearest to `share` of all."""
+        if method == "full":
+            return 1
+        if method == "oft":
+            return min(range(8, 129, 8), key=lambda size: abs(self.blocks(size) - share * self.total))
+        weight = 0.5 if method == "lorad" else 1.0
+        a_rank = sum(layer.out_features + weight * layer.in_features for layer in self.layers)
+        magnitudes = sum(layer.out_features for layer in self.layers) if method == "dora" else 0
+        return max(1, round((share * self.total - magnitudes) / a_rank))
+
+    @staticmethod
+    def _block(features: int, size: int) -> int:
+        """The divisor of `features` that PEFT takes for a block size: the nearest, the smaller of two."""
+        divisors = [d for d in range(1, features + 1) if features % d == 0]
+        return min(divisors, key=lambda d: (abs(d - size), d))
+
+    def blocks(self, size: int) -> int:
+        """Parameters of OFT with blocks of this size."""
+        own = [(layer.in_features, self._block(layer.in_features, size)) for layer in self.layers]
+        return sum(features // block * block * (block - 1) // 2 for features, block in own)
+
+
+def chosen_rates(out: Path, suite: str) -> dict[str, float]:
+    """Of each method the learning rate with the lowest Frechet distance on the selection captions.
+
+    Raises:
+        WadiError: a result of the suite is missing.
+    """
+    best = {}
+    for method, tried in RATES.items():
+        results = []
+        for rate in tried:
+            path = out / suite / f"{method}-{rate:.0e}.json"
+            if not path.exists():
+                raise WadiError(f"{path}: is missing; run the suite {suite} first")
+            figures = read_json(path)["figures"]
+            results.append((figures["frechet_distance"] if figures else math.inf, rate))
+        best[method] = min(results)[1]
+    return best
+
+
+# --- what all runs of one teacher share ---
+
+
+class World:
+    """A teacher, its prompts, and what judges its students."""
+
+    def __init__(self, folder: Path, device: str, num_samples: int) -> None:
+        self.folder, self.device = folder, torch.device(device)
+        self.backbone: Backbone = load_backbone(folder, torch.float32, self.device)
+        texts = [prompt.text for prompt in read_prompts(str(prompts_file()))]
+        self.captions = {name: evaluation_captions(name, num_samples) for name in ("selection", "test")}
+        lists = [[""], texts, *([c.text for c in each] for each in self.captions.values())]
+        encoded = self.backbone.text.encode([text for each in lists for text in each])
+        parts, first = [], 0
+        for each in lists:
+            parts.append(pick(encoded, slice(first, first + len(each))))
+            first += len(each)
+        self.prompts = PromptEmbeddings(Embeddings([parts[1]]), parts[0], {})
+        self.conditions: dict[str, Condition] = dict(zip(self.captions, parts[2:], strict=True))
+        self.judge = Judge.load(assets_folder() / "judge.safetensors").to(self.device)
+        self.reference = load_tensors(assets_folder() / "reference.safetensors")
+        self.backbone.pipeline.vae.to(self.device)
+
+    @cached_property
+    def noise(self) -> torch.Tensor:
+        """(N, C, H, W): picture i has seed i, as in `wadi emoji evaluate`."""
+        shape, count = self.backbone.latent_shape, len(self.captions["test"])
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+        return torch.stack(draws)
+
+    @torch.no_grad()
+    def judged(self, trainer: Trainer, prompts: str, count: int, batch: int = 500) -> dict[str, float]:
+        """Figures of the averaged student on the first `count` captions."""
+        vae, readings, conditions = self.backbone.pipeline.vae, [], self.conditions[prompts]
+        with trainer.on_stream(), trainer.ema_weights():
+            for first in range(0, count, batch):
+                part = slice(first, min(first + batch, count))
+                condition = {k: v.to(self.device) for k, v in pick(conditions, part).items()}
+                x0 = trainer.generate(self.noise[part].to(self.device), condition)
+                pixels = vae.decode(x0 / vae.config.scaling_factor, return_dict=False)[0]
+                images = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                readings.append(self.judge.read(images))
+            captions = self.captions[prompts][:count]
+            columns = {name: column.to(self.device) for name, column in stated(captions).items()}
+            return reading_figures(type(readings[0]).cat(readings), columns, self.reference)
+
+
+# --- one training among others ---
+
+
+class Student:
+    """One run: its trainer, and what it has shown so far."""
+
+    def __init__(self, run: Run, world: World, options: Options) -> None:
+        self.run, self.world, self.options = run, world, options
+        cuda = world.device.type == "cuda"
+        preset = PRESETS["emoji-dit" if run.teacher == "dit" else "emoji"]
+        common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
+        common |= {"cuda_graphs": cuda, "allow_tf32": True, "ema_decay": 0.99}
+        self.config = dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
+        self.trainer = Trainer(self.config, world.backbone, world.prompts, make_accelerator(self.config))
+        self.curve: list[dict] = []
+        self.losses: list[dict] = []
+        self.step, self.finite = 0, True
+        self.points = {max(1, round(share * self.config.max_train_steps)) for share in CURVE}
+
+    def advance(self) -> None:
+        """One update; now and then, a look at the losses and at what the average can do."""
+        losses = self.trainer.step(self.step)
+        self.step += 1
+        if self.step % 100 == 0 or self.step in self.points:
+            values = torch.stack(list(losses.values())).tolist()
+            row = {"step": self.step, **dict(zip(losses, values, strict=True))}
+            self.finite = all(math.isfinite(value) for value in values)
+            if self.finite:
+                self.losses.append({k: _rounded(v) for k, v in row.items() if not k.endswith("norm")})
+        if self.step in self.points and self.finite:
+            self.curve.append({"step": self.step, **self.judged(self.options.curve_samples)})
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train, or nothing that could be."""
+        return self.step >= self.config.max_train_steps or not self.finite
+
+    def judged(self, count: int) -> dict[str, float]:
+        """Figures now."""
+        figures = self.world.judged(self.trainer, self.run.prompts, count)
+        return {name: _rounded(value) for name, value in figures.items()}
+
+    def result(self) -> dict[str, Any]:
+        """Everything of the run, as docs/evidence.md needs it."""
+        trainer = self.trainer
+        default = DistillConfig()
+        config = {
+            field.name: getattr(self.config, field.name)
+            for field in dataclasses.fields(default)
+            if field.name in REPORTED
+        }
+        return {
+            "suite": self.run.suite,
+            "name": self.run.name,
+            "label": self.run.label,
+            "teacher": self.run.teacher,
+            "config": config,
+            "trainable_parameters": sum(p.numel() for p in trainer.student_parameters.values()),
+            "fake_parameters": sum(p.numel() for p in trainer.fake_parameters.values()),
+            "network_parameters": sum(p.numel() for p in self.world.backbone.network.parameters()),
+            "prompts": self.run.prompts,
+            "curve": self.curve,
+            "figures": self.judged(self.options.num_samples) if self.finite else None,
+            "losses": self.losses,
+            "status": "finished" if self.finite else "not finite",
+            "environment": environment(self.world.device),
+        }
+
+
+REPORTED = (
+    "student_method",
+    "student_rank",
+    "student_learning_rate",
+    "fake_method",
+    "fake_rank",
+    "fake_layers",
+    "fake_updates",
+    "fake_learning_rate",
+    "guidance_scale",
+    "fake_guidance_scale",
+    "null_prompt_probability",
+    "weighting",
+    "fake_weighting",
+    "min_timestep",
+    "max_timestep",
+    "train_batch_size",
+    "max_train_steps",
+    "ema_decay",
+    "lr_decay_fraction",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "seed",
+)
+"""Options that a result names."""
+
+
+def _rounded(value: float) -> float | None:
+    """Five digits; JSON has no NaN."""
+    if not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device, versions, date and commit of a result."""
+    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return _environment(device) | {"commit": subprocess.check_output(commit, text=True).strip()}
+    return _environment(device)
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name, "torch": torch.__version__, "date": str(date.today())}
+
+
+def train_together(runs: list[Run], world: World, options: Options) -> None:
+    """Train runs side by side, begin one as soon as another is done, and write each as it is complete."""
+    waiting, active, start = deque(runs), [], time.monotonic()
+    bar = tqdm(total=len(runs) * options.max_train_steps, unit="update", smoothing=0.02)
+    with bar:
+        while waiting or active:
+            late = time.monotonic() - start > options.seconds
+            while waiting and len(active) < options.together and not late:
+                active.append(Student(waiting.popleft(), world, options))
+            if not active:
+                bar.write(f"{len(waiting)} runs were not begun: the time was over", file=sys.stderr)
+                return
+            events = []
+            for each in active:
+                each.advance()
+                events.append(each.trainer.stream.record_event() if each.trainer.stream else None)
+            bar.update(len(active))
+            for done in [each for each in active if each.done]:
+                write_json(done.run.path(options.out), done.result())
+                bar.write(f"{done.run.suite} {done.run.name}: {_told(done)}", file=sys.stderr)
+                active.remove(done)
+                del done.trainer  # with its graph's memory
+            for event in filter(None, events):  # the host is never more than a round ahead
+                event.synchronize()
+
+
+def _told(done: Student) -> str:
+    if not done.finite:
+        return f"not finite after {done.step} updates"
+    figures = read_json(done.run.path(done.options.out))["figures"]
+    names = ("frechet_distance", "alignment", "background_entropy")
+    return ", ".join(f"{name} {figures[name]}" for name in names)
+
+
+# --- what a step costs ---
+
+
+def cost(suite: str, world: World, options: Options) -> list[dict[str, Any]]:
+    """Milliseconds and peak memory of one update of each method, one at a time."""
+    ranks, rows = Ranks(world.backbone.network), []
+    for method in RATES:
+        run = Run(suite, method, NAMES[method], student(method, 1e-6, ranks.equal(method, SHARE)))
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        each = Student(run, world, options)
+        each.trainer.step(0)
+        each.trainer.synchronize()
+        times = []
+        for step in range(1, 21):
+            begin = time.perf_counter()
+            each.trainer.step(step)
+            each.trainer.synchronize()
+            times.append(1000 * (time.perf_counter() - begin))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else None
+        rows.append(
+            {
+                "label": run.label,
+                "method": method,
+                "teacher": run.teacher,
+                "ms_per_step": _rounded(sorted(times)[len(times) // 2]),
+                "peak_gib": None if peak is None else _rounded(peak),
+                "trainable_parameters": sum(p.numel() for p in each.trainer.student_parameters.values()),
+                "graph": world.device.type == "cuda",
+            }
+        )
+        del each
+    return rows
+
+
+def main(options: Options) -> None:
+    """Train what is missing."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for suite in options.suites:
+        if suite not in SUITES:
+            raise WadiError(f"--suites: {suite!r} is unknown; use some of {', '.join(SUITES)}")
+        if suite.startswith("dit-") and options.dit is None:
+            raise WadiError(f"--dit: the suite {suite} needs the folder of a transformer teacher")
+    for teacher in ("unet", "dit"):
+        suites = [suite for suite in options.suites if suite.startswith("dit-") == (teacher == "dit")]
+        if suites:
+            _teach(suites, options.dit if teacher == "dit" else teacher_folder(), options)
+
+
+def _teach(suites: list[str], folder: Path, options: Options) -> None:
+    world = World(folder, options.device, max(options.num_samples, options.curve_samples))
+    ranks, runs = Ranks(world.backbone.network), []
+    for suite in suites:
+        if suite.endswith("cost"):
+            rows = cost(suite, world, options)
+            where = options.out / f"{suite}.json"
+            write_json(where, {"environment": environment(world.device), "rows": rows})
+            continue
+        prefix = "dit-" if suite.startswith("dit-") else ""
+        rates = {} if suite.endswith("rates") else chosen_rates(options.out, f"{prefix}rates")
+        runs += runs_of(suite, ranks, rates)
+    runs = [run for run in runs if not options.names or run.name in options.names]
+    runs = runs[options.share[0] :: options.share[1]]
+    missing = [run for run in runs if not run.path(options.out).exists()]
+    print(f"{folder.name}: {len(runs)} runs, {len(missing)} to do", flush=True)
+    if options.list:
+        for run in runs:
+            print(f"{run.suite} {run.name} {'done' if run not in missing else run.changes}")
+        return
+    train_together(missing, world, options)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except WadiError as error:
+        sys.exit(f"error: {error}")
