@@ -49,11 +49,11 @@ from wadi.files import load_tensors, read_json, write_json
 from wadi.lorad.presets import student_config
 
 RATES = {
-    "lorad": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    "dora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    "oft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+    "lorad": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "dora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "oft": (1e-5, 3e-5, 1e-4, 3e-4),
+    "full": (3e-6, 1e-5, 3e-5, 1e-4),
 }
 """Learning rates of the student that are tried, as many for each method."""
 NAMES = {"lorad": "LoRaD", "lora": "LoRA", "dora": "DoRA", "oft": "OFT", "full": "full fine-tuning"}
