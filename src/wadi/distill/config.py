@@ -117,6 +117,10 @@ class DistillConfig:
     guidance_scale: float = 1.5
     """Classifier-free guidance of the teacher in the distillation gradient; 1 is none."""
 
+    guidance_scale_end: float | None = None
+    """Guidance of the teacher at the last step: it goes there linearly from --guidance-scale. Without it, the
+    guidance stays."""
+
     fake_guidance_scale: float = 1.5
     """Classifier-free guidance of the fake model in the distillation gradient; 1 is none."""
 
@@ -125,6 +129,9 @@ class DistillConfig:
 
     max_timestep: float = 0.98
     """Highest timestep of the distillation gradient, as a fraction of all."""
+
+    max_timestep_end: float | None = None
+    """Highest timestep at the last step: it goes there linearly from --max-timestep. Without it, it stays."""
 
     weighting: Literal["sigma_squared", "normalized"] = "sigma_squared"
     """Weight of the distillation gradient: the paper's sigma_t^2, or DMD's normalization per sample."""
@@ -200,8 +207,10 @@ class DistillConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise WadiError(f"--{_option(name)}: must be {rule}, but is {value}")
-        if self.min_timestep > self.max_timestep:
-            raise WadiError("--min-timestep: must not exceed --max-timestep")
+        for name in ("max_timestep", "max_timestep_end"):
+            value = getattr(self, name)
+            if value is not None and self.min_timestep > value:
+                raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
         if "full" in (self.student_method, self.fake_method) and self.mixed_precision != "no":
@@ -218,9 +227,19 @@ class DistillConfig:
         """The compute dtype of the frozen base."""
         return DTYPES[self.mixed_precision]
 
+    @property
+    def last_guidance_scale(self) -> float:
+        """Guidance of the teacher at the end of the training."""
+        return self.guidance_scale if self.guidance_scale_end is None else self.guidance_scale_end
+
     def fingerprint(self) -> str:
         """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in CHANGEABLE}
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in CHANGEABLE
+            and not (field.name in LATER and getattr(self, field.name) == field.default)
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -277,8 +296,13 @@ CHANGEABLE = frozenset(
         "compile",
     }
 )
-"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay; the
-samples of a step stay as many, however they are shared among processes and micro-batches.)"""
+"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay and
+whatever else goes linearly over the training; the samples of a step stay as many, however they are shared
+among processes and micro-batches.)"""
+
+LATER = frozenset({"guidance_scale_end", "max_timestep_end"})
+"""Options that came after the first checkpoints: at their defaults they change nothing, the fingerprint
+neither."""
 
 
 def _option(name: str) -> str:
@@ -333,12 +357,12 @@ _RULES = (
         "a positive number",
     ),
     (
-        ("guidance_scale", "fake_guidance_scale", "adam_weight_decay"),
+        ("guidance_scale", "guidance_scale_end", "fake_guidance_scale", "adam_weight_decay"),
         lambda v: 0 <= v < math.inf,
         "zero or more",
     ),
     (
-        ("min_timestep", "max_timestep", "null_prompt_probability", "lr_decay_fraction"),
+        ("min_timestep", "max_timestep", "max_timestep_end", "null_prompt_probability", "lr_decay_fraction"),
         lambda v: 0 <= v <= 1,
         "between 0 and 1",
     ),

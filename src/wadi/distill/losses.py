@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 
-def guided(null: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance, p = p_null + s (p_cond - p_null)."""
+def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is 0-dimensional."""
     return null + scale * (cond - null)
 
 

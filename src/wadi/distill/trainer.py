@@ -159,6 +159,10 @@ class Trainer:
         self.fake_optimizer = self._adamw(self.fake_parameters, config.fake_learning_rate)
         self.ema = {name: p.detach().clone() for name, p in self.student_parameters.items()}
         self.ema_weight = torch.ones((), device=self.device)
+        self.guidance_scale: float | torch.Tensor = config.guidance_scale
+        if config.last_guidance_scale != config.guidance_scale:
+            # on the device, so that a recorded graph follows it
+            self.guidance_scale = torch.full((), config.guidance_scale, device=self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps in all, and in a row
 
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
@@ -209,7 +213,8 @@ class Trainer:
         share, u = slice(first, first + own), config.fake_updates
         k = u - 1 if config.fake_fresh_samples else 0
         shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
-        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
+        highest = annealed(config.max_timestep, config.max_timestep_end, step, config.max_train_steps)
+        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, highest))
         on_device = {"device": self.device, "generator": self.generator}
         return StepInputs(
             z=_keep(torch.randn(n, *shape, **on_device), share),
@@ -275,7 +280,7 @@ class Trainer:
                 with torch.no_grad():
                     # p = p_null + s (p_cond - p_null), for teacher and fake model alike
                     x_t = schedule.add_noise(x0, noise, t)
-                    eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, config.guidance_scale)
+                    eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, self.guidance_scale)
                     eps_fake = self._guided_epsilon(self.fake, x_t, t, condition, config.fake_guidance_scale)
                     # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
                     if config.weighting == "normalized":
@@ -314,10 +319,13 @@ class Trainer:
         x_t: torch.Tensor,
         t: torch.Tensor,
         condition: Condition,
-        scale: float,
+        scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt."""
-        if scale == 1:
+        """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt.
+
+        A scale that is a tensor lives on the device: what it is, the host does not ask.
+        """
+        if not isinstance(scale, torch.Tensor) and scale == 1:
             return self.schedule.epsilon(self._predict(network, x_t, t, condition), x_t, t)
         both = concatenate([repeat(self.null, len(t)), condition])
         prediction = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
@@ -381,6 +389,10 @@ class Trainer:
                     group["lr"].fill_(rate * factor)
                 else:
                     group["lr"] = rate * factor
+        if isinstance(self.guidance_scale, torch.Tensor):
+            config = self.config
+            scale = annealed(config.guidance_scale, config.guidance_scale_end, step, config.max_train_steps)
+            self.guidance_scale.fill_(scale)
         self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
 
     def _adamw(self, parameters: dict[str, torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
@@ -648,6 +660,13 @@ def learning_rate_factor(config: DistillConfig, step: int) -> float:
     decay_steps = config.lr_decay_fraction * config.max_train_steps
     decay = min(1.0, (config.max_train_steps - step) / decay_steps) if decay_steps else 1.0
     return warmup * decay
+
+
+def annealed(start: float, end: float | None, step: int, max_train_steps: int) -> float:
+    """From `start` at step 0 linearly to `end` at the last step, where it stays; without an end, `start`."""
+    if end is None:
+        return start
+    return start + (end - start) * min(1.0, step / max(1, max_train_steps - 1))
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:
