@@ -1,14 +1,61 @@
 """Options of the objective that the paper does not have: each against its equation written out again."""
 
 import dataclasses
+import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from tests.distill.test_trainer import CONFIG, make, same, snapshot
+from tests.distill.test_trainer import CONFIG, make, plain_epsilon, same, snapshot
 from wadi.distill import DistillConfig
+from wadi.distill.losses import regression_loss
 from wadi.distill.trainer import annealed
 from wadi.errors import WadiError
+
+REGRESSION = {"teacher_samples": 5, "teacher_sampling_steps": 4, "regression_weight": 0.5}
+
+EVERYTHING = REGRESSION | {
+    "guidance_scale": 3.0,
+    "guidance_scale_end": 1.5,
+    "max_timestep_end": 0.5,
+    "regression_loss_type": "huber",
+}
+LOSSES = {"student_loss", "fake_loss", "regression_loss"}
+
+
+def student_gradients(trainer, inputs):
+    """Gradients of one update of the student, before clipping, and its losses."""
+    gradients, hooks = {}, []
+    for name, p in trainer.student_parameters.items():
+        hooks.append(p.register_hook(lambda g, name=name: gradients.__setitem__(name, g.clone())))
+    _, losses = trainer._update_student(inputs)
+    for hook in hooks:
+        hook.remove()
+    return gradients, {name: float(value) for name, value in losses.items()}
+
+
+def twin(trainer, **changes):
+    """Another trainer with the same weights, average and moments of student and fake model."""
+    other = make(trainer.schedule.prediction_type, **changes)
+    for name, tensors in other.checkpoint_tensors().items():
+        for key, tensor in tensors.items():
+            tensor.copy_(trainer.checkpoint_tensors()[name][key])
+    return other
+
+
+def plain_student(trainer, z, condition):
+    """The student's pictures in float64."""
+    levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()
+    eps = plain_epsilon(trainer, trainer.student, z, torch.full((len(z),), 999), condition)
+    return (z - (1 - levels[-1]).sqrt() * eps) / levels[-1].sqrt()
+
+
+def assert_same_gradients(found, expected):
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=2e-3, atol=1e-6 + 1e-3 * float(want.abs().max()))
 
 
 def test_annealed_goes_linearly_and_stays():
@@ -22,10 +69,7 @@ def test_annealed_guidance_is_the_fixed_one_of_each_step():
     """Every step of the annealed training is a step with that step's guidance, to the bit."""
     trainer, seen = make(guidance_scale=3.0, guidance_scale_end=1.5, max_train_steps=4), []
     for step in range(4):
-        other = make(guidance_scale=3.0 - 0.5 * step)
-        for name, tensors in trainer.checkpoint_tensors().items():
-            for key, tensor in tensors.items():
-                other.checkpoint_tensors()[name][key].copy_(tensor)
+        other = twin(trainer, guidance_scale=3.0 - 0.5 * step)
         trainer.step(step), other.step(step)
         assert same(snapshot(trainer), snapshot(other))
         seen.append(float(trainer.guidance_scale))
@@ -54,6 +98,194 @@ def test_highest_timestep_goes_down():
         assert torch.equal(inputs.t, others.t) == (step == 0)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_teacher_pairs_are_diffusers_ddim(prediction_type):
+    """Against the stock scheduler with trailing timesteps, guided, one pair at a time."""
+    trainer = make(
+        prediction_type,
+        guidance_scale=1.0,
+        guidance_scale_end=2.0,
+        **REGRESSION | {"teacher_sampling_steps": 5},
+    )
+    trainer.sample_teacher()
+    pairs = trainer.pairs
+    assert pairs.z.shape == (5, 4, 8, 8)
+    assert pairs.z.dtype == pairs.x0.dtype == torch.float32
+    assert not pairs.x0.requires_grad
+    stock = DDIMScheduler.from_config(
+        trainer.backbone.scheduler_config, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0
+    )
+    stock.set_timesteps(5)
+    assert stock.timesteps.tolist() == trainer.schedule.sampling_timesteps(5)
+    conditions = trainer.prompts.embeddings.take(pairs.prompts)["encoder_hidden_states"]
+    for z, x0, condition in zip(pairs.z, pairs.x0, conditions, strict=True):
+        x = z[None]
+        for t in stock.timesteps:
+            with torch.no_grad():
+                null, cond = (
+                    trainer.teacher(x, t, encoder_hidden_states=c).sample
+                    for c in (trainer.null["encoder_hidden_states"], condition[None])
+                )
+            x = stock.step(null + 2.0 * (cond - null), t, x).prev_sample
+        torch.testing.assert_close(x0, x[0], rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_pairs_are_of_the_seed_and_of_no_batch(monkeypatch):
+    first, again, other = (make(seed=seed, **REGRESSION) for seed in (3, 3, 4))
+    for trainer in (first, again, other):
+        trainer.sample_teacher()
+    assert torch.equal(first.pairs.x0, again.pairs.x0)
+    assert torch.equal(first.pairs.prompts, again.pairs.prompts)
+    assert not torch.equal(first.pairs.z, other.pairs.z)
+    monkeypatch.setattr("wadi.distill.pairs.NUMBERS_AT_ONCE", 2 * 4 * 8 * 8)
+    small = make(seed=3, **REGRESSION)
+    small.sample_teacher()
+    torch.testing.assert_close(first.pairs.x0, small.pairs.x0, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_share_the_teachers_work(monkeypatch):
+    """Two processes make every other batch; their sum is what one makes."""
+    monkeypatch.setattr("wadi.distill.pairs.NUMBERS_AT_ONCE", 2 * 4 * 8 * 8)
+    whole, parts = make(**REGRESSION), []
+    whole.sample_teacher()
+    for rank in range(2):
+        part = make(**REGRESSION)
+        part.accelerator = SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=False, reduce=lambda x, how: x
+        )
+        part.sample_teacher()
+        parts.append(part.pairs.x0)
+    assert [bool(x.any()) for x in parts[0]] == [True, True, False, False, True]
+    assert torch.equal(whole.pairs.x0, parts[0] + parts[1])
+    assert torch.equal(whole.pairs.z, part.pairs.z)
+
+
+def test_teacher_pairs_in_half_precision_start_from_the_noise_that_is_kept():
+    trainer = make(mixed_precision="bf16", **REGRESSION)
+    trainer.sample_teacher()
+    assert trainer.pairs.z.dtype == trainer.pairs.x0.dtype == torch.float16
+    inputs = trainer.draw(0)
+    assert inputs.pair["z"].dtype == inputs.pair["x0"].dtype == torch.float32
+    assert all(bool(value.isfinite()) for value in trainer.step(0).values())
+
+
+def test_drawn_pairs_belong_together_and_leave_the_other_draws_alone():
+    trainer, plain = make(train_batch_size=6, **REGRESSION), make(train_batch_size=6)
+    inputs, others = trainer.draw(3), plain.draw(3)
+    for field in dataclasses.fields(others):
+        ours, theirs = (getattr(x, field.name) for x in (inputs, others))
+        if field.name.startswith("pair"):
+            assert theirs == {}
+        elif isinstance(theirs, dict):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        else:
+            assert torch.equal(ours, theirs)
+    pairs, numbers = trainer.pairs, []
+    states = trainer.prompts.embeddings.take(pairs.prompts)["encoder_hidden_states"]
+    for z, x0, c in zip(*inputs.pair.values(), inputs.pair_condition["encoder_hidden_states"], strict=True):
+        (i,) = [i for i in range(5) if torch.equal(z, pairs.z[i])]
+        assert torch.equal(x0, pairs.x0[i])
+        assert torch.equal(c, states[i])
+        numbers.append(i)
+    assert len(set(numbers)) > 1
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "huber"])
+def test_regression_loss(loss_type):
+    x0, target = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for d in (x0 - target).flatten().tolist():
+        total += d * d if loss_type == "l2" else 2 * 0.3 * (math.hypot(d, 0.3) - 0.3)
+    assert float(regression_loss(x0, target, loss_type, 0.3)) == pytest.approx(total / x0.numel(), rel=1e-12)
+    inputs = (x0.clone().requires_grad_(), target)
+    assert torch.autograd.gradcheck(lambda a, b: regression_loss(a, b, loss_type, 0.3), inputs)
+
+
+def test_huber_is_the_square_of_small_distances():
+    x0 = torch.full((1,), 1e-4, dtype=torch.float64)
+    assert float(regression_loss(x0, 0 * x0, "huber")) == pytest.approx(1e-8, rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_regression_gradient_is_the_equation(prediction_type):
+    """What the term adds to the student's gradient, in float64, sample by sample."""
+    trainer = make(prediction_type, **REGRESSION)
+    trainer.step(0)
+    other, inputs = twin(trainer), trainer.draw(1)
+    x0 = plain_student(trainer, inputs.pair["z"], inputs.pair_condition)
+    distance = (x0 - inputs.pair["x0"]).square().mean()
+    parameters = trainer.student_parameters
+    expected = torch.autograd.grad(0.5 * distance, list(parameters.values()))
+    total, losses = student_gradients(trainer, inputs)
+    plain, plain_losses = student_gradients(other, other.draw(1))
+    assert losses["regression_loss"] == pytest.approx(distance.item(), rel=1e-4)
+    assert losses["student_loss"] == pytest.approx(plain_losses["student_loss"], rel=1e-3)
+    assert_same_gradients(
+        {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
+    )
+
+
+def everything(**changes):
+    return make(**EVERYTHING | changes)
+
+
+def test_resumed_with_every_option_goes_on_the_same(tmp_path):
+    trainer = everything(output_dir=str(tmp_path), checkpointing_steps=2)
+    trainer.train()
+    again = everything(output_dir=str(tmp_path))
+    again.load_checkpoint(tmp_path / "checkpoints/step-000002")
+    assert not same(snapshot(trainer), snapshot(again))
+    for step in (2, 3):
+        again.step(step)
+    assert same(snapshot(trainer), snapshot(again))
+
+
+def test_accumulation_equals_the_larger_batch_with_every_option():
+    large, small = everything(train_batch_size=4), everything(gradient_accumulation_steps=2)
+    losses, others = large.step(0), small.step(0)
+    for name in losses:
+        torch.testing.assert_close(losses[name], others[name], rtol=2e-3, atol=1e-7)
+    first, second = snapshot(large), snapshot(small)
+    for name in first:
+        if "exp_avg" in name:
+            scale = float(first[name].abs().max())
+            torch.testing.assert_close(first[name], second[name], rtol=2e-3, atol=2e-3 * scale + 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-4),
+        ({"keep_rotated": True}, 1e-4),
+        ({"keep_rotated": True, "gradient_checkpointing": True}, 1e-4),
+        ({"mixed_precision": "bf16"}, 0.1),
+    ],
+)
+def test_variants_train_close_to_the_plain_step_with_every_option(changes, tolerance):
+    plain, other = everything(), everything(**changes)
+    for step in range(2):
+        expected, losses = plain.step(step), other.step(step)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        if name.endswith("_loss"):
+            assert float(value) == pytest.approx(float(expected[name]), rel=tolerance, abs=1e-5)
+        assert float(value) == pytest.approx(float(expected[name]), rel=3 * tolerance, abs=1e-5)
+
+
+def test_base_never_changes_with_every_option():
+    trainer = everything()
+    before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
+    trainer.step(0), trainer.step(1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.teacher.state_dict().items())
+    assert all(p.grad is None for p in trainer.fake_parameters.values())
+
+
+def test_metrics_have_every_term(tmp_path):
+    everything(output_dir=str(tmp_path)).train()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name for name in row if name.endswith("_loss")} == LOSSES
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -71,6 +303,11 @@ def test_bad_values_get_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
+def test_more_sampling_steps_than_timesteps_get_one_line():
+    with pytest.raises(WadiError, match="--teacher-sampling-steps: must not exceed the teacher's 1000"):
+        make(**REGRESSION | {"teacher_sampling_steps": 1001}).step(0)
+
+
 def test_fingerprint_of_the_defaults_is_as_before_these_options():
     """So that checkpoints of before can be gone on with; set, they count."""
     assert DistillConfig().fingerprint() == "86b81627ee828bf7"
@@ -79,9 +316,11 @@ def test_fingerprint_of_the_defaults_is_as_before_these_options():
 
 
 @pytest.mark.gpu
-def test_cuda_graph_follows_the_guidance():
-    changes = {"guidance_scale": 4.0, "guidance_scale_end": 1.0, "max_train_steps": 6}
-    eager, graphed = make(**changes), make(cuda_graphs=True, **changes)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graph_replays_every_option(changes, compiled):
+    changes = changes | {"max_train_steps": 6}
+    eager, graphed = everything(**changes), everything(cuda_graphs=True, compile=compiled, **changes)
     for step in range(6):
         expected, losses = eager.step(step), graphed.step(step)
         eager.synchronize(), graphed.synchronize()

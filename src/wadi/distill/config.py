@@ -145,6 +145,23 @@ class DistillConfig:
     alpha_T_squared: float | None = None  # noqa: N815
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
 
+    teacher_samples: int = 0
+    """Pairs of noise and the guided teacher's picture to make before the first step, for the terms that use
+    them. They stay on the device and are made again when the run is resumed."""
+
+    teacher_sampling_steps: int = 25
+    """DDIM steps of a teacher pair's picture, with the guidance that the training ends with."""
+
+    regression_weight: float = 0.0
+    """Weight of the distance between the student's and the teacher's picture of a teacher pair (DMD), for one
+    more batch of pairs at every update; 0 is none."""
+
+    regression_loss_type: Literal["l2", "huber"] = "l2"
+    """Distance of the regression."""
+
+    huber_c: float = 0.1
+    """Where the Huber distance turns from a parabola into a line."""
+
     student_learning_rate: float = 1e-4
     """Learning rate of the student."""
 
@@ -211,6 +228,14 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and self.min_timestep > value:
                 raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
+        weights = {"regression_weight": self.regression_weight}
+        wanted = [name for name, weight in weights.items() if weight]
+        if wanted and not self.teacher_samples:
+            raise WadiError(f"--{_option(wanted[0])}: needs teacher pairs; set --teacher-samples")
+        if self.teacher_samples and not wanted:
+            raise WadiError(
+                f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in weights)}"
+            )
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
         if "full" in (self.student_method, self.fake_method) and self.mixed_precision != "no":
@@ -300,7 +325,17 @@ CHANGEABLE = frozenset(
 whatever else goes linearly over the training; the samples of a step stay as many, however they are shared
 among processes and micro-batches.)"""
 
-LATER = frozenset({"guidance_scale_end", "max_timestep_end"})
+LATER = frozenset(
+    {
+        "guidance_scale_end",
+        "max_timestep_end",
+        "teacher_samples",
+        "teacher_sampling_steps",
+        "regression_weight",
+        "regression_loss_type",
+        "huber_c",
+    }
+)
 """Options that came after the first checkpoints: at their defaults they change nothing, the fingerprint
 neither."""
 
@@ -346,18 +381,25 @@ _RULES = (
             "logging_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",
+            "teacher_sampling_steps",
         ),
         lambda v: v >= 1,
         "at least 1",
     ),
-    (("seed", "lr_warmup_steps", "validation_steps"), lambda v: v >= 0, "zero or more"),
+    (("seed", "lr_warmup_steps", "validation_steps", "teacher_samples"), lambda v: v >= 0, "zero or more"),
     (
-        ("student_learning_rate", "fake_learning_rate", "adam_epsilon", "max_grad_norm"),
+        ("student_learning_rate", "fake_learning_rate", "adam_epsilon", "max_grad_norm", "huber_c"),
         lambda v: 0 < v < math.inf,
         "a positive number",
     ),
     (
-        ("guidance_scale", "guidance_scale_end", "fake_guidance_scale", "adam_weight_decay"),
+        (
+            "guidance_scale",
+            "guidance_scale_end",
+            "fake_guidance_scale",
+            "adam_weight_decay",
+            "regression_weight",
+        ),
         lambda v: 0 <= v < math.inf,
         "zero or more",
     ),

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,16 @@ from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
 from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
-from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
+from wadi.distill.losses import (
+    fake_loss,
+    generator_loss,
+    guided,
+    normalized_vsd_gradient,
+    regression_loss,
+    vsd_gradient,
+)
 from wadi.distill.methods import method_config
+from wadi.distill.pairs import TeacherPairs, draw_pairs, sample_pairs
 from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
@@ -59,9 +67,11 @@ class StepInputs:
     fake_null: torch.Tensor  # (u,) bool, whole batch on the empty prompt
     fresh_z: torch.Tensor  # (k, n, C, H, W) float32
     fresh_condition: Condition  # (k, n, ...)
+    pair: dict[str, torch.Tensor] = field(default_factory=dict)  # z, x0 (n, C, H, W) float32; or nothing
+    pair_condition: Condition = field(default_factory=dict)  # of n prompts
 
     def tensors(self) -> list[torch.Tensor]:
-        """The fields, in order; a condition's tensors one by one."""
+        """The fields, in order; the tensors of a dictionary one by one."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return [t for value in values for t in (value.values() if isinstance(value, dict) else (value,))]
 
@@ -165,6 +175,7 @@ class Trainer:
             self.guidance_scale = torch.full((), config.guidance_scale, device=self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps in all, and in a row
 
+        self.pairs: TeacherPairs | None = None  # see sample_teacher
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
         self.global_step, self.seconds = 0, 0.0
         self.batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -197,6 +208,37 @@ class Trainer:
             self.graph.replay()
             return self.static_losses
 
+    def sample_teacher(self) -> None:
+        """Make the teacher pairs, if an option asks for them: takes a while, once, before the first step."""
+        config, accelerator = self.config, self.accelerator
+        if self.pairs is not None or not config.teacher_samples:
+            return
+        prompts, dtype = self.prompts.embeddings, torch.float32
+        if config.mixed_precision != "no":
+            dtype = torch.float16  # of half the precision's errors, half the memory
+        with self.on_stream():
+            with together(self.hosts):
+                drawn = draw_pairs(
+                    config.teacher_samples,
+                    len(prompts),
+                    self.backbone.latent_shape,
+                    config.seed,
+                    self.device,
+                    dtype,
+                )
+                pairs = sample_pairs(
+                    # the teacher itself: another size of batch would be compiled anew
+                    lambda *x: self._guided(self.backbone.network, *x, config.last_guidance_scale),
+                    self.schedule,
+                    prompts,
+                    *drawn,
+                    config.teacher_sampling_steps,
+                    (accelerator.process_index, accelerator.num_processes),
+                    accelerator.is_main_process,
+                )
+            # zeros where another process has its pictures: the same bits for all
+            self.pairs = dataclasses.replace(pairs, x0=accelerator.reduce(pairs.x0, "sum"))
+
     def draw(self, step: int) -> StepInputs:
         """This process's share of the step's randomness, which is of (seed, step) alone.
 
@@ -204,6 +246,7 @@ class Trainer:
         times the batch, no two see the same noise, and a resumed run draws the same, on however many.
         """
         config, schedule = self.config, self.schedule
+        self.sample_teacher()
         # 0: where the process's number once stood
         seeds = np.random.SeedSequence([config.seed, 0, step]).generate_state(2)
         self.generator.manual_seed(int(seeds[0]))
@@ -216,6 +259,7 @@ class Trainer:
         highest = annealed(config.max_timestep, config.max_timestep_end, step, config.max_train_steps)
         low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, highest))
         on_device = {"device": self.device, "generator": self.generator}
+        # what an option adds is drawn last: the others keep their numbers
         return StepInputs(
             z=_keep(torch.randn(n, *shape, **on_device), share),
             condition=pick(self._draw_prompts(1, n, share), 0),
@@ -226,6 +270,7 @@ class Trainer:
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
             fresh_z=_keep(torch.randn(k, n, *shape, **on_device), share, 1),
             fresh_condition=self._draw_prompts(k, n, share),
+            **(self._draw_pairs(n, share) if self.pairs is not None else {}),
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
@@ -273,10 +318,10 @@ class Trainer:
         config, schedule = self.config, self.schedule
         samples, losses = [], []
         for micro, synchronize in self._micro_batches(self.student):
-            z, t, noise = (x[micro] for x in (inputs.z, inputs.t, inputs.noise))
+            t, noise = inputs.t[micro], inputs.noise[micro]
             condition = pick(inputs.condition, micro)
             with synchronize:
-                x0 = self.generate(z, condition)
+                x0, pair_x0 = self._generate_with_pairs(inputs, micro)
                 with torch.no_grad():
                     # p = p_null + s (p_cond - p_null), for teacher and fake model alike
                     x_t = schedule.add_noise(x0, noise, t)
@@ -288,12 +333,33 @@ class Trainer:
                     else:
                         gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
-                loss = generator_loss(x0, gradient) / config.gradient_accumulation_steps
-                self.accelerator.backward(loss)
+                terms = {"student_loss": (generator_loss(x0, gradient), 1.0)}
+                if pair_x0 is not None:
+                    distance = regression_loss(
+                        pair_x0, inputs.pair["x0"][micro], config.regression_loss_type, config.huber_c
+                    )
+                    terms["regression_loss"] = distance, config.regression_weight
+                losses.append(self._backward(terms))
             samples.append(x0.detach())
-            losses.append(loss.detach())
         norm = self._optimize(self.student_optimizer, self.student_parameters)
-        return torch.cat(samples), {"student_loss": torch.stack(losses).sum(), "student_grad_norm": norm}
+        return torch.cat(samples), _total(losses) | {"student_grad_norm": norm}
+
+    def _generate_with_pairs(
+        self, inputs: StepInputs, micro: slice
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The student's pictures of a micro-batch, and of its teacher pairs where they are asked for."""
+        z, condition = inputs.z[micro], pick(inputs.condition, micro)
+        if not self.config.regression_weight:
+            return self.generate(z, condition), None
+        both = concatenate([condition, pick(inputs.pair_condition, micro)])
+        return self.generate(torch.cat([z, inputs.pair["z"][micro]]), both).split(len(z))
+
+    def _backward(self, terms: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
+        """Backward of a micro-batch's weighted terms; returns each term's share in the step's mean."""
+        count = self.config.gradient_accumulation_steps
+        weighted = [loss if weight == 1 else weight * loss for loss, weight in terms.values()]
+        self.accelerator.backward(sum(weighted[1:], weighted[0]) / count)
+        return {name: loss.detach() / count for name, (loss, _) in terms.items()}
 
     def _update_fake(
         self, x0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
@@ -321,15 +387,26 @@ class Trainer:
         condition: Condition,
         scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt.
+        """The noise that `_guided` stands for."""
+        return self.schedule.epsilon(self._guided(network, x_t, t, condition, scale), x_t, t)
+
+    def _guided(
+        self,
+        network: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        scale: float | torch.Tensor,
+    ) -> torch.Tensor:
+        """Guided prediction: null prompt and condition in one call; s = 1 needs no null prompt.
 
         A scale that is a tensor lives on the device: what it is, the host does not ask.
         """
         if not isinstance(scale, torch.Tensor) and scale == 1:
-            return self.schedule.epsilon(self._predict(network, x_t, t, condition), x_t, t)
+            return self._predict(network, x_t, t, condition)
         both = concatenate([repeat(self.null, len(t)), condition])
         prediction = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        return self.schedule.epsilon(guided(*prediction.chunk(2), scale), x_t, t)
+        return guided(*prediction.chunk(2), scale)
 
     def _micro_batches(
         self, network: torch.nn.Module
@@ -428,6 +505,17 @@ class Trainer:
             for name, tensor in chosen.items()
         }
 
+    def _draw_pairs(self, count: int, share: slice) -> dict[str, dict[str, torch.Tensor]]:
+        """A share of a batch of random teacher pairs: latents from the device, prompts from the host."""
+        pairs = self.pairs
+        own = torch.randint(len(pairs.z), (count,), generator=self.prompt_generator)[share]
+        chosen = self.prompts.embeddings.take(pairs.prompts[own], pin_memory=self.device.type == "cuda")
+        index = own.to(self.device)
+        return {
+            "pair": {"z": pairs.z[index].float(), "x0": pairs.x0[index].float()},
+            "pair_condition": {name: x.to(self.device, non_blocking=True) for name, x in chosen.items()},
+        }
+
     # --- CUDA graph ---
 
     def on_stream(self) -> contextlib.AbstractContextManager:
@@ -471,6 +559,7 @@ class Trainer:
             SystemExit: code 2, where that happened in another process, which tells.
         """
         config, start = self.config, time.monotonic() - self.seconds
+        self.sample_teacher()
         main = self.accelerator.is_main_process
         bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
         with bar, _catch_interrupt(self.accelerator) as interrupted:
@@ -660,6 +749,11 @@ def learning_rate_factor(config: DistillConfig, step: int) -> float:
     decay_steps = config.lr_decay_fraction * config.max_train_steps
     decay = min(1.0, (config.max_train_steps - step) / decay_steps) if decay_steps else 1.0
     return warmup * decay
+
+
+def _total(losses: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sums over the micro-batches, by name."""
+    return {name: torch.stack([part[name] for part in losses]).sum() for name in losses[0]}
 
 
 def annealed(start: float, end: float | None, step: int, max_train_steps: int) -> float:
