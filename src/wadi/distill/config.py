@@ -162,6 +162,13 @@ class DistillConfig:
     huber_c: float = 0.1
     """Where the Huber distance turns from a parabola into a line."""
 
+    adversarial_weight: float = 0.0
+    """Weight of the student's loss against a discriminator on the teacher's features, for which the pictures
+    of the teacher pairs are real; 0 is none."""
+
+    discriminator_learning_rate: float = 1e-4
+    """Learning rate of the discriminator's head, which is updated once an update of the student."""
+
     student_learning_rate: float = 1e-4
     """Learning rate of the student."""
 
@@ -228,13 +235,13 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and self.min_timestep > value:
                 raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
-        weights = {"regression_weight": self.regression_weight}
-        wanted = [name for name, weight in weights.items() if weight]
+        using = ("regression_weight", "adversarial_weight")
+        wanted = [name for name in using if getattr(self, name)]
         if wanted and not self.teacher_samples:
             raise WadiError(f"--{_option(wanted[0])}: needs teacher pairs; set --teacher-samples")
         if self.teacher_samples and not wanted:
             raise WadiError(
-                f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in weights)}"
+                f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in using)}"
             )
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
@@ -334,6 +341,8 @@ LATER = frozenset(
         "regression_weight",
         "regression_loss_type",
         "huber_c",
+        "adversarial_weight",
+        "discriminator_learning_rate",
     }
 )
 """Options that came after the first checkpoints: at their defaults they change nothing, the fingerprint
@@ -388,7 +397,14 @@ _RULES = (
     ),
     (("seed", "lr_warmup_steps", "validation_steps", "teacher_samples"), lambda v: v >= 0, "zero or more"),
     (
-        ("student_learning_rate", "fake_learning_rate", "adam_epsilon", "max_grad_norm", "huber_c"),
+        (
+            "student_learning_rate",
+            "fake_learning_rate",
+            "discriminator_learning_rate",
+            "adam_epsilon",
+            "max_grad_norm",
+            "huber_c",
+        ),
         lambda v: 0 < v < math.inf,
         "a positive number",
     ),
@@ -399,6 +415,7 @@ _RULES = (
             "fake_guidance_scale",
             "adam_weight_decay",
             "regression_weight",
+            "adversarial_weight",
         ),
         lambda v: 0 <= v < math.inf,
         "zero or more",
