@@ -145,6 +145,15 @@ class DistillConfig:
     alpha_T_squared: float | None = None  # noqa: N815
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
 
+    distillation_weight: float = 1.0
+    """Weight of the distillation gradient itself beside the terms that follow; 0 leaves it out."""
+
+    score_identity_weight: float = 0.0
+    """Weight of SiD's loss, whose gradient goes through teacher and fake model; 0 is none."""
+
+    score_identity_alpha: float = 1.0
+    """SiD's alpha, from 0 to about 1.2."""
+
     teacher_samples: int = 0
     """Pairs of noise and the guided teacher's picture to make before the first step, for the terms that use
     them. They stay on the device and are made again when the run is resumed."""
@@ -243,6 +252,8 @@ class DistillConfig:
             raise WadiError(
                 f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in using)}"
             )
+        if not (self.distillation_weight or self.score_identity_weight or wanted):
+            raise WadiError("--distillation-weight: is 0, and no other term has a weight; give one")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
         if "full" in (self.student_method, self.fake_method) and self.mixed_precision != "no":
@@ -341,6 +352,9 @@ LATER = frozenset(
         "regression_weight",
         "regression_loss_type",
         "huber_c",
+        "distillation_weight",
+        "score_identity_weight",
+        "score_identity_alpha",
         "adversarial_weight",
         "discriminator_learning_rate",
     }
@@ -416,6 +430,9 @@ _RULES = (
             "adam_weight_decay",
             "regression_weight",
             "adversarial_weight",
+            "distillation_weight",
+            "score_identity_weight",
+            "score_identity_alpha",
         ),
         lambda v: 0 <= v < math.inf,
         "zero or more",
