@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from tests.distill.test_processes import config as launched
+from tests.distill.test_processes import launch
 from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
@@ -521,6 +523,18 @@ def test_variants_train_close_to_the_plain_step_with_every_option(changes, toler
             assert float(value) == pytest.approx(float(expected[name]), rel=tolerance, abs=least)
 
 
+def test_compiled_steps_are_the_eager_ones_with_every_option(monkeypatch):
+    changes = {"gradient_checkpointing": True, "keep_rotated": True}
+    torch._dynamo.reset()
+    monkeypatch.setattr("wadi.distill.regions.BACKEND", "aot_eager")
+    eager, compiled = everything(**changes), everything(compile=True, **changes)
+    for step in range(2):
+        expected, losses = eager.step(step), compiled.step(step)
+        for name in expected:
+            torch.testing.assert_close(losses[name], expected[name], rtol=2e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_base_never_changes_with_every_option():
     trainer = everything()
     before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
@@ -533,6 +547,32 @@ def test_metrics_have_every_term(tmp_path):
     everything(output_dir=str(tmp_path)).train()
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name for name in row if name.endswith("_loss")} == LOSSES
+
+
+def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
+    """Both have the same pairs; gradients of head and student are averaged over both."""
+    changes = EVERYTHING | {"max_train_steps": 3, "validation_steps": 0, "teacher_samples": 40}
+    (tmp_path / "one").mkdir()
+    one = distill(launched(teacher_folder, tmp_path / "one", **changes))
+    options = launched(teacher_folder, tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes)
+    process = launch(options, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for name in ("student_optimizer", "discriminator_optimizer", "fake_optimizer"):
+        first, second = (
+            load_tensors(run / f"checkpoints/step-000001/{name}.safetensors")
+            for run in (one, tmp_path / "run")
+        )
+        for key in first:
+            scale = float(first[key].abs().max())
+            torch.testing.assert_close(first[key], second[key], rtol=3e-3, atol=3e-3 * scale + 1e-10)
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, tmp_path / "run")
+    ]
+    for ours, theirs in zip(*rows, strict=True):
+        for name in LOSSES:
+            assert theirs[name] == pytest.approx(ours[name], rel=2e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize(
