@@ -177,7 +177,11 @@ def test_processes_share_the_teachers_work(monkeypatch):
     for rank in range(2):
         part = make(**REGRESSION)
         part.accelerator = SimpleNamespace(
-            process_index=rank, num_processes=2, is_main_process=False, reduce=lambda x, how: x
+            process_index=rank,
+            num_processes=2,
+            is_main_process=False,
+            device=part.device,
+            reduce=lambda x, how: x,
         )
         part.sample_teacher()
         parts.append(part.pairs.x0)
@@ -614,7 +618,7 @@ def test_bad_values_get_one_line(options, message):
 
 def test_more_sampling_steps_than_timesteps_get_one_line():
     with pytest.raises(WadiError, match="--teacher-sampling-steps: must not exceed the teacher's 1000"):
-        make(**REGRESSION | {"teacher_sampling_steps": 1001}).step(0)
+        make(**REGRESSION | {"teacher_sampling_steps": 1001})
 
 
 def test_fingerprint_of_the_defaults_is_as_before_these_options():

@@ -38,7 +38,7 @@ from wadi.distill.losses import (
     with_gradient,
 )
 from wadi.distill.methods import method_config
-from wadi.distill.pairs import TeacherPairs, draw_pairs, sample_pairs
+from wadi.distill.pairs import TeacherPairs, check_steps, teacher_pairs
 from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
@@ -145,6 +145,8 @@ class Trainer:
         self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
             self.device
         )
+        if config.teacher_samples:
+            check_steps(config.teacher_sampling_steps, self.schedule)
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
         base = backbone.network
@@ -234,34 +236,18 @@ class Trainer:
 
     def sample_teacher(self) -> None:
         """Make the teacher pairs, if an option asks for them: takes a while, once, before the first step."""
-        config, accelerator = self.config, self.accelerator
-        if self.pairs is not None or not config.teacher_samples:
+        if self.pairs is not None or not self.config.teacher_samples:
             return
-        prompts, dtype = self.prompts.embeddings, torch.float32
-        if config.mixed_precision != "no":
-            dtype = torch.float16  # of half the precision's errors, half the memory
+
+        def predict(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+            # the backbone's own network: another size of batch would be compiled anew
+            return self._guided(self.backbone.network, x_t, t, condition, self.config.last_guidance_scale)
+
+        shape, embeddings = self.backbone.latent_shape, self.prompts.embeddings
         with self.on_stream():
-            with together(self.hosts):
-                drawn = draw_pairs(
-                    config.teacher_samples,
-                    len(prompts),
-                    self.backbone.latent_shape,
-                    config.seed,
-                    self.device,
-                    dtype,
-                )
-                pairs = sample_pairs(
-                    # the teacher itself: another size of batch would be compiled anew
-                    lambda *x: self._guided(self.backbone.network, *x, config.last_guidance_scale),
-                    self.schedule,
-                    prompts,
-                    *drawn,
-                    config.teacher_sampling_steps,
-                    (accelerator.process_index, accelerator.num_processes),
-                    accelerator.is_main_process,
-                )
-            # zeros where another process has its pictures: the same bits for all
-            self.pairs = dataclasses.replace(pairs, x0=accelerator.reduce(pairs.x0, "sum"))
+            self.pairs = teacher_pairs(
+                self.config, predict, self.schedule, embeddings, shape, self.accelerator, self.hosts
+            )
 
     def draw(self, step: int) -> StepInputs:
         """This process's share of the step's randomness, which is of (seed, step) alone.
