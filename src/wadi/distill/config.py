@@ -117,6 +117,10 @@ class DistillConfig:
     guidance_scale: float = 1.5
     """Classifier-free guidance of the teacher in the distillation gradient; 1 is none."""
 
+    guidance_scale_end: float | None = None
+    """Guidance of the teacher at the last step: it goes there linearly from --guidance-scale. Without it, the
+    guidance stays."""
+
     fake_guidance_scale: float = 1.5
     """Classifier-free guidance of the fake model in the distillation gradient; 1 is none."""
 
@@ -125,6 +129,9 @@ class DistillConfig:
 
     max_timestep: float = 0.98
     """Highest timestep of the distillation gradient, as a fraction of all."""
+
+    max_timestep_end: float | None = None
+    """Highest timestep at the last step: it goes there linearly from --max-timestep. Without it, it stays."""
 
     weighting: Literal["sigma_squared", "normalized"] = "sigma_squared"
     """Weight of the distillation gradient: the paper's sigma_t^2, or DMD's normalization per sample."""
@@ -137,6 +144,39 @@ class DistillConfig:
 
     alpha_T_squared: float | None = None  # noqa: N815
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
+
+    distillation_weight: float = 1.0
+    """Weight of the distillation gradient itself beside the terms that follow; 0 leaves it out."""
+
+    score_identity_weight: float = 0.0
+    """Weight of SiD's loss, whose gradient goes through teacher and fake model; 0 is none."""
+
+    score_identity_alpha: float = 1.0
+    """SiD's alpha, from 0 to about 1.2."""
+
+    teacher_samples: int = 0
+    """Pairs of noise and the guided teacher's picture to make before the first step, for the terms that use
+    them. They stay on the device and are made again when the run is resumed."""
+
+    teacher_sampling_steps: int = 25
+    """DDIM steps of a teacher pair's picture, with the guidance that the training ends with."""
+
+    regression_weight: float = 0.0
+    """Weight of the distance between the student's and the teacher's picture of a teacher pair (DMD), for one
+    more batch of pairs at every update; 0 is none."""
+
+    regression_loss_type: Literal["l2", "huber"] = "l2"
+    """Distance of the regression."""
+
+    huber_c: float = 0.1
+    """Where the Huber distance turns from a parabola into a line."""
+
+    adversarial_weight: float = 0.0
+    """Weight of the student's loss against a discriminator on the teacher's features, for which the pictures
+    of the teacher pairs are real; 0 is none."""
+
+    discriminator_learning_rate: float = 1e-4
+    """Learning rate of the discriminator's head, which is updated once an update of the student."""
 
     student_learning_rate: float = 1e-4
     """Learning rate of the student."""
@@ -200,8 +240,20 @@ class DistillConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise WadiError(f"--{_option(name)}: must be {rule}, but is {value}")
-        if self.min_timestep > self.max_timestep:
-            raise WadiError("--min-timestep: must not exceed --max-timestep")
+        for name in ("max_timestep", "max_timestep_end"):
+            value = getattr(self, name)
+            if value is not None and self.min_timestep > value:
+                raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
+        using = ("regression_weight", "adversarial_weight")
+        wanted = [name for name in using if getattr(self, name)]
+        if wanted and not self.teacher_samples:
+            raise WadiError(f"--{_option(wanted[0])}: needs teacher pairs; set --teacher-samples")
+        if self.teacher_samples and not wanted:
+            raise WadiError(
+                f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in using)}"
+            )
+        if not (self.distillation_weight or self.score_identity_weight or wanted):
+            raise WadiError("--distillation-weight: is 0, and no other term has a weight; give one")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
         if "full" in (self.student_method, self.fake_method) and self.mixed_precision != "no":
@@ -218,9 +270,19 @@ class DistillConfig:
         """The compute dtype of the frozen base."""
         return DTYPES[self.mixed_precision]
 
+    @property
+    def last_guidance_scale(self) -> float:
+        """Guidance of the teacher at the end of the training."""
+        return self.guidance_scale if self.guidance_scale_end is None else self.guidance_scale_end
+
     def fingerprint(self) -> str:
         """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in CHANGEABLE}
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in CHANGEABLE
+            and not (field.name in LATER and getattr(self, field.name) == field.default)
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -277,8 +339,28 @@ CHANGEABLE = frozenset(
         "compile",
     }
 )
-"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay; the
-samples of a step stay as many, however they are shared among processes and micro-batches.)"""
+"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay and
+whatever else goes linearly over the training; the samples of a step stay as many, however they are shared
+among processes and micro-batches.)"""
+
+LATER = frozenset(
+    {
+        "guidance_scale_end",
+        "max_timestep_end",
+        "teacher_samples",
+        "teacher_sampling_steps",
+        "regression_weight",
+        "regression_loss_type",
+        "huber_c",
+        "distillation_weight",
+        "score_identity_weight",
+        "score_identity_alpha",
+        "adversarial_weight",
+        "discriminator_learning_rate",
+    }
+)
+"""Options that came after the first checkpoints: at their defaults they change nothing, the fingerprint
+neither."""
 
 
 def _option(name: str) -> str:
@@ -322,23 +404,41 @@ _RULES = (
             "logging_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",
+            "teacher_sampling_steps",
         ),
         lambda v: v >= 1,
         "at least 1",
     ),
-    (("seed", "lr_warmup_steps", "validation_steps"), lambda v: v >= 0, "zero or more"),
+    (("seed", "lr_warmup_steps", "validation_steps", "teacher_samples"), lambda v: v >= 0, "zero or more"),
     (
-        ("student_learning_rate", "fake_learning_rate", "adam_epsilon", "max_grad_norm"),
+        (
+            "student_learning_rate",
+            "fake_learning_rate",
+            "discriminator_learning_rate",
+            "adam_epsilon",
+            "max_grad_norm",
+            "huber_c",
+        ),
         lambda v: 0 < v < math.inf,
         "a positive number",
     ),
     (
-        ("guidance_scale", "fake_guidance_scale", "adam_weight_decay"),
+        (
+            "guidance_scale",
+            "guidance_scale_end",
+            "fake_guidance_scale",
+            "adam_weight_decay",
+            "regression_weight",
+            "adversarial_weight",
+            "distillation_weight",
+            "score_identity_weight",
+            "score_identity_alpha",
+        ),
         lambda v: 0 <= v < math.inf,
         "zero or more",
     ),
     (
-        ("min_timestep", "max_timestep", "null_prompt_probability", "lr_decay_fraction"),
+        ("min_timestep", "max_timestep", "max_timestep_end", "null_prompt_probability", "lr_decay_fraction"),
         lambda v: 0 <= v <= 1,
         "between 0 and 1",
     ),

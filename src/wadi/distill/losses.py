@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 
-def guided(null: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance, p = p_null + s (p_cond - p_null)."""
+def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is 0-dimensional."""
     return null + scale * (cond - null)
 
 
@@ -36,6 +36,61 @@ def normalized_vsd_gradient(
 def generator_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """1/2 ||x0 - stopgrad(x0 - grad)||^2, mean over elements: its derivative by x0 is grad / numel."""
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
+
+
+def score_identity_loss(
+    eps_teacher: torch.Tensor,
+    eps_fake: torch.Tensor,
+    noise: torch.Tensor,
+    sigma_over_alpha: torch.Tensor,
+    alpha: float,
+) -> torch.Tensor:
+    """Score identity distillation (SiD, arXiv 2404.04057, with its weight), mean over elements.
+
+    With x_phi and x_psi what teacher and fake model take for x0 at x_t, and w = 1 / mean |x0 - x_phi|, a
+    sample's mean of which no derivative is taken,
+
+        L = w (x_phi - x_psi) ((x_phi - x0) - alpha (x_phi - x_psi))
+
+    As x_t = alpha_t x0 + sigma_t n, differences of x0 are sigma_t / alpha_t times differences of noise:
+
+        L = sigma_t / alpha_t (eps_fake - eps_teacher) ((n - eps_teacher) - alpha (eps_fake - eps_teacher))
+            / mean |eps_teacher - n|
+
+    Its derivative by x0 is all by way of x_t, through both networks. (`alpha` is SiD's, no noise level.)
+    """
+    change = eps_fake - eps_teacher
+    size = (eps_teacher - noise).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    return (sigma_over_alpha * change * ((noise - eps_teacher) - alpha * change) / size).mean()
+
+
+def regression_loss(
+    x0: torch.Tensor, target: torch.Tensor, loss_type: str, huber_c: float = 0.1
+) -> torch.Tensor:
+    """Distance d of the student's picture to the teacher's from the same noise, mean over elements.
+
+    DMD's second term (arXiv 2311.18828), in latent space: "l2" d^2, or "huber", which is the same for
+    small d, grows as 2 c |d| and is named as diffusers' training scripts have it: 2 c (sqrt(d^2 + c^2) - c).
+    """
+    squared = (x0 - target) ** 2
+    if loss_type == "huber":
+        squared = 2 * huber_c * ((squared + huber_c**2).sqrt() - huber_c)
+    return squared.mean()
+
+
+def adversarial_loss(fake: torch.Tensor) -> torch.Tensor:
+    """What the student minimises: softplus(-D(fake)), mean over logits of any shape (non-saturating)."""
+    return F.softplus(-fake).mean()
+
+
+def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """What the discriminator minimises: softplus(-D(real)) + softplus(D(fake)), means over logits."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def with_gradient(value: torch.Tensor, x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A loss that is `value` and whose derivative by x0 is `gradient`, both found elsewhere."""
+    return value.detach() + ((x0 - x0.detach()) * gradient.detach()).sum()
 
 
 def fake_loss(eps_fake: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,25 @@ from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
 from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
-from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
+from wadi.distill.discriminator import TeacherFeatures, make_head
+from wadi.distill.losses import (
+    adversarial_loss,
+    discriminator_loss,
+    fake_loss,
+    generator_loss,
+    guided,
+    normalized_vsd_gradient,
+    regression_loss,
+    score_identity_loss,
+    vsd_gradient,
+    with_gradient,
+)
 from wadi.distill.methods import method_config
+from wadi.distill.pairs import TeacherPairs, check_steps, teacher_pairs
 from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
-from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable, view
+from wadi.distill.roles import build_roles, enable_gradient_checkpointing, frozen, trainable, view
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
@@ -59,9 +72,13 @@ class StepInputs:
     fake_null: torch.Tensor  # (u,) bool, whole batch on the empty prompt
     fresh_z: torch.Tensor  # (k, n, C, H, W) float32
     fresh_condition: Condition  # (k, n, ...)
+    pair: dict[str, torch.Tensor] = field(default_factory=dict)  # z, x0 (n, C, H, W) float32; or nothing
+    pair_condition: Condition = field(default_factory=dict)  # of n prompts
+    # for the discriminator: t, real_t (n,) int64 and noise, real_noise (n, C, H, W) float32; or nothing
+    adversarial: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The fields, in order; a condition's tensors one by one."""
+        """The fields, in order; the tensors of a dictionary one by one."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return [t for value in values for t in (value.values() if isinstance(value, dict) else (value,))]
 
@@ -128,6 +145,8 @@ class Trainer:
         self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
             self.device
         )
+        if config.teacher_samples:
+            check_steps(config.teacher_sampling_steps, self.schedule)
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
         base = backbone.network
@@ -147,20 +166,32 @@ class Trainer:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(roles.student)
             enable_gradient_checkpointing(roles.fake)
-        self.teacher = roles.teacher
+        self.teacher, through = roles.teacher, config.gradient_checkpointing and config.score_identity_weight
+        if config.compile or through:
+            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
+        if through:
+            enable_gradient_checkpointing(self.teacher)
         if config.compile:
             check_compiler(self.device)
-            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
             for network in (self.teacher, roles.student, roles.fake):
                 compile_regions(network)
         self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
+        self.fake_network = roles.fake  # past DDP
         self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
         self.student_optimizer = self._adamw(self.student_parameters, config.student_learning_rate)
         self.fake_optimizer = self._adamw(self.fake_parameters, config.fake_learning_rate)
+        self.discriminator = None
+        if config.adversarial_weight:
+            self._add_discriminator()
         self.ema = {name: p.detach().clone() for name, p in self.student_parameters.items()}
         self.ema_weight = torch.ones((), device=self.device)
+        self.guidance_scale: float | torch.Tensor = config.guidance_scale
+        if config.last_guidance_scale != config.guidance_scale:
+            # on the device, so that a recorded graph follows it
+            self.guidance_scale = torch.full((), config.guidance_scale, device=self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps in all, and in a row
 
+        self.pairs: TeacherPairs | None = None  # see sample_teacher
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
         self.global_step, self.seconds = 0, 0.0
         self.batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -172,6 +203,16 @@ class Trainer:
             raise WadiError("--cuda-graphs: needs a CUDA device; leave it out here")
         if config.cuda_graphs and self.hosts is not None:
             raise WadiError("--cuda-graphs: works in one process only; leave it out or start one process")
+
+    def _add_discriminator(self) -> None:
+        config = self.config
+        self.features = TeacherFeatures(self.backbone, config.gradient_checkpointing, config.compile)
+        self.discriminator_head = make_head(self.features.channels, config.seed, self.device)
+        self.discriminator_parameters = trainable(self.discriminator_head)
+        self.discriminator = self.accelerator.prepare(self.discriminator_head)
+        self.discriminator_optimizer = self._adamw(
+            self.discriminator_parameters, config.discriminator_learning_rate
+        )
 
     # --- one step ---
 
@@ -193,6 +234,21 @@ class Trainer:
             self.graph.replay()
             return self.static_losses
 
+    def sample_teacher(self) -> None:
+        """Make the teacher pairs, if an option asks for them: takes a while, once, before the first step."""
+        if self.pairs is not None or not self.config.teacher_samples:
+            return
+
+        def predict(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+            # the backbone's own network: another size of batch would be compiled anew
+            return self._guided(self.backbone.network, x_t, t, condition, self.config.last_guidance_scale)
+
+        shape, embeddings = self.backbone.latent_shape, self.prompts.embeddings
+        with self.on_stream():
+            self.pairs = teacher_pairs(
+                self.config, predict, self.schedule, embeddings, shape, self.accelerator, self.hosts
+            )
+
     def draw(self, step: int) -> StepInputs:
         """This process's share of the step's randomness, which is of (seed, step) alone.
 
@@ -200,6 +256,7 @@ class Trainer:
         times the batch, no two see the same noise, and a resumed run draws the same, on however many.
         """
         config, schedule = self.config, self.schedule
+        self.sample_teacher()
         # 0: where the process's number once stood
         seeds = np.random.SeedSequence([config.seed, 0, step]).generate_state(2)
         self.generator.manual_seed(int(seeds[0]))
@@ -209,8 +266,10 @@ class Trainer:
         share, u = slice(first, first + own), config.fake_updates
         k = u - 1 if config.fake_fresh_samples else 0
         shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
-        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
+        highest = annealed(config.max_timestep, config.max_timestep_end, step, config.max_train_steps)
+        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, highest))
         on_device = {"device": self.device, "generator": self.generator}
+        # what an option adds is drawn last: the others keep their numbers
         return StepInputs(
             z=_keep(torch.randn(n, *shape, **on_device), share),
             condition=pick(self._draw_prompts(1, n, share), 0),
@@ -221,10 +280,13 @@ class Trainer:
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
             fresh_z=_keep(torch.randn(k, n, *shape, **on_device), share, 1),
             fresh_condition=self._draw_prompts(k, n, share),
+            **(self._draw_pairs(n, share) if self.pairs is not None else {}),
+            adversarial=self._draw_adversarial(n, share, low, high) if self.discriminator is not None else {},
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        """One update of the student and its average, then `fake_updates` updates of the fake model.
+        """One update of the student and its average, one of the discriminator if there is one, then
+        `fake_updates` of the fake model.
 
         Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
         hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
@@ -235,6 +297,9 @@ class Trainer:
             x0, losses = self._update_student(inputs)
             finite = losses["student_grad_norm"].isfinite()
             self._update_ema(finite)
+            if self.discriminator is not None:
+                losses |= self._update_discriminator(x0, inputs)
+                finite = finite & losses["discriminator_grad_norm"].isfinite()
             for update in range(self.config.fake_updates):
                 condition = inputs.condition
                 if update > 0:
@@ -268,27 +333,109 @@ class Trainer:
         config, schedule = self.config, self.schedule
         samples, losses = [], []
         for micro, synchronize in self._micro_batches(self.student):
-            z, t, noise = (x[micro] for x in (inputs.z, inputs.t, inputs.noise))
+            t, noise = inputs.t[micro], inputs.noise[micro]
             condition = pick(inputs.condition, micro)
             with synchronize:
-                x0 = self.generate(z, condition)
-                with torch.no_grad():
-                    # p = p_null + s (p_cond - p_null), for teacher and fake model alike
-                    x_t = schedule.add_noise(x0, noise, t)
-                    eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, config.guidance_scale)
-                    eps_fake = self._guided_epsilon(self.fake, x_t, t, condition, config.fake_guidance_scale)
-                    # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
-                    if config.weighting == "normalized":
-                        gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
-                    else:
-                        gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
+                x0, pair_x0 = self._generate_with_pairs(inputs, micro)
+                eps_teacher, eps_fake, identity = self._scores(x0, noise, t, condition)
+                # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
+                if config.weighting == "normalized":
+                    gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
+                else:
+                    gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
-                loss = generator_loss(x0, gradient) / config.gradient_accumulation_steps
-                self.accelerator.backward(loss)
+                terms = {"student_loss": (generator_loss(x0, gradient), config.distillation_weight)}
+                if identity is not None:
+                    terms["score_identity_loss"] = identity, config.score_identity_weight
+                if pair_x0 is not None:
+                    distance = regression_loss(
+                        pair_x0, inputs.pair["x0"][micro], config.regression_loss_type, config.huber_c
+                    )
+                    terms["regression_loss"] = distance, config.regression_weight
+                if self.discriminator is not None:
+                    terms["adversarial_loss"] = (
+                        self._adversarial_term(x0, inputs, micro),
+                        config.adversarial_weight,
+                    )
+                losses.append(self._backward(terms))
             samples.append(x0.detach())
-            losses.append(loss.detach())
         norm = self._optimize(self.student_optimizer, self.student_parameters)
-        return torch.cat(samples), {"student_loss": torch.stack(losses).sum(), "student_grad_norm": norm}
+        return torch.cat(samples), _total(losses) | {"student_grad_norm": norm}
+
+    def _scores(
+        self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Guided noise of teacher and fake model at x_t, without gradients, and SiD's loss if asked for."""
+        config, schedule = self.config, self.schedule
+        through = config.score_identity_weight > 0
+        leaf = x0.detach().requires_grad_(through)
+        with torch.set_grad_enabled(through), frozen(self.fake_parameters.values() if through else ()):
+            # p = p_null + s (p_cond - p_null), for teacher and fake model alike
+            x_t = schedule.add_noise(leaf, noise, t)
+            eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, self.guidance_scale)
+            eps_fake = self._guided_epsilon(self.fake_network, x_t, t, condition, config.fake_guidance_scale)
+            if not through:
+                return eps_teacher, eps_fake, None
+            ratio = schedule.sigma(t) / schedule.alpha(t)
+            loss = score_identity_loss(eps_teacher, eps_fake, noise, ratio, config.score_identity_alpha)
+            identity = with_gradient(loss, x0, self._gradient(loss, leaf))
+        return eps_teacher.detach(), eps_fake.detach(), identity
+
+    def _generate_with_pairs(
+        self, inputs: StepInputs, micro: slice
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The student's pictures of a micro-batch, and of its teacher pairs where they are asked for."""
+        z, condition = inputs.z[micro], pick(inputs.condition, micro)
+        if not self.config.regression_weight:
+            return self.generate(z, condition), None
+        both = concatenate([condition, pick(inputs.pair_condition, micro)])
+        return self.generate(torch.cat([z, inputs.pair["z"][micro]]), both).split(len(z))
+
+    def _adversarial_term(self, x0: torch.Tensor, inputs: StepInputs, micro: slice) -> torch.Tensor:
+        """The student's loss against the discriminator, by way of its derivative by x0.
+
+        So that neither the head's weights get a gradient, nor the teacher's activations have to wait for the
+        student's backward.
+        """
+        t, noise = (inputs.adversarial[name][micro] for name in ("t", "noise"))
+        leaf = x0.detach().requires_grad_()
+        x_t = self.schedule.add_noise(leaf, noise, t)
+        # past DDP, which exchanges the gradients of the head's own update only
+        logits = self.discriminator_head(self.features(x_t, t, pick(inputs.condition, micro)))
+        loss = adversarial_loss(logits)
+        return with_gradient(loss, x0, self._gradient(loss, leaf))
+
+    def _gradient(self, loss: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """dL/dx0 alone; on its way through half precision it is as large as the loss scale makes it."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return torch.autograd.grad(loss, x0)[0]
+        scale = scaler.scale(torch.ones((), device=x0.device))
+        return torch.autograd.grad(loss * scale, x0)[0] / scale
+
+    def _update_discriminator(self, x0: torch.Tensor, inputs: StepInputs) -> dict[str, torch.Tensor]:
+        losses, drawn = [], inputs.adversarial
+        for micro, synchronize in self._micro_batches(self.discriminator):
+            real, fake = inputs.pair["x0"][micro], x0[micro]
+            t = torch.cat([drawn["real_t"][micro], drawn["t"][micro]])
+            noise = torch.cat([drawn["real_noise"][micro], drawn["noise"][micro]])
+            both = concatenate([pick(inputs.pair_condition, micro), pick(inputs.condition, micro)])
+            with synchronize:
+                with torch.no_grad():
+                    features = self.features(
+                        self.schedule.add_noise(torch.cat([real, fake]), noise, t), t, both
+                    )
+                loss = discriminator_loss(*self.discriminator(features).chunk(2))
+                losses.append(self._backward({"discriminator_loss": (loss, 1.0)}))
+        norm = self._optimize(self.discriminator_optimizer, self.discriminator_parameters)
+        return _total(losses) | {"discriminator_grad_norm": norm}
+
+    def _backward(self, terms: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
+        """Backward of a micro-batch's weighted terms; returns each term's share in the step's mean."""
+        count = self.config.gradient_accumulation_steps
+        weighted = [loss if weight == 1 else weight * loss for loss, weight in terms.values()]
+        self.accelerator.backward(sum(weighted[1:], weighted[0]) / count)
+        return {name: loss.detach() / count for name, (loss, _) in terms.items()}
 
     def _update_fake(
         self, x0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
@@ -314,14 +461,28 @@ class Trainer:
         x_t: torch.Tensor,
         t: torch.Tensor,
         condition: Condition,
-        scale: float,
+        scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise prediction: null prompt and condition in one call; s = 1 needs no null prompt."""
-        if scale == 1:
-            return self.schedule.epsilon(self._predict(network, x_t, t, condition), x_t, t)
+        """The noise that `_guided` stands for."""
+        return self.schedule.epsilon(self._guided(network, x_t, t, condition, scale), x_t, t)
+
+    def _guided(
+        self,
+        network: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        scale: float | torch.Tensor,
+    ) -> torch.Tensor:
+        """Guided prediction: null prompt and condition in one call; s = 1 needs no null prompt.
+
+        A scale that is a tensor lives on the device: what it is, the host does not ask.
+        """
+        if not isinstance(scale, torch.Tensor) and scale == 1:
+            return self._predict(network, x_t, t, condition)
         both = concatenate([repeat(self.null, len(t)), condition])
         prediction = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        return self.schedule.epsilon(guided(*prediction.chunk(2), scale), x_t, t)
+        return guided(*prediction.chunk(2), scale)
 
     def _micro_batches(
         self, network: torch.nn.Module
@@ -372,15 +533,22 @@ class Trainer:
 
     def _set_rates(self, step: int) -> None:
         factor = learning_rate_factor(self.config, step)
-        for optimizer, rate in (
+        rates = [
             (self.student_optimizer, self.config.student_learning_rate),
             (self.fake_optimizer, self.config.fake_learning_rate),
-        ):
+        ]
+        if self.discriminator is not None:
+            rates.append((self.discriminator_optimizer, self.config.discriminator_learning_rate))
+        for optimizer, rate in rates:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], torch.Tensor):
                     group["lr"].fill_(rate * factor)
                 else:
                     group["lr"] = rate * factor
+        if isinstance(self.guidance_scale, torch.Tensor):
+            config = self.config
+            scale = annealed(config.guidance_scale, config.guidance_scale_end, step, config.max_train_steps)
+            self.guidance_scale.fill_(scale)
         self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
 
     def _adamw(self, parameters: dict[str, torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
@@ -415,6 +583,25 @@ class Trainer:
             name: tensor.to(self.device, non_blocking=True).unflatten(0, own.shape)
             for name, tensor in chosen.items()
         }
+
+    def _draw_pairs(self, count: int, share: slice) -> dict[str, dict[str, torch.Tensor]]:
+        """A share of a batch of random teacher pairs: latents from the device, prompts from the host."""
+        pairs = self.pairs
+        own = torch.randint(len(pairs.z), (count,), generator=self.prompt_generator)[share]
+        chosen = self.prompts.embeddings.take(pairs.prompts[own], pin_memory=self.device.type == "cuda")
+        index = own.to(self.device)
+        return {
+            "pair": {"z": pairs.z[index].float(), "x0": pairs.x0[index].float()},
+            "pair_condition": {name: x.to(self.device, non_blocking=True) for name, x in chosen.items()},
+        }
+
+    def _draw_adversarial(self, count: int, share: slice, low: int, high: int) -> dict[str, torch.Tensor]:
+        """Timesteps and noise of a share of what the discriminator sees."""
+        shape, on_device = self.backbone.latent_shape, {"device": self.device, "generator": self.generator}
+        t, real_t = torch.randint(low, high + 1, (2, count), **on_device)
+        noise, real_noise = torch.randn(2, count, *shape, **on_device)
+        drawn = {"t": t, "real_t": real_t, "noise": noise, "real_noise": real_noise}
+        return {name: _keep(whole, share) for name, whole in drawn.items()}
 
     # --- CUDA graph ---
 
@@ -459,6 +646,7 @@ class Trainer:
             SystemExit: code 2, where that happened in another process, which tells.
         """
         config, start = self.config, time.monotonic() - self.seconds
+        self.sample_teacher()
         main = self.accelerator.is_main_process
         bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
         with bar, _catch_interrupt(self.accelerator) as interrupted:
@@ -579,13 +767,18 @@ class Trainer:
 
     def checkpoint_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint holds, by file and name; live tensors, not copies."""
-        return {
+        groups = {
             "student": {name: p.data for name, p in self.student_parameters.items()},
             "fake": {name: p.data for name, p in self.fake_parameters.items()},
             "ema": self.ema,
             "student_optimizer": _moments(self.student_optimizer, self.student_parameters),
             "fake_optimizer": _moments(self.fake_optimizer, self.fake_parameters),
         }
+        if self.discriminator is not None:
+            parameters = self.discriminator_parameters
+            groups["discriminator"] = {name: p.data for name, p in parameters.items()}
+            groups["discriminator_optimizer"] = _moments(self.discriminator_optimizer, parameters)
+        return groups
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step-N of the run folder.
@@ -648,6 +841,18 @@ def learning_rate_factor(config: DistillConfig, step: int) -> float:
     decay_steps = config.lr_decay_fraction * config.max_train_steps
     decay = min(1.0, (config.max_train_steps - step) / decay_steps) if decay_steps else 1.0
     return warmup * decay
+
+
+def _total(losses: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sums over the micro-batches, by name."""
+    return {name: torch.stack([part[name] for part in losses]).sum() for name in losses[0]}
+
+
+def annealed(start: float, end: float | None, step: int, max_train_steps: int) -> float:
+    """From `start` at step 0 linearly to `end` at the last step, where it stays; without an end, `start`."""
+    if end is None:
+        return start
+    return start + (end - start) * min(1.0, step / max(1, max_train_steps - 1))
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:

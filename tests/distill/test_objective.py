@@ -1,0 +1,641 @@
+"""Options of the objective that the paper does not have: each against its equation written out again."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from tests.distill.test_processes import config as launched
+from tests.distill.test_processes import launch
+from tests.distill.test_resume import config as resumable
+from tests.distill.test_trainer import CONFIG, make, plain_epsilon, same, snapshot
+from tests.onestep.test_pipeline import tiny_pixart
+from wadi.distill import DistillConfig, PixArtBackbone, distill
+from wadi.distill.condition import repeat
+from wadi.distill.discriminator import TeacherFeatures
+from wadi.distill.losses import (
+    adversarial_loss,
+    discriminator_loss,
+    regression_loss,
+    score_identity_loss,
+    with_gradient,
+)
+from wadi.distill.trainer import annealed
+from wadi.errors import WadiError
+from wadi.files import load_tensors
+
+REGRESSION = {"teacher_samples": 5, "teacher_sampling_steps": 4, "regression_weight": 0.5}
+
+ADVERSARIAL = {"teacher_samples": 5, "teacher_sampling_steps": 4, "adversarial_weight": 0.3}
+EVERYTHING = REGRESSION | {
+    "guidance_scale": 3.0,
+    "guidance_scale_end": 1.5,
+    "max_timestep_end": 0.5,
+    "regression_loss_type": "huber",
+    "adversarial_weight": 0.3,
+    "discriminator_learning_rate": 1e-3,
+    "distillation_weight": 0.7,
+    "score_identity_weight": 0.2,
+    "score_identity_alpha": 1.2,
+}
+LOSSES = {
+    "student_loss",
+    "fake_loss",
+    "regression_loss",
+    "adversarial_loss",
+    "discriminator_loss",
+    "score_identity_loss",
+}
+
+
+def student_gradients(trainer, inputs):
+    """Gradients of one update of the student, before clipping, and its losses."""
+    gradients, hooks = {}, []
+    for name, p in trainer.student_parameters.items():
+        hooks.append(p.register_hook(lambda g, name=name: gradients.__setitem__(name, g.clone())))
+    _, losses = trainer._update_student(inputs)
+    for hook in hooks:
+        hook.remove()
+    return gradients, {name: float(value) for name, value in losses.items()}
+
+
+def twin(trainer, **changes):
+    """Another trainer with the same weights, average and moments of student and fake model."""
+    other = make(trainer.schedule.prediction_type, **changes)
+    for name, tensors in other.checkpoint_tensors().items():
+        for key, tensor in tensors.items():
+            tensor.copy_(trainer.checkpoint_tensors()[name][key])
+    return other
+
+
+def plain_student(trainer, z, condition):
+    """The student's pictures in float64."""
+    levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()
+    eps = plain_epsilon(trainer, trainer.student, z, torch.full((len(z),), 999), condition)
+    return (z - (1 - levels[-1]).sqrt() * eps) / levels[-1].sqrt()
+
+
+def assert_same_gradients(found, expected):
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=2e-3, atol=1e-6 + 1e-3 * float(want.abs().max()))
+
+
+def test_annealed_goes_linearly_and_stays():
+    values = [annealed(4.0, 1.0, step, 7) for step in range(9)]
+    assert values == pytest.approx([4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0])
+    assert annealed(4.0, None, 3, 7) == 4.0
+    assert annealed(4.0, 1.0, 0, 1) == 4.0
+
+
+def test_annealed_guidance_is_the_fixed_one_of_each_step():
+    """Every step of the annealed training is a step with that step's guidance, to the bit."""
+    trainer, seen = make(guidance_scale=3.0, guidance_scale_end=1.5, max_train_steps=4), []
+    for step in range(4):
+        other = twin(trainer, guidance_scale=3.0 - 0.5 * step)
+        trainer.step(step), other.step(step)
+        assert same(snapshot(trainer), snapshot(other))
+        seen.append(float(trainer.guidance_scale))
+    assert seen == [3.0, 2.5, 2.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "size"), [(1.0, 1.0, 2), (1.0, 2.0, 4), (2.0, 1.0, 4), (1.0, None, 2)]
+)
+def test_null_prompt_is_left_out_only_where_both_ends_are_one(start, end, size):
+    trainer, sizes = make(guidance_scale=start, guidance_scale_end=end, max_train_steps=2), []
+    trainer.teacher.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    trainer.step(0), trainer.step(1)
+    assert sizes == [size, size]
+
+
+def test_highest_timestep_goes_down():
+    changes = {"train_batch_size": 512, "min_timestep": 0.3, "max_train_steps": 3}
+    trainer = make(max_timestep=0.9, max_timestep_end=0.5, **changes)
+    plain = make(max_timestep=0.9, **changes)
+    for step, highest in enumerate((900, 700, 500)):
+        inputs, others = trainer.draw(step), plain.draw(step)
+        assert 300 <= int(inputs.t.min()) < 330
+        assert highest - 30 < int(inputs.t.max()) <= highest
+        assert torch.equal(inputs.z, others.z)
+        assert torch.equal(inputs.t, others.t) == (step == 0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_teacher_pairs_are_diffusers_ddim(prediction_type):
+    """Against the stock scheduler with trailing timesteps, guided, one pair at a time."""
+    trainer = make(
+        prediction_type,
+        guidance_scale=1.0,
+        guidance_scale_end=2.0,
+        **REGRESSION | {"teacher_sampling_steps": 5},
+    )
+    trainer.sample_teacher()
+    pairs = trainer.pairs
+    assert pairs.z.shape == (5, 4, 8, 8)
+    assert pairs.z.dtype == pairs.x0.dtype == torch.float32
+    assert not pairs.x0.requires_grad
+    stock = DDIMScheduler.from_config(
+        trainer.backbone.scheduler_config, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0
+    )
+    stock.set_timesteps(5)
+    assert stock.timesteps.tolist() == trainer.schedule.sampling_timesteps(5)
+    conditions = trainer.prompts.embeddings.take(pairs.prompts)["encoder_hidden_states"]
+    for z, x0, condition in zip(pairs.z, pairs.x0, conditions, strict=True):
+        x = z[None]
+        for t in stock.timesteps:
+            with torch.no_grad():
+                null, cond = (
+                    trainer.teacher(x, t, encoder_hidden_states=c).sample
+                    for c in (trainer.null["encoder_hidden_states"], condition[None])
+                )
+            x = stock.step(null + 2.0 * (cond - null), t, x).prev_sample
+        torch.testing.assert_close(x0, x[0], rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_pairs_are_of_the_seed_and_of_no_batch(monkeypatch):
+    first, again, other = (make(seed=seed, **REGRESSION) for seed in (3, 3, 4))
+    for trainer in (first, again, other):
+        trainer.sample_teacher()
+    assert torch.equal(first.pairs.x0, again.pairs.x0)
+    assert torch.equal(first.pairs.prompts, again.pairs.prompts)
+    assert not torch.equal(first.pairs.z, other.pairs.z)
+    monkeypatch.setattr("wadi.distill.pairs.NUMBERS_AT_ONCE", 2 * 4 * 8 * 8)
+    small = make(seed=3, **REGRESSION)
+    small.sample_teacher()
+    torch.testing.assert_close(first.pairs.x0, small.pairs.x0, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_share_the_teachers_work(monkeypatch):
+    """Two processes make every other batch; their sum is what one makes."""
+    monkeypatch.setattr("wadi.distill.pairs.NUMBERS_AT_ONCE", 2 * 4 * 8 * 8)
+    whole, parts = make(**REGRESSION), []
+    whole.sample_teacher()
+    for rank in range(2):
+        part = make(**REGRESSION)
+        part.accelerator = SimpleNamespace(
+            process_index=rank,
+            num_processes=2,
+            is_main_process=False,
+            device=part.device,
+            reduce=lambda x, how: x,
+        )
+        part.sample_teacher()
+        parts.append(part.pairs.x0)
+    assert [bool(x.any()) for x in parts[0]] == [True, True, False, False, True]
+    assert torch.equal(whole.pairs.x0, parts[0] + parts[1])
+    assert torch.equal(whole.pairs.z, part.pairs.z)
+
+
+def test_teacher_pairs_in_half_precision_start_from_the_noise_that_is_kept():
+    trainer = make(mixed_precision="bf16", **REGRESSION)
+    trainer.sample_teacher()
+    assert trainer.pairs.z.dtype == trainer.pairs.x0.dtype == torch.float16
+    inputs = trainer.draw(0)
+    assert inputs.pair["z"].dtype == inputs.pair["x0"].dtype == torch.float32
+    assert all(bool(value.isfinite()) for value in trainer.step(0).values())
+
+
+def test_drawn_pairs_belong_together_and_leave_the_other_draws_alone():
+    trainer = make(train_batch_size=6, **REGRESSION | ADVERSARIAL)
+    plain = make(train_batch_size=6)
+    inputs, others = trainer.draw(3), plain.draw(3)
+    for field in dataclasses.fields(others):
+        ours, theirs = (getattr(x, field.name) for x in (inputs, others))
+        if field.name in ("pair", "pair_condition", "adversarial"):
+            assert theirs == {}
+        elif isinstance(theirs, dict):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        else:
+            assert torch.equal(ours, theirs)
+    pairs, numbers = trainer.pairs, []
+    states = trainer.prompts.embeddings.take(pairs.prompts)["encoder_hidden_states"]
+    for z, x0, c in zip(*inputs.pair.values(), inputs.pair_condition["encoder_hidden_states"], strict=True):
+        (i,) = [i for i in range(5) if torch.equal(z, pairs.z[i])]
+        assert torch.equal(x0, pairs.x0[i])
+        assert torch.equal(c, states[i])
+        numbers.append(i)
+    assert len(set(numbers)) > 1
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "huber"])
+def test_regression_loss(loss_type):
+    x0, target = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for d in (x0 - target).flatten().tolist():
+        total += d * d if loss_type == "l2" else 2 * 0.3 * (math.hypot(d, 0.3) - 0.3)
+    assert float(regression_loss(x0, target, loss_type, 0.3)) == pytest.approx(total / x0.numel(), rel=1e-12)
+    inputs = (x0.clone().requires_grad_(), target)
+    assert torch.autograd.gradcheck(lambda a, b: regression_loss(a, b, loss_type, 0.3), inputs)
+
+
+def test_huber_is_the_square_of_small_distances():
+    x0 = torch.full((1,), 1e-4, dtype=torch.float64)
+    assert float(regression_loss(x0, 0 * x0, "huber")) == pytest.approx(1e-8, rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_regression_gradient_is_the_equation(prediction_type):
+    """What the term adds to the student's gradient, in float64, sample by sample."""
+    trainer = make(prediction_type, **REGRESSION)
+    trainer.step(0)
+    other, inputs = twin(trainer), trainer.draw(1)
+    x0 = plain_student(trainer, inputs.pair["z"], inputs.pair_condition)
+    distance = (x0 - inputs.pair["x0"]).square().mean()
+    parameters = trainer.student_parameters
+    expected = torch.autograd.grad(0.5 * distance, list(parameters.values()))
+    total, losses = student_gradients(trainer, inputs)
+    plain, plain_losses = student_gradients(other, other.draw(1))
+    assert losses["regression_loss"] == pytest.approx(distance.item(), rel=1e-4)
+    assert losses["student_loss"] == pytest.approx(plain_losses["student_loss"], rel=1e-3)
+    assert_same_gradients(
+        {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
+    )
+
+
+def test_adversarial_losses_and_their_derivatives():
+    real, fake = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reals, fakes = real.flatten().tolist(), fake.flatten().tolist()
+    expected = sum(math.log(1 + math.exp(-d)) for d in fakes) / 12
+    assert float(adversarial_loss(fake)) == pytest.approx(expected, rel=1e-12)
+    expected = sum(
+        math.log(1 + math.exp(-r)) + math.log(1 + math.exp(f)) for r, f in zip(reals, fakes, strict=True)
+    )
+    assert float(discriminator_loss(real, fake)) == pytest.approx(expected / 12, rel=1e-12)
+    fake.requires_grad_()
+    (grad,) = torch.autograd.grad(adversarial_loss(fake), fake)
+    torch.testing.assert_close(grad, -1 / (1 + fake.detach().exp()) / 12)
+
+
+def test_with_gradient_has_the_value_and_the_derivative():
+    x0, gradient = torch.randn(2, 5).requires_grad_(), torch.randn(5)
+    loss = with_gradient(torch.tensor(3.5), x0, gradient)
+    assert loss.item() == 3.5
+    (found,) = torch.autograd.grad(2 * loss, x0)
+    assert torch.equal(found, 2 * gradient.expand(2, 5))
+
+
+@pytest.mark.parametrize("kind", ["unet", "pixart"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_those_of_the_whole_teacher(kind, checkpointing):
+    """Values and derivatives by x_t are those of the module in the middle; the teacher stays whole."""
+    backbone = make().backbone if kind == "unet" else PixArtBackbone(tiny_pixart())
+    middle = backbone.network.mid_block if kind == "unet" else backbone.network.transformer_blocks[0]
+    features, calls = TeacherFeatures(backbone, checkpointing, compiled=False), []
+    condition = backbone.text.encode(["a red cat", "a dog"])
+    x_t, t = torch.randn(2, 4, 8, 8).requires_grad_(), torch.tensor([7, 800])
+    hook = middle.register_forward_hook(lambda module, args, output: calls.append(output))
+    backbone.predict(backbone.network, x_t, t, condition)
+    hook.remove()
+    expected = calls[0].flatten(2).transpose(1, 2) if kind == "unet" else calls[0]
+    found = features(x_t, t, condition)
+    assert found.shape == (2, 16, features.channels)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), x_t)[0] for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert sum(p.numel() for p in features.network.parameters()) < 0.8 * sum(
+        p.numel() for p in backbone.network.parameters()
+    )
+
+
+def head_logits(trainer, x_t, t, condition):
+    """The discriminator's logits through the whole teacher, one sample at a time, with a graph."""
+    logits = []
+    for x, step, c in zip(x_t, t, condition["encoder_hidden_states"], strict=True):
+        found = []
+        hook = trainer.teacher.mid_block.register_forward_hook(
+            lambda m, a, out, found=found: found.append(out)
+        )
+        trainer.teacher(x[None].float(), step, encoder_hidden_states=c[None])
+        hook.remove()
+        logits.append(trainer.discriminator_head(found[0][0].flatten(1).T))
+    return torch.stack(logits)
+
+
+def test_adversarial_gradient_is_the_equation():
+    """What the term adds to the student's gradient is backward through head, teacher, noise and student."""
+    trainer = make(**ADVERSARIAL)
+    trainer.step(0)
+    other, inputs = twin(trainer), trainer.draw(1)
+    drawn, parameters = inputs.adversarial, trainer.student_parameters
+    levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[drawn["t"]].view(-1, 1, 1, 1)
+    x0 = plain_student(trainer, inputs.z, inputs.condition)
+    logits = head_logits(
+        trainer, levels.sqrt() * x0 + (1 - levels).sqrt() * drawn["noise"], drawn["t"], inputs.condition
+    )
+    loss = (1 + (-logits).exp()).log().mean()
+    expected = torch.autograd.grad(0.3 * loss, list(parameters.values()))
+    head = {name: p.detach().clone() for name, p in trainer.discriminator_parameters.items()}
+    total, losses = student_gradients(trainer, inputs)
+    plain, _ = student_gradients(other, other.draw(1))
+    assert losses["adversarial_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_gradients(
+        {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
+    )
+    assert all(
+        p.grad is None and torch.equal(p, head[name]) for name, p in trainer.discriminator_parameters.items()
+    )
+
+
+def test_discriminator_gradient_is_the_equation():
+    trainer, gradients = make(**ADVERSARIAL), {}
+    inputs, parameters = trainer.draw(0), trainer.discriminator_parameters
+    drawn, x0 = inputs.adversarial, torch.randn(2, 4, 8, 8)
+    levels, logits = trainer.backbone.pipeline.scheduler.alphas_cumprod, []
+    for x, noise, t, c in (
+        (inputs.pair["x0"], "real_noise", "real_t", inputs.pair_condition),
+        (x0, "noise", "t", inputs.condition),
+    ):
+        level = levels[drawn[t]].view(-1, 1, 1, 1)
+        logits.append(head_logits(trainer, level.sqrt() * x + (1 - level).sqrt() * drawn[noise], drawn[t], c))
+    loss = (1 + (-logits[0]).exp()).log().mean() + (1 + logits[1].exp()).log().mean()
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    for name, p in parameters.items():
+        p.register_hook(lambda g, name=name: gradients.__setitem__(name, g.clone()))
+    found = trainer._update_discriminator(x0, inputs)
+    assert float(found["discriminator_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_gradients(gradients, dict(zip(parameters, expected, strict=True)))
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+
+
+def test_discriminator_learns_what_stands_still():
+    trainer = make(**ADVERSARIAL, discriminator_learning_rate=1e-2)
+    inputs, x0 = trainer.draw(0), 3 * torch.ones(2, 4, 8, 8)
+    losses = [float(trainer._update_discriminator(x0, inputs)["discriminator_loss"]) for _ in range(15)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_loss_scale_divides_out_with_every_option():
+    """Exactly, as a power of two, which the derivative by x0 leaves again before the student's backward."""
+    scaled, plain = everything(gradient_accumulation_steps=2), everything(gradient_accumulation_steps=2)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for trainer in (scaled, plain):
+        trainer.step(0)
+    assert same(snapshot(scaled), snapshot(plain))
+
+
+def test_a_discriminator_that_is_not_finite_is_skipped_and_counted():
+    trainer = make(**ADVERSARIAL)
+    inputs = trainer.draw(0)
+    inputs.pair["x0"].fill_(math.inf)
+    trainer._set_rates(0)
+    before = snapshot(trainer)
+    trainer.iteration(inputs)
+    after = snapshot(trainer)
+    assert trainer.skipped.tolist() == [1, 1]
+    moved = {name.split("/")[0] for name, x in after.items() if not torch.equal(x, before[name])}
+    assert moved == {"student", "student_optimizer", "ema", "fake", "fake_optimizer"}
+
+
+def test_transformer_trains_with_every_option(tmp_path):
+    tiny_pixart().save_pretrained(tmp_path / "teacher")
+    options = dataclasses.replace(
+        resumable(tmp_path / "teacher", tmp_path, "run", **EVERYTHING),
+        alpha_T_squared=0.0047,
+        max_train_steps=4,
+    )
+    run = distill(options)
+    last = run / "checkpoints/step-000004"
+    names = sorted(path.name for path in last.glob("*.safetensors"))
+    assert "discriminator.safetensors" in names
+    first = {name: load_tensors(last / name) for name in names}
+    distill(DistillConfig(resume_from_checkpoint=str(run / "checkpoints/step-000002")))
+    for name in names:
+        assert same(first[name], load_tensors(last / name))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(row["skipped_steps"] == 0 and row.keys() >= LOSSES for row in rows)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
+def test_score_identity_loss_is_the_papers_in_x0(alpha):
+    """From the two x0-predictions, as the paper has it: value and derivatives by both."""
+    torch.manual_seed(0)
+    x0, noise, teacher, fake = torch.randn(4, 3, 4, 2, 2, dtype=torch.float64)
+    level = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).view(-1, 1, 1, 1)
+    ratio = (1 - level**2).sqrt() / level
+    found, expected = [], []
+    for result in (found, expected):
+        a, b = teacher.clone().requires_grad_(), fake.clone().requires_grad_()
+        if result is found:
+            loss = score_identity_loss(a, b, noise, ratio, alpha)
+        else:
+            x_t = level * x0 + (1 - level**2).sqrt() * noise
+            phi, psi = (x_t / level - ratio * eps for eps in (a, b))
+            parts = []
+            for i in range(3):
+                size = (x0[i] - phi[i]).detach().abs().mean()
+                parts.append((phi[i] - psi[i]) * ((phi[i] - x0[i]) - alpha * (phi[i] - psi[i])) / size)
+            loss = torch.stack(parts).mean()
+        result += [loss, *torch.autograd.grad(loss, (a, b))]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_score_identity_gradient_is_the_equation(prediction_type, checkpointing):
+    """What the term adds to the student's gradient is backward through both guided networks, in x0."""
+    options = {"guidance_scale": 2.0, "fake_guidance_scale": 1.5, "gradient_checkpointing": checkpointing}
+    trainer = make(
+        prediction_type,
+        distillation_weight=0.0,
+        score_identity_weight=0.4,
+        score_identity_alpha=1.2,
+        **options,
+    )
+    trainer.step(0)
+    inputs, parameters = trainer.draw(1), trainer.student_parameters
+    null = repeat(trainer.null, 2)
+    level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[inputs.t].view(-1, 1, 1, 1)
+    x0 = plain_student(trainer, inputs.z, inputs.condition)
+    x_t, taken = level.sqrt() * x0 + (1 - level).sqrt() * inputs.noise, []
+    for network, scale in ((trainer.teacher, 2.0), (trainer.fake, 1.5)):
+        p_null, p_cond = (plain_epsilon(trainer, network, x_t, inputs.t, c) for c in (null, inputs.condition))
+        eps = p_null + scale * (p_cond - p_null)
+        taken.append((x_t - (1 - level).sqrt() * eps) / level.sqrt())
+    phi, psi = taken
+    size = (x0 - phi).abs().mean(dim=(1, 2, 3), keepdim=True).detach()
+    loss = ((phi - psi) * ((phi - x0) - 1.2 * (phi - psi)) / size).mean()
+    expected = torch.autograd.grad(0.4 * loss, list(parameters.values()))
+    found, losses = student_gradients(trainer, inputs)
+    assert losses["score_identity_loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-7)
+    assert_same_gradients(found, dict(zip(parameters, expected, strict=True)))
+    assert all(p.grad is None and p.requires_grad for p in trainer.fake_parameters.values())
+
+
+def test_score_identity_leaves_the_distillation_gradient_as_it_is():
+    """Both terms see the same predictions; the sum of their gradients is that of the sum."""
+    parts = []
+    for weights in ((1.0, 0.0), (0.0, 0.5), (1.0, 0.5)):
+        trainer = make(distillation_weight=weights[0], score_identity_weight=weights[1])
+        parts.append(student_gradients(trainer, trainer.draw(0)))
+    (first, losses), (second, _), (both, sums) = parts
+    assert losses["student_loss"] == sums["student_loss"]
+    assert_same_gradients(both, {name: first[name] + second[name] for name in both})
+
+
+def everything(**changes):
+    return make(**EVERYTHING | changes)
+
+
+def test_resumed_with_every_option_goes_on_the_same(tmp_path):
+    trainer = everything(output_dir=str(tmp_path), checkpointing_steps=2)
+    trainer.train()
+    again = everything(output_dir=str(tmp_path))
+    again.load_checkpoint(tmp_path / "checkpoints/step-000002")
+    assert not same(snapshot(trainer), snapshot(again))
+    for step in (2, 3):
+        again.step(step)
+    assert same(snapshot(trainer), snapshot(again))
+
+
+def test_accumulation_equals_the_larger_batch_with_every_option():
+    large, small = everything(train_batch_size=4), everything(gradient_accumulation_steps=2)
+    losses, others = large.step(0), small.step(0)
+    for name in losses:
+        torch.testing.assert_close(losses[name], others[name], rtol=2e-3, atol=1e-7)
+    first, second = snapshot(large), snapshot(small)
+    for name in first:
+        if "exp_avg" in name:
+            scale = float(first[name].abs().max())
+            torch.testing.assert_close(first[name], second[name], rtol=2e-3, atol=2e-3 * scale + 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 3e-4),
+        ({"keep_rotated": True}, 3e-4),
+        ({"keep_rotated": True, "gradient_checkpointing": True}, 3e-4),
+        ({"mixed_precision": "bf16"}, 0.1),
+    ],
+)
+def test_variants_train_close_to_the_plain_step_with_every_option(changes, tolerance):
+    plain, other = everything(), everything(**changes)
+    for step in range(2):
+        expected, losses = plain.step(step), other.step(step)
+    # the difference of two networks that are nearly equal is rounding in half precision
+    least = 2e-3 if "mixed_precision" in changes else 1e-5
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        if name.endswith("_loss") or least < 1e-3:
+            assert float(value) == pytest.approx(float(expected[name]), rel=tolerance, abs=least)
+
+
+def test_compiled_steps_are_the_eager_ones_with_every_option(monkeypatch):
+    changes = {"gradient_checkpointing": True, "keep_rotated": True}
+    torch._dynamo.reset()
+    monkeypatch.setattr("wadi.distill.regions.BACKEND", "aot_eager")
+    eager, compiled = everything(**changes), everything(compile=True, **changes)
+    for step in range(2):
+        expected, losses = eager.step(step), compiled.step(step)
+        for name in expected:
+            torch.testing.assert_close(losses[name], expected[name], rtol=2e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_base_never_changes_with_every_option():
+    trainer = everything()
+    before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
+    trainer.step(0), trainer.step(1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.teacher.state_dict().items())
+    assert all(p.grad is None for p in trainer.fake_parameters.values())
+
+
+def test_metrics_have_every_term(tmp_path):
+    everything(output_dir=str(tmp_path)).train()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name for name in row if name.endswith("_loss")} == LOSSES
+
+
+def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
+    """Both have the same pairs; gradients of head and student are averaged over both."""
+    changes = EVERYTHING | {"max_train_steps": 3, "validation_steps": 0, "teacher_samples": 40}
+    (tmp_path / "one").mkdir()
+    one = distill(launched(teacher_folder, tmp_path / "one", **changes))
+    options = launched(teacher_folder, tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes)
+    process = launch(options, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for name in ("student_optimizer", "discriminator_optimizer", "fake_optimizer"):
+        first, second = (
+            load_tensors(run / f"checkpoints/step-000001/{name}.safetensors")
+            for run in (one, tmp_path / "run")
+        )
+        for key in first:
+            scale = float(first[key].abs().max())
+            torch.testing.assert_close(first[key], second[key], rtol=3e-3, atol=3e-3 * scale + 1e-10)
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, tmp_path / "run")
+    ]
+    for ours, theirs in zip(*rows, strict=True):
+        for name in LOSSES:
+            assert theirs[name] == pytest.approx(ours[name], rel=2e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale_end": -1.0}, "--guidance-scale-end: must be zero or more"),
+        ({"distillation_weight": -1.0}, "--distillation-weight: must be zero or more"),
+        (
+            {"distillation_weight": 0.0},
+            "--distillation-weight: is 0, and no other term has a weight; give one",
+        ),
+        ({"score_identity_weight": -1.0}, "--score-identity-weight: must be zero or more"),
+        ({"score_identity_alpha": float("nan")}, "--score-identity-alpha: must be zero or more"),
+        ({"teacher_samples": -1}, "--teacher-samples: must be zero or more"),
+        ({"teacher_sampling_steps": 0}, "--teacher-sampling-steps: must be at least 1"),
+        ({"regression_weight": -1.0}, "--regression-weight: must be zero or more"),
+        ({"regression_weight": 1.0}, "--regression-weight: needs teacher pairs; set --teacher-samples"),
+        ({"regression_loss_type": "l1"}, "--regression-loss-type: must be one of l2, huber"),
+        ({"huber_c": 0.0}, "--huber-c: must be a positive number"),
+        (
+            {"teacher_samples": 8},
+            "--teacher-samples: nothing uses them; set --regression-weight or --adversarial-weight",
+        ),
+        ({"adversarial_weight": 1.0}, "--adversarial-weight: needs teacher pairs; set --teacher-samples"),
+        ({"adversarial_weight": float("inf")}, "--adversarial-weight: must be zero or more"),
+        ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate: must be a positive number"),
+        ({"max_timestep_end": 1.5}, "--max-timestep-end: must be between 0 and 1"),
+        (
+            {"min_timestep": 0.5, "max_timestep_end": 0.4},
+            "--min-timestep: must not exceed --max-timestep-end",
+        ),
+    ],
+)
+def test_bad_values_get_one_line(options, message):
+    with pytest.raises(WadiError, match=message) as error:
+        DistillConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_more_sampling_steps_than_timesteps_get_one_line():
+    with pytest.raises(WadiError, match="--teacher-sampling-steps: must not exceed the teacher's 1000"):
+        make(**REGRESSION | {"teacher_sampling_steps": 1001})
+
+
+def test_fingerprint_of_the_defaults_is_as_before_these_options():
+    """So that checkpoints of before can be gone on with; set, they count."""
+    assert DistillConfig().fingerprint() == "86b81627ee828bf7"
+    for name, value in {"guidance_scale_end": 2.0, "max_timestep_end": 0.5}.items():
+        assert dataclasses.replace(CONFIG, **{name: value}).fingerprint() != CONFIG.fingerprint()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graph_replays_every_option(changes, compiled):
+    changes = changes | {"max_train_steps": 6}
+    eager, graphed = everything(**changes), everything(cuda_graphs=True, compile=compiled, **changes)
+    for step in range(6):
+        expected, losses = eager.step(step), graphed.step(step)
+        eager.synchronize(), graphed.synchronize()
+        for name in expected:
+            torch.testing.assert_close(losses[name], expected[name], rtol=2e-2, atol=1e-5)
