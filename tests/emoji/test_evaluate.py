@@ -90,6 +90,45 @@ def test_free_attributes_are_counted_where_the_caption_leaves_them_free():
     assert figures["size_spread"] == pytest.approx(64 * 0.1, rel=1e-5)
 
 
+def test_entropy_of_places_and_sizes():
+    # nine cells of the room that an object of half the side has: thirds of [0.25, 0.75]
+    thirds = (0.25 + 0.5 / 6, 0.5, 0.75 - 0.5 / 6)
+    places = [(x, y) for x in thirds for y in thirds]
+    seen = reading([0] * 9, [0.0] * 9, [0.5] * 9)
+    seen.center[:, 0] = torch.tensor(places)
+    figures = free_attributes(seen, stated([parse_caption("a cat")] * 9))
+    assert figures["place_entropy"] == pytest.approx(math.log2(9))
+    assert figures["size_entropy"] == pytest.approx(0.0, abs=1e-9)
+    # four ranges of 0.1 each between 0.32 and 0.72, the last one twice: 1/5, 1/5, 1/5, 2/5
+    figures = free_attributes(
+        reading([0] * 5, [0.5] * 5, [0.33, 0.45, 0.6, 0.7, 0.9]), stated([parse_caption("a cat")] * 5)
+    )
+    assert figures["size_entropy"] == pytest.approx(0.6 * math.log2(5) + 0.4 * math.log2(2.5))
+
+
+@pytest.mark.parametrize("crossed", [False, True], ids=["first seen first", "second seen first"])
+def test_entropy_of_the_order_of_two(crossed):
+    caption = parse_caption("a cat and a dog")
+    ways = [
+        ((0.2, 0.5), (0.8, 0.5)),
+        ((0.8, 0.5), (0.2, 0.5)),
+        ((0.5, 0.2), (0.5, 0.8)),
+        ((0.5, 0.8), (0.5, 0.2)),
+    ]
+    seen = reading([0] * 6, [0.0] * 6, [0.4] * 6)
+    seen.emoji = torch.tensor([caption.emoji] * 6)
+    seen.center = torch.tensor([*ways, ways[0], ways[0]])
+    if crossed:
+        seen.emoji, seen.center = seen.emoji.flip(1), seen.center.flip(1)
+    seen.emoji[5, 0] += 1  # shows something else: does not count
+    figures = free_attributes(seen, stated([caption] * 6))
+    # left twice of five, the others once each
+    assert figures["order_entropy"] == pytest.approx(0.6 * math.log2(5) + 0.4 * math.log2(2.5))
+    # where the caption states the order, nothing is free
+    left = free_attributes(seen, stated([parse_caption("a cat left of a dog")] * 6))
+    assert math.isnan(left["order_entropy"])
+
+
 @pytest.mark.filterwarnings("ignore:std")
 def test_what_is_never_free_is_nan():
     columns = stated([parse_caption("a big cat on the left on a red background")] * 3)
