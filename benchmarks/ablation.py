@@ -17,16 +17,17 @@ makes the tables and plots of docs/evidence.md from them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,19 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
+from wadi.directions.change import (
+    energies,
+    energy_shares,
+    null_energies,
+    null_moments,
+    row_changes,
+    with_norms_of,
+)
 from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition, pick
+from wadi.distill.methods import merged_state
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder
 from wadi.emoji.captions import stated
@@ -92,6 +102,10 @@ class Options:
     """This process's share of the runs, as (i, n): every n-th from the i-th, for several devices."""
     seconds: float = math.inf
     """Begin no further run after this long."""
+    keep_rotated: bool = False
+    """As of `wadi distill`: rounding aside the same students, perhaps sooner."""
+    compile: bool = False
+    """As of `wadi distill`."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
     list: bool = False
@@ -250,6 +264,9 @@ def chosen_rates(out: Path, suite: str) -> dict[str, float]:
 
 # --- what all runs of one teacher share ---
 
+Generate = Callable[[torch.Tensor, Condition], torch.Tensor]
+"""Noise (N, C, H, W) and N prompts to latents (N, C, H, W)."""
+
 
 class World:
     """A teacher, its prompts, and what judges its students."""
@@ -279,20 +296,20 @@ class World:
         return torch.stack(draws)
 
     @torch.no_grad()
-    def judged(self, trainer: Trainer, prompts: str, count: int, batch: int = 500) -> dict[str, float]:
-        """Figures of the averaged student on the first `count` captions."""
+    def judged(self, generate: Generate, prompts: str, count: int, batch: int = 500) -> dict[str, float]:
+        """Figures of a one-step generator on the first `count` captions."""
         vae, readings, conditions = self.backbone.pipeline.vae, [], self.conditions[prompts]
-        with trainer.on_stream(), trainer.ema_weights():
-            for first in range(0, count, batch):
-                part = slice(first, min(first + batch, count))
-                condition = {k: v.to(self.device) for k, v in pick(conditions, part).items()}
-                x0 = trainer.generate(self.noise[part].to(self.device), condition)
-                pixels = vae.decode(x0 / vae.config.scaling_factor, return_dict=False)[0]
-                images = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-                readings.append(self.judge.read(images))
-            captions = self.captions[prompts][:count]
-            columns = {name: column.to(self.device) for name, column in stated(captions).items()}
-            return reading_figures(type(readings[0]).cat(readings), columns, self.reference)
+        for first in range(0, count, batch):
+            part = slice(first, min(first + batch, count))
+            condition = {k: v.to(self.device) for k, v in pick(conditions, part).items()}
+            x0 = generate(self.noise[part].to(self.device), condition)
+            pixels = vae.decode(x0 / vae.config.scaling_factor, return_dict=False)[0]
+            images = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+            readings.append(self.judge.read(images))
+        captions = self.captions[prompts][:count]
+        columns = {name: column.to(self.device) for name, column in stated(captions).items()}
+        figures = reading_figures(type(readings[0]).cat(readings), columns, self.reference)
+        return {name: _rounded(value) for name, value in figures.items()}
 
 
 # --- one training among others ---
@@ -307,6 +324,7 @@ class Student:
         preset = PRESETS["emoji-dit" if run.teacher == "dit" else "emoji"]
         common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
         common |= {"cuda_graphs": cuda, "allow_tf32": True, "ema_decay": 0.99}
+        common |= {"keep_rotated": options.keep_rotated, "compile": options.compile}
         self.config = dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
         self.trainer = Trainer(self.config, world.backbone, world.prompts, make_accelerator(self.config))
         self.curve: list[dict] = []
@@ -325,7 +343,7 @@ class Student:
             if self.finite:
                 self.losses.append({k: _rounded(v) for k, v in row.items() if not k.endswith("norm")})
         if self.step in self.points and self.finite:
-            self.curve.append({"step": self.step, **self.judged(self.options.curve_samples)})
+            self.curve.append({"step": self.step} | self.judged(self.options.curve_samples))
 
     @property
     def done(self) -> bool:
@@ -333,9 +351,36 @@ class Student:
         return self.step >= self.config.max_train_steps or not self.finite
 
     def judged(self, count: int) -> dict[str, float]:
-        """Figures now."""
-        figures = self.world.judged(self.trainer, self.run.prompts, count)
-        return {name: _rounded(value) for name, value in figures.items()}
+        """Figures of the average now."""
+        with self.trainer.on_stream(), self.trainer.ema_weights():
+            return self.world.judged(self.trainer.generate, self.run.prompts, count)
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, Any]:
+        """How far the averaged student's weights moved; what it makes with its teacher's norms or directions.
+
+        As `wadi directions` and `wadi directions swap` do it with files. How far is over the layers that
+        adapters have, whatever the method; swapped is every tensor with rows.
+        """
+        world, trainer = self.world, self.trainer
+        network = world.backbone.network
+        before = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+        with trainer.on_stream(), trainer.ema_weights():
+            after = merged_state(trainer.student, before)
+        names = [f"{name}.weight" for name in sorted(student_config(network).target_modules)]
+        figures: dict[str, Any] = weights_moved([(before[name], after[name]) for name in names])
+        own = copy.deepcopy(network)
+        for take in ("norms", "directions"):
+            own.load_state_dict({name: _swapped(before[name], after[name], take) for name in before})
+            figures[f"with_teacher_{take}"] = world.judged(
+                partial(self._one_step, own), self.run.prompts, self.options.num_samples
+            )
+        return figures
+
+    def _one_step(self, network: nn.Module, z: torch.Tensor, condition: Condition) -> torch.Tensor:
+        schedule = self.trainer.schedule
+        t = torch.full((len(z),), schedule.num_train_timesteps - 1, device=z.device)
+        return schedule.one_step(self.world.backbone.predict(network, z, t, condition), z)
 
     def result(self) -> dict[str, Any]:
         """Everything of the run, as docs/evidence.md needs it."""
@@ -358,10 +403,44 @@ class Student:
             "prompts": self.run.prompts,
             "curve": self.curve,
             "figures": self.judged(self.options.num_samples) if self.finite else None,
+            "directions": self.moved() if self.finite and self.run.suite.endswith("methods") else None,
             "losses": self.losses,
             "status": "finished" if self.finite else "not finite",
             "environment": environment(self.world.device),
         }
+
+
+def weights_moved(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """Means over rows of norm change, angle and 1 - cos, and over layers of the energy in 30 % of the rank.
+
+    Beside each the same of isotropic changes of the same sizes; see `wadi.directions.change`.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    moved: dict[str, list[float]] = {"energy": [], "null_energy": []}
+    rows, share = 0, torch.tensor([0.3])
+    for weight, target in pairs:
+        changes, residual = row_changes(weight, target)
+        null, count = null_moments(changes.size, weight.shape[1]), len(changes.norm)
+        rows += count
+        for name in ("norm", "direction", "angle"):
+            sums[name] += getattr(changes, name).sum().item()
+            sums[f"null_{name}"] += null[name].mean * count
+        lengths = residual.double().norm(dim=1)
+        for name, energy in (
+            ("energy", energies(residual)),
+            ("null_energy", null_energies(lengths, tuple(residual.shape))),
+        ):
+            found = energy_shares(energy, share)  # None of a layer that did not move
+            moved[name] += [] if found is None else [found.item()]
+    means = {name: value / rows for name, value in sums.items()}
+    means |= {name: sum(values) / len(values) if values else math.nan for name, values in moved.items()}
+    return {name: _rounded(value) for name, value in means.items()}
+
+
+def _swapped(before: torch.Tensor, after: torch.Tensor, take: str) -> torch.Tensor:
+    if before.ndim < 2:
+        return after
+    return with_norms_of(after, before) if take == "norms" else with_norms_of(before, after)
 
 
 REPORTED = (

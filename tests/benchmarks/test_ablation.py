@@ -1,0 +1,126 @@
+"""The comparison of adapters: which runs there are, that adapters are of equal size, and that a run works."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import inject_adapter_in_model
+
+from wadi.directions.change import with_norms_of
+from wadi.distill.methods import method_config
+from wadi.distill.roles import view
+from wadi.emoji import teacher_folder
+from wadi.errors import WadiError
+from wadi.files import read_json, write_json
+from wadi.lorad.presets import student_config
+from wadi.onestep import load_pipeline
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import ablation  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_pipeline(teacher_folder(), without=("text_encoder", "vae")).unet
+
+
+@pytest.fixture(scope="module")
+def ranks(network):
+    return ablation.Ranks(network)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
+@pytest.mark.parametrize("method", ["lorad", "lora", "dora", "oft"])
+def test_adapters_train_a_tenth_of_the_parameters(network, ranks, method):
+    rank = ranks.equal(method, 0.1)
+    adapted = inject_adapter_in_model(method_config(method, student_config(network, rank)), view(network))
+    own = {id(p) for p in network.parameters()}
+    count = sum(p.numel() for p in adapted.parameters() if id(p) not in own)
+    assert count / ranks.total == pytest.approx(0.1, abs=0.004)
+    if method == "oft":
+        assert count == ranks.blocks(rank)
+
+
+def test_every_method_is_tried_as_often_and_trained_with_every_seed(ranks):
+    rates = ablation.runs_of("rates", ranks, {})
+    tried = {m: [run for run in rates if run.changes["student_method"] == m] for m in ablation.RATES}
+    assert len({len(runs) for runs in tried.values()}) == 1
+    assert {run.prompts for run in rates} == {"selection"}
+    assert {run.seed for run in rates}.isdisjoint(ablation.SEEDS)
+    chosen = dict.fromkeys(ablation.RATES, 1e-3)
+    runs = [
+        run
+        for suite in ("methods", "ranks", "fake", "guidance")
+        for run in ablation.runs_of(suite, ranks, chosen)
+    ]
+    assert len({(run.suite, run.name) for run in runs}) == len(runs)
+    finals = [(run.changes["student_method"], run.seed) for run in runs if run.suite == "methods"]
+    assert sorted(finals) == sorted((m, seed) for m in ablation.RATES for seed in ablation.SEEDS)
+    assert {run.prompts for run in runs} == {"test"}
+
+
+def test_the_rate_is_chosen_by_the_distance_and_a_run_that_failed_never(tmp_path):
+    for method, tried in ablation.RATES.items():
+        for i, rate in enumerate(tried):
+            figures = None if i == 0 else {"frechet_distance": 5.0 - i}
+            write_json(tmp_path / "rates" / f"{method}-{rate:.0e}.json", {"figures": figures})
+    assert ablation.chosen_rates(tmp_path, "rates") == {m: tried[-1] for m, tried in ablation.RATES.items()}
+    (tmp_path / "rates" / "lora-1e-03.json").unlink()
+    with pytest.raises(WadiError, match=r"lora-1e-03.json: is missing"):
+        ablation.chosen_rates(tmp_path, "rates")
+
+
+def test_what_weights_moved():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(60, 200, generator=generator)
+    longer = ablation.weights_moved([(weight, 1.01 * weight)])
+    assert longer["norm"] == pytest.approx(0.01, rel=1e-3)
+    assert longer["angle"] == pytest.approx(0.0, abs=1e-6)
+    # any change of these lengths that points anywhere: E|t| = sqrt(2 / (pi n)), and the angle is the length
+    moved = weight + 0.01 * torch.randn(60, 200, generator=generator)
+    figures = ablation.weights_moved([(weight, moved), (weight, weight + 0.0)])
+    assert figures["null_norm"] == pytest.approx(0.005 * math.sqrt(2 / (math.pi * 200)), rel=0.05)
+    assert figures["null_angle"] == pytest.approx(0.005, rel=0.05)
+    assert figures["norm"] == pytest.approx(figures["null_norm"], rel=0.3)
+    assert 0.3 < figures["null_energy"] < figures["energy"] + 0.1 < 1
+    turned = with_norms_of(moved, weight)
+    assert ablation.weights_moved([(weight, turned)])["norm"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_run_is_trained_judged_and_not_run_again(tmp_path):
+    for method, tried in ablation.RATES.items():
+        for i, rate in enumerate(tried):
+            path = tmp_path / "out" / "rates" / f"{method}-{rate:.0e}.json"
+            write_json(path, {"figures": {"frechet_distance": float(i)}})
+    sizes = ["--num-samples", "256", "--curve-samples", "256", "--max-train-steps", "1"]
+    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--suites", "methods", "--device", "cpu"]
+    command += [*sizes, "--train-batch-size", "2", "--names", "lora-seed1", "--out", str(tmp_path / "out")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    path = tmp_path / "out" / "methods" / "lora-seed1.json"
+    result = read_json(path)
+    assert result["status"] == "finished"
+    assert result["config"]["student_learning_rate"] == ablation.RATES["lora"][0]
+    assert [point["step"] for point in result["curve"]] == [1]
+    assert result["figures"] == {k: v for k, v in result["curve"][0].items() if k != "step"}
+    swapped = result["directions"]["with_teacher_norms"]
+    assert swapped["samples"] == 256
+    assert result["directions"]["energy"] > 0.98  # rank 18 of at least 64, to first order
+    before = path.read_bytes()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 runs, 0 to do" in done.stdout
+    assert path.read_bytes() == before
+
+
+def test_what_cannot_be_is_one_line(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--device", "cpu", "--out", str(tmp_path)]
+    for options, line in (
+        (["--suites", "sizes"], "error: --suites: 'sizes' is unknown"),
+        (["--suites", "dit-rates"], "error: --dit: the suite dit-rates needs the folder"),
+    ):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(line)
