@@ -91,16 +91,26 @@ def test_what_weights_moved():
     assert ablation.weights_moved([(weight, turned)])["norm"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_run_is_trained_judged_and_not_run_again(tmp_path):
+def test_a_run_is_trained_judged_and_not_run_again(tmp_path, monkeypatch, capsys):
+    every = ablation.read_prompts
+    monkeypatch.setattr(ablation, "read_prompts", lambda source: every(source)[:64])
     for method, tried in ablation.RATES.items():
         for i, rate in enumerate(tried):
-            path = tmp_path / "out" / "rates" / f"{method}-{rate:.0e}.json"
-            write_json(path, {"figures": {"frechet_distance": float(i)}})
-    sizes = ["--num-samples", "256", "--curve-samples", "256", "--max-train-steps", "1"]
-    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--suites", "methods", "--device", "cpu"]
-    command += [*sizes, "--train-batch-size", "2", "--names", "lora-seed1", "--out", str(tmp_path / "out")]
-    subprocess.run(command, capture_output=True, text=True, check=True)
-    path = tmp_path / "out" / "methods" / "lora-seed1.json"
+            write_json(
+                tmp_path / "rates" / f"{method}-{rate:.0e}.json", {"figures": {"frechet_distance": float(i)}}
+            )
+    options = ablation.Options(
+        suites=("methods",),
+        names=("lora-seed1",),
+        out=tmp_path,
+        max_train_steps=1,
+        train_batch_size=2,
+        num_samples=256,
+        curve_samples=256,
+        device="cpu",
+    )
+    ablation.main(options)
+    path = tmp_path / "methods" / "lora-seed1.json"
     result = read_json(path)
     assert result["status"] == "finished"
     assert result["config"]["student_learning_rate"] == ablation.RATES["lora"][0]
@@ -110,8 +120,9 @@ def test_a_run_is_trained_judged_and_not_run_again(tmp_path):
     assert swapped["samples"] == 256
     assert result["directions"]["energy"] > 0.98  # rank 18 of at least 64, to first order
     before = path.read_bytes()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "1 runs, 0 to do" in done.stdout
+    assert "1 runs, 1 to do" in capsys.readouterr().out
+    ablation.main(options)
+    assert "1 runs, 0 to do" in capsys.readouterr().out
     assert path.read_bytes() == before
 
 
