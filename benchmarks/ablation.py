@@ -262,6 +262,27 @@ def chosen_rates(out: Path, suite: str) -> dict[str, float]:
     return best
 
 
+def is_done(run: Run, options: Options) -> bool:
+    """Whether the result of a run is there.
+
+    Raises:
+        WadiError: it is there, but of another number of updates, batch or pictures.
+    """
+    path = run.path(options.out)
+    if not path.exists():
+        return False
+    result = read_json(path)
+    found = {**result["config"], "num_samples": (result["figures"] or {}).get("samples", options.num_samples)}
+    for name in ("max_train_steps", "train_batch_size", "num_samples"):
+        if found[name] != getattr(options, name):
+            option = name.replace("_", "-")
+            raise WadiError(
+                f"{path}: was made with --{option} {found[name]}, not {getattr(options, name)}; "
+                "remove it, or name another --out"
+            )
+    return True
+
+
 # --- what all runs of one teacher share ---
 
 Generate = Callable[[torch.Tensor, Condition], torch.Tensor]
@@ -589,7 +610,7 @@ def _teach(suites: list[str], folder: Path, options: Options) -> None:
         runs += runs_of(suite, ranks, rates)
     runs = [run for run in runs if not options.names or run.name in options.names]
     runs = runs[options.share[0] :: options.share[1]]
-    missing = [run for run in runs if not run.path(options.out).exists()]
+    missing = [run for run in runs if not is_done(run, options)]
     print(f"{folder.name}: {len(runs)} runs, {len(missing)} to do", flush=True)
     if options.list:
         for run in runs:

@@ -1,5 +1,6 @@
 """The comparison of adapters: which runs there are, that adapters are of equal size, and that a run works."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -124,6 +125,8 @@ def test_a_run_is_trained_judged_and_not_run_again(tmp_path, monkeypatch, capsys
     ablation.main(options)
     assert "1 runs, 0 to do" in capsys.readouterr().out
     assert path.read_bytes() == before
+    with pytest.raises(WadiError, match=r"lora-seed1.json: was made with --max-train-steps 1, not 2"):
+        ablation.main(dataclasses.replace(options, max_train_steps=2))
 
 
 def test_what_cannot_be_is_one_line(tmp_path):
