@@ -239,6 +239,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Hashable] = lambda run: ru
     for run in runs:
         found.setdefault(key(run), []).append(run)
     for members in found.values():
+        members.sort(key=lambda run: run.config["seed"])
         first, seeds = members[0], {}
         for run in members:
             for name in sorted({*first.config, *run.config} - {"seed"}):
@@ -250,10 +251,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Hashable] = lambda run: ru
             other = seeds.setdefault(run.config["seed"], run)
             if other is not run:
                 raise WadiError(f"{run.path}: has the seed of {other.name}; remove one of them")
-    return [
-        Group(members[0].label, tuple(sorted(members, key=lambda run: run.config["seed"])))
-        for members in found.values()
-    ]
+    return [Group(members[0].label, tuple(members)) for members in found.values()]
 
 
 def check_alike(
@@ -284,7 +282,7 @@ def by_method(runs: Iterable[Run]) -> list[Run]:
     def place(run: Run) -> tuple:
         method = run.config["student_method"]
         known = METHODS.index(method) if method in METHODS else len(METHODS)
-        return known, method, run.config["student_rank"], run.rate, run.name
+        return known, method, run.config["student_rank"], run.rate, run.config["seed"], run.name
 
     return sorted(runs, key=place)
 
@@ -301,28 +299,34 @@ class Estimate:
     count: int
 
 
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)
+
+
 def student_t_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t, for any number of degrees of freedom above 0.
+    """Quantile of Student's t, for one degree of freedom or more, not only whole numbers of them.
 
     With t = sqrt(freedom) tan(angle) the distribution function is an integral of cos(angle)^(freedom - 1),
     smooth up to any angle below pi / 2.
     """
-    if not 0 < probability < 1 or not freedom > 0:
+    if not 0 < probability < 1 or not freedom >= 1:
         raise ValueError(f"no quantile {probability} for {freedom} degrees of freedom")
     if probability < 0.5:
         return -student_t_quantile(1 - probability, freedom)
-    nodes, weights = np.polynomial.legendre.leggauss(200)
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
 
-    def above_half(angle: float) -> float:
-        values = np.cos(angle * (nodes + 1) / 2) ** (freedom - 1)
-        return scale * angle / 2 * float(weights @ values)
+    def below(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        values = np.cos(angle * (_NODES + 1) / 2) ** (freedom - 1)
+        return 0.5 + scale * angle / 2 * float(_WEIGHTS @ values)
 
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
+    high = 1.0
+    while below(high) < probability:
+        high *= 2
+    low = 0.0
+    for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if above_half(middle) < probability - 0.5 else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+        low, high = (middle, high) if below(middle) < probability else (low, middle)
+    return (low + high) / 2
 
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
