@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import tyro
+from evidence import choose_rate
 from torch import nn
 from tqdm import tqdm
 
@@ -251,14 +252,14 @@ def chosen_rates(out: Path, suite: str) -> dict[str, float]:
     """
     best = {}
     for method, tried in RATES.items():
-        results = []
+        distances = {}
         for rate in tried:
             path = out / suite / f"{method}-{rate:.0e}.json"
             if not path.exists():
                 raise WadiError(f"{path}: is missing; run the suite {suite} first")
             figures = read_json(path)["figures"]
-            results.append((figures["frechet_distance"] if figures else math.inf, rate))
-        best[method] = min(results)[1]
+            distances[rate] = [figures["frechet_distance"] if figures else None]
+        best[method] = choose_rate(distances)
     return best
 
 
@@ -501,7 +502,7 @@ def _rounded(value: float) -> float | None:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Device, versions, date and commit of a result."""
-    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return _environment(device) | {"commit": subprocess.check_output(commit, text=True).strip()}
     return _environment(device)
