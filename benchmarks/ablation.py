@@ -4,6 +4,7 @@
     python benchmarks/ablation.py --suites rates                       # on a GPU; selection captions
     python benchmarks/ablation.py --suites methods ranks fake guidance # with the rates that `rates` chose
     python benchmarks/ablation.py --suites dit-rates dit-methods --dit runs/dit   # wadi emoji train-teacher
+    python benchmarks/ablation.py --suites gap                         # objectives beyond the paper's
     python benchmarks/ablation.py --suites cost                        # one at a time: time and memory a step
     python benchmarks/ablation.py --device cpu --max-train-steps 2 --num-samples 256    # does it run?
 
@@ -50,6 +51,7 @@ from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition, pick
 from wadi.distill.methods import merged_state
+from wadi.distill.pairs import TeacherPairs
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder
 from wadi.emoji.captions import stated
@@ -171,8 +173,13 @@ def runs_of(suite: str, ranks: Ranks, rates: dict[str, float]) -> list[Run]:
             for share in SHARES
             for rank in [ranks.equal(m, share)]
         ]
+    own = student("lorad", rates["lorad"], ranks.equal("lorad", SHARE))
+    if kind == "gap":
+        return [
+            Run(suite, name, label, own | changes, 0, "selection") for name, label, changes in _gap(ranks)
+        ]
     return [
-        Run(suite, name, label, changes | student("lorad", rates["lorad"], ranks.equal("lorad", SHARE)), seed)
+        Run(suite, name, label, changes | own, seed)
         for seed in SEEDS[:2]
         for name, label, changes in (_fakes(ranks, seed) if kind == "fake" else _guidance(seed))
     ]
@@ -210,7 +217,44 @@ def _guidance(seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"{teacher:g}-{fake:g}-seed{seed}", f"{teacher:g} / {fake:g}", changes
 
 
-SUITES = ("rates", "methods", "ranks", "fake", "guidance", "dit-rates", "dit-methods", "cost", "dit-cost")
+def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Objectives beyond the paper's, each alone beside the one that the shipped student has."""
+    yield "shipped", "the shipped student's objective", {}
+    yield "annealed", "guidance 3 to 1.5", {"guidance_scale": 3.0, "guidance_scale_end": 1.5}
+    yield "timesteps", "highest timestep 0.98 to 0.6", {"max_timestep_end": 0.6}
+    yield (
+        "large-fake",
+        "fake model of twice the rank, 4 updates",
+        {
+            "fake_rank": 2 * ranks.equal("lorad", SHARE),
+            "fake_updates": 4,
+        },
+    )
+    pairs = {"teacher_samples": TEACHER_SAMPLES}
+    for weight in (0.03, 0.1, 0.3):
+        yield f"regression-{weight:g}", f"regression {weight:g}", pairs | {"regression_weight": weight}
+    for weight in (0.003, 0.01, 0.03):
+        yield f"adversarial-{weight:g}", f"adversarial {weight:g}", pairs | {"adversarial_weight": weight}
+    # far from the data SiD's weight sigma_t / alpha_t is large
+    for weight in (0.03, 0.1):
+        changes = {"score_identity_weight": weight, "max_timestep": 0.8}
+        yield f"identity-{weight:g}", f"score identity {weight:g}, timesteps to 0.8", changes
+
+
+TEACHER_SAMPLES = 5000
+"""Pairs of noise and the teacher's picture for the objectives that use them; all runs share them."""
+SUITES = (
+    "rates",
+    "methods",
+    "ranks",
+    "fake",
+    "guidance",
+    "gap",
+    "dit-rates",
+    "dit-methods",
+    "cost",
+    "dit-cost",
+)
 
 
 class Ranks:
@@ -309,6 +353,7 @@ class World:
         self.judge = Judge.load(assets_folder() / "judge.safetensors").to(self.device)
         self.reference = load_tensors(assets_folder() / "reference.safetensors")
         self.backbone.pipeline.vae.to(self.device)
+        self.pairs: dict[tuple, TeacherPairs] = {}
 
     @cached_property
     def noise(self) -> torch.Tensor:
@@ -316,6 +361,20 @@ class World:
         shape, count = self.backbone.latent_shape, len(self.captions["test"])
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
         return torch.stack(draws)
+
+    def share_pairs(self, trainer: Trainer) -> None:
+        """Give a trainer the teacher pairs of one with the same options of them, or let it make them."""
+        config = trainer.config
+        if not config.teacher_samples:
+            return
+        scale = config.last_guidance_scale
+        key = config.teacher_samples, config.teacher_sampling_steps, scale, config.seed
+        if key in self.pairs:
+            trainer.pairs = self.pairs[key]
+            return
+        trainer.sample_teacher()
+        trainer.synchronize()
+        self.pairs[key] = trainer.pairs
 
     @torch.no_grad()
     def judged(self, generate: Generate, prompts: str, count: int, batch: int = 500) -> dict[str, float]:
@@ -349,6 +408,7 @@ class Student:
         common |= {"keep_rotated": options.keep_rotated, "compile": options.compile}
         self.config = dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
         self.trainer = Trainer(self.config, world.backbone, world.prompts, make_accelerator(self.config))
+        world.share_pairs(self.trainer)
         self.curve: list[dict] = []
         self.losses: list[dict] = []
         self.step, self.finite = 0, True
@@ -481,6 +541,13 @@ REPORTED = (
     "fake_weighting",
     "min_timestep",
     "max_timestep",
+    "max_timestep_end",
+    "guidance_scale_end",
+    "distillation_weight",
+    "regression_weight",
+    "adversarial_weight",
+    "score_identity_weight",
+    "teacher_samples",
     "train_batch_size",
     "max_train_steps",
     "ema_decay",

@@ -11,6 +11,7 @@ import torch
 from peft import inject_adapter_in_model
 
 from wadi.directions.change import with_norms_of
+from wadi.distill import PRESETS
 from wadi.distill.methods import method_config
 from wadi.distill.roles import view
 from wadi.emoji import teacher_folder
@@ -62,6 +63,12 @@ def test_every_method_is_tried_as_often_and_trained_with_every_seed(ranks):
     finals = [(run.changes["student_method"], run.seed) for run in runs if run.suite == "methods"]
     assert sorted(finals) == sorted((m, seed) for m in ablation.RATES for seed in ablation.SEEDS)
     assert {run.prompts for run in runs} == {"test"}
+    gap = ablation.runs_of("gap", ranks, chosen)
+    assert len({run.name for run in gap}) == len({str(run.changes) for run in gap}) == len(gap)
+    assert {run.prompts for run in gap} == {"selection"}  # the best of them is to be chosen
+    preset = PRESETS["emoji"]
+    for run in (*rates, *runs, *gap):
+        dataclasses.replace(preset, **run.changes)  # nothing that does not go together
 
 
 def test_the_rate_is_chosen_by_the_distance_and_a_run_that_failed_never(tmp_path):
@@ -127,6 +134,28 @@ def test_a_run_is_trained_judged_and_not_run_again(tmp_path, monkeypatch, capsys
     assert path.read_bytes() == before
     with pytest.raises(WadiError, match=r"lora-seed1.json: was made with --max-train-steps 1, not 2"):
         ablation.main(dataclasses.replace(options, max_train_steps=2))
+
+
+def test_runs_share_the_teachers_pairs(monkeypatch):
+    every = ablation.read_prompts
+    monkeypatch.setattr(ablation, "read_prompts", lambda source: every(source)[:8])
+    world = ablation.World(teacher_folder(), "cpu", 256)
+    options = ablation.Options(device="cpu", train_batch_size=2, max_train_steps=4)
+    pairs = {"teacher_samples": 4, "teacher_sampling_steps": 2}
+    own = ablation.student("lorad", 1e-3, 4)
+    changes = ({"regression_weight": 0.1}, {"adversarial_weight": 0.1}, {"regression_weight": 0.1}, None)
+    students = [
+        ablation.Student(
+            ablation.Run("gap", "x", "x", own | (pairs | each if each else {}), int(i == 2)), world, options
+        )
+        for i, each in enumerate(changes)
+    ]
+    made = [each.trainer.pairs for each in students]
+    assert made[0] is made[1]
+    assert not torch.equal(made[2].z, made[0].z)  # another seed
+    assert made[3] is None
+    losses = students[1].trainer.step(0)
+    assert math.isfinite(losses["discriminator_loss"])
 
 
 def test_what_cannot_be_is_one_line(tmp_path):
