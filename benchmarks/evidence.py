@@ -264,16 +264,14 @@ def check_alike(
     Raises:
         WadiError: runs were judged on other captions, by another number of pictures, or differ in `options`.
     """
-    first = runs[0]
-    judged = next((run for run in runs if run.figures is not None), None)
-    for run in runs:
-        pairs = [("prompts", run.prompts, first.prompts)]
-        pairs += [(f"config.{name}", run.config.get(name), first.config.get(name)) for name in options]
-        if run.figures is not None and judged is not None and judged.figures is not None:
-            pairs.append(("figures.samples", run.figures["samples"], judged.figures["samples"]))
-        for name, value, expected in pairs:
-            if value != expected:
-                raise WadiError(f"{run.path}: {name} is {value}, of other runs of its table {expected}")
+    columns = {"prompts": [run.prompts for run in runs]}
+    columns |= {f"config.{name}": [run.config.get(name) for run in runs] for name in options}
+    columns["figures.samples"] = [run.figures["samples"] if run.figures else None for run in runs]
+    for name, values in columns.items():
+        usual = statistics.mode([value for value in values if value is not None] or [None])
+        for run, value in zip(runs, values, strict=True):
+            if value != usual and (run.finished or name != "figures.samples"):
+                raise WadiError(f"{run.path}: {name} is {value}, of other runs of its table {usual}")
 
 
 def by_method(runs: Iterable[Run]) -> list[Run]:

@@ -161,7 +161,7 @@ def save_methods(path: Path, groups: Sequence[Group]) -> None:
             if name == "frechet_distance" and shown and max(shown) > 4 * min(shown):
                 _log_axis(axes.xaxis)
             else:
-                axes.xaxis.set_major_locator(MaxNLocator(3))
+                axes.xaxis.set_major_locator(MaxNLocator(4, prune="lower"))
             axes.set_xlabel(LABELS[name])
             axes.grid(axis="x", color="#e5e7eb", linewidth=0.6)
             axes.set_axisbelow(True)

@@ -459,6 +459,17 @@ def test_bad_files(page, keys, value, told):
     assert page.text == before
 
 
+def test_the_odd_one_is_named(page):
+    """Not those that agree, even if it comes first."""
+    write(page.data, *rates_runs())
+    page.write("rates")
+    changed(page.data / "rates" / "lora-1e-03.json", "config", "max_train_steps", value=2)
+    with pytest.raises(
+        WadiError, match=r"lora-1e-03\.json: config.max_train_steps is 2, of other runs .* 1000"
+    ):
+        page.main()
+
+
 def test_one_label_for_different_runs(page):
     runs = methods_runs()
     runs[1]["config"]["student_rank"] = 8
