@@ -7,6 +7,7 @@ into flags and help. A room is imported only when its command runs, so that ``wa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -117,6 +118,7 @@ def generate(
     batch_size: int = 8,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     device: str | None = None,
+    redilate: bool = True,
     fast: bool = False,
     vae: str | None = None,
 ) -> None:
@@ -134,6 +136,8 @@ def generate(
         batch_size: Pictures made at once.
         dtype: Of the networks; the step itself is always float32.
         device: Such as cpu or cuda:1; a GPU if there is one.
+        redilate: Stretch the inner convolutions of a U-Net for pictures larger than the model's own, so that
+            objects do not repeat (ScaleCrafter).
         fast: On a GPU, compile the networks and replay them as one CUDA graph; compiling may take minutes, so
             it pays for many pictures. Elsewhere nothing is compiled.
         vae: Another autoencoder, folder or hub id, such as the small and quick madebyollin/taesd.
@@ -141,17 +145,28 @@ def generate(
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
     pipeline = _load_student(model, adapter, dtype, device, vae)
-    if fast:
-        batch_size = min(batch_size, num_images)
-        pipeline.compile(batch_size=batch_size)
-        print(f"ready after {pipeline.fast.warm_up(batch_size, height, width):.2f} s", flush=True)
-    start, images = time.perf_counter(), []
-    for first in range(0, num_images, batch_size):
-        count = min(batch_size, num_images - first)
-        images += pipeline(prompt, seed=seed + first, num_images_per_prompt=count, height=height, width=width)
-    seconds = time.perf_counter() - start
+    with _stretched(pipeline, height, width) if redilate else contextlib.nullcontext():
+        if fast:
+            batch_size = min(batch_size, num_images)
+            pipeline.compile(batch_size=batch_size)
+            print(f"ready after {pipeline.fast.warm_up(batch_size, height, width):.2f} s", flush=True)
+        start, images = time.perf_counter(), []
+        for first in range(0, num_images, batch_size):
+            count, own = min(batch_size, num_images - first), seed + first
+            images += pipeline(prompt, own, num_images_per_prompt=count, height=height, width=width)
+        seconds = time.perf_counter() - start
     _save_pictures(images, seed, out)
     print(f"{out}: {len(images)} picture{'s' * (len(images) > 1)}, one step each, {seconds:.2f} s")
+
+
+def _stretched(
+    pipeline: OneStepPipeline, height: int | None, width: int | None
+) -> contextlib.AbstractContextManager:
+    """The U-Net re-dilated for pictures larger than its own; nothing for others, and for transformers."""
+    from wadi.tasks import growth, redilated
+
+    factors = growth(pipeline.pipeline, height, width)
+    return redilated(pipeline.pipeline.unet, factors) if max(factors) > 1 else contextlib.nullcontext()
 
 
 def _load_student(

@@ -1,0 +1,154 @@
+"""Larger pictures than a student was trained for, with and without re-dilated convolutions.
+
+    python benchmarks/high_resolution.py        # the emoji student: table, JSON and picture of docs/uses.md
+
+The student's own size is 64 px. Every picture shows one object; the judge reads it reduced to 64 px: whether
+all that the caption states is right, and how many objects there are, of which one is right.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from wadi.emoji import assets_folder, student_folder, teacher_folder
+from wadi.emoji.captions import Caption, sample_captions, stated
+from wadi.emoji.judge import Judge, attributes_right
+from wadi.errors import WadiError
+from wadi.files import replacing_file, write_json
+from wadi.onestep import labelled_grid
+from wadi.onestep.pipeline import load_for_steps
+from wadi.tasks import growth, redilated
+
+OWN = 64
+SHOWN = (
+    "a panda",
+    "a big rocket on a blue background",
+    "a small red apple on the left",
+    "a cat at the top on a green background",
+)
+"""Prompts of the picture."""
+
+
+@dataclass
+class Options:
+    """Make pictures of several sizes, with and without re-dilation, and let the judge read them."""
+
+    samples: int = 200
+    """Captions of one object, of the test set."""
+    sizes: tuple[int, ...] = (96, 128, 192)
+    """Sides in pixels."""
+    damping: tuple[float, ...] = (0.15, 0.3)
+    """Also with these shares of the plain prediction."""
+    batch_size: int = 25
+    """Pictures at a time."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+    out: Path = Path("docs/results/high-resolution.json")
+    """JSON file for the figures."""
+    picture: Path = Path("docs/images/high-resolution.png")
+    """Pictures by the side, plain and re-dilated."""
+
+
+def pictures(
+    pipeline: DiffusionPipeline, texts: list[str], size: int, damping: float | None, batch_size: int
+) -> tuple[torch.Tensor, float]:
+    """(N, 3, size, size) in [0, 1] on the CPU, picture i from seed i; and seconds a picture.
+
+    Re-dilated and damped by so much, or not re-dilated where that is None.
+    """
+    factors = (1.0, 1.0) if damping is None else growth(pipeline, size, size)
+    made, start = [], time.perf_counter()
+    with redilated(pipeline.unet, factors, damping=damping or 0.0):
+        for first in tqdm(range(0, len(texts), batch_size), desc=f"{size} px", unit="batch"):
+            part = texts[first : first + batch_size]
+            generators = [torch.Generator().manual_seed(first + i) for i in range(len(part))]
+            options = {"height": size, "width": size, "generator": generators, "output_type": "pt"}
+            images = pipeline(part, num_inference_steps=1, guidance_scale=1.0, **options).images
+            made.append(images.float().cpu())
+    return torch.cat(made), (time.perf_counter() - start) / len(texts)
+
+
+@torch.no_grad()
+def objects(judge: Judge, images: torch.Tensor) -> torch.Tensor:
+    """(N,) how many objects the judge sees: cells that show one and are the surest within two cells."""
+    score = 1 - judge(images)["cells"].softmax(1)[:, -1]
+    surest = F.max_pool2d(score[:, None], 5, 1, 2)[:, 0]
+    return ((score == surest) & (score > 0.5)).flatten(1).sum(1)
+
+
+def read(judge: Judge, images: torch.Tensor, captions: list[Caption]) -> dict[str, float]:
+    """Alignment and number of objects of pictures of any size."""
+    small = F.interpolate(images, size=OWN, mode="area")
+    right = attributes_right(judge.read(small), stated(captions))["all"].double().mean().item()
+    return {"alignment": right, "objects": objects(judge, small).double().mean().item()}
+
+
+def main(options: Options) -> None:
+    """Measure, print the table, write JSON and picture."""
+    if options.samples < 1:
+        raise WadiError("--samples: must be at least 1")
+    pipeline = load_for_steps(teacher_folder(), student_folder(), 1, device=options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    judge = Judge.load(assets_folder() / "judge.safetensors")
+    drawn = sample_captions(3 * options.samples, "test")
+    captions = [caption for caption in drawn if len(caption.emoji) == 1][: options.samples]
+    texts, rows = [caption.text for caption in captions], []
+    for size in (OWN, *options.sizes):
+        for damping in (None, 0.0, *options.damping)[: 1 if size <= OWN else None]:
+            images, seconds = pictures(pipeline, texts, size, damping, options.batch_size)
+            figures = read(judge, images, captions) | {"seconds": seconds}
+            row = {"size": size, "redilated": damping is not None, "damping": damping}
+            rows.append(row | {name: round(value, 4) for name, value in figures.items()})
+    print(table(rows))
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    header = f"{len(texts)} captions of one object, {device}, torch {torch.__version__}, {date.today()}"
+    write_json(options.out, {"header": header, "rows": rows})
+    save_pictures(pipeline, options)
+
+
+def save_pictures(pipeline: DiffusionPipeline, options: Options) -> None:
+    """A row for each of `SHOWN`: at the own size, then at each other one plain and re-dilated."""
+    rows, largest = [], max(options.sizes)
+    cases = [(OWN, None), *((size, damping) for size in options.sizes for damping in (None, 0.0))]
+    for text in SHOWN:
+        cells = []
+        for size, damping in cases:
+            image, _ = pictures(pipeline, [text], size, damping, 1)
+            shown = F.interpolate(image, size=largest, mode="nearest")
+            cells += pipeline.image_processor.postprocess(2 * shown - 1, output_type="pil")
+        rows.append((text, cells))
+    names = [f"{size} px" + (", re-dilated" if damping is not None else "") for size, damping in cases]
+    with replacing_file(options.picture) as temporary:
+        labelled_grid(rows, names).save(temporary, format="PNG")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a row for each size and way, with its time as a multiple of the plain one's."""
+    lines = [
+        "| side, px | convolutions | all right | objects seen | time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    plain = {row["size"]: row["seconds"] for row in rows if not row["redilated"]}
+    for row in rows:
+        way = "re-dilated" if row["redilated"] else "plain"
+        way += f", damping {row['damping']:g}" if row["damping"] else ""
+        figures = f"{row['alignment']:.3f} | {row['objects']:.2f} | {row['seconds'] / plain[row['size']]:.2f}"
+        lines.append(f"| {row['size']} | {way} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except WadiError as error:
+        sys.exit(f"error: {error}")
