@@ -192,12 +192,8 @@ def _fakes(ranks: Ranks, seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]
     kinds = [
         ("attention-r4", "LoRaD r4, attention", small),
         *((f"lorad-r{r}", f"LoRaD r{r}", {"fake_rank": r}) for r in (4, equal, 2 * equal)),
-        (
-            "lora",
-            "LoRA",
-            {"fake_method": "lora", "fake_rank": ranks.equal("lora", SHARE)} | {"fake_learning_rate": 1e-3},
-        ),
-        ("full", "all weights", {"fake_method": "full", "fake_learning_rate": 1e-4}),
+        ("lora", "LoRA", {"fake_rank": ranks.equal("lora", SHARE), **_other("lora", 1e-3)}),
+        ("full", "all weights", _other("full", 1e-4)),
     ]
     for name, label, changes in kinds:
         for updates in (1, 2, 4):
@@ -207,6 +203,11 @@ def _fakes(ranks: Ranks, seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]
                 f"{label}, {updates} update{plural}",
                 changes | {"fake_updates": updates},
             )
+
+
+def _other(method: str, rate: float) -> dict[str, Any]:
+    """A fake model that is not LoRaD; its rate was not tuned."""
+    return {"fake_method": method, "fake_learning_rate": rate}
 
 
 def _guidance(seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:

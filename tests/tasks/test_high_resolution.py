@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import tiny_pipeline
 from wadi.cli import main
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import sample_captions, stated
@@ -22,17 +22,7 @@ STATES = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
+    return tiny_pipeline().unet.eval()
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from wadi.distill.pairs import TeacherPairs, check_steps, teacher_pairs
 from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
-from wadi.distill.roles import build_roles, enable_gradient_checkpointing, frozen, trainable, view
+from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing, frozen, trainable, view
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
@@ -149,32 +149,7 @@ class Trainer:
             check_steps(config.teacher_sampling_steps, self.schedule)
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
-        base = backbone.network
-        small = fake_config if config.fake_layers == "attention" else student_config
-        roles = build_roles(
-            base,
-            method_config(config.student_method, student_config(base, r=config.student_rank)),
-            method_config(config.fake_method, small(base, r=config.fake_rank)),
-            config.seed,
-        )
-        if config.student_adapter is not None:
-            with together(self.hosts):
-                try:
-                    copy_adapter(roles.student, config.student_adapter)
-                except ValueError as error:
-                    raise WadiError(f"--student-adapter: {error}") from error
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(roles.student)
-            enable_gradient_checkpointing(roles.fake)
-        self.teacher, through = roles.teacher, config.gradient_checkpointing and config.score_identity_weight
-        if config.compile or through:
-            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
-        if through:
-            enable_gradient_checkpointing(self.teacher)
-        if config.compile:
-            check_compiler(self.device)
-            for network in (self.teacher, roles.student, roles.fake):
-                compile_regions(network)
+        roles = self._make_roles()
         self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
         self.fake_network = roles.fake  # past DDP
         self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
@@ -203,6 +178,36 @@ class Trainer:
             raise WadiError("--cuda-graphs: needs a CUDA device; leave it out here")
         if config.cuda_graphs and self.hosts is not None:
             raise WadiError("--cuda-graphs: works in one process only; leave it out or start one process")
+
+    def _make_roles(self) -> Roles:
+        """Teacher, student and fake model as the options want them."""
+        config, base = self.config, self.backbone.network
+        small = fake_config if config.fake_layers == "attention" else student_config
+        roles = build_roles(
+            base,
+            method_config(config.student_method, student_config(base, r=config.student_rank)),
+            method_config(config.fake_method, small(base, r=config.fake_rank)),
+            config.seed,
+        )
+        if config.student_adapter is not None:
+            with together(self.hosts):
+                try:
+                    copy_adapter(roles.student, config.student_adapter)
+                except ValueError as error:
+                    raise WadiError(f"--student-adapter: {error}") from error
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(roles.student)
+            enable_gradient_checkpointing(roles.fake)
+        self.teacher, through = roles.teacher, config.gradient_checkpointing and config.score_identity_weight
+        if config.compile or through:
+            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
+        if through:
+            enable_gradient_checkpointing(self.teacher)
+        if config.compile:
+            check_compiler(self.device)
+            for network in (self.teacher, roles.student, roles.fake):
+                compile_regions(network)
+        return roles
 
     def _add_discriminator(self) -> None:
         config = self.config
