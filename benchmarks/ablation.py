@@ -21,6 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition, pick
+from wadi.distill.config import LATER
 from wadi.distill.methods import merged_state
 from wadi.distill.pairs import TeacherPairs
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
@@ -60,6 +62,7 @@ from wadi.emoji.judge import Judge
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
 from wadi.lorad.presets import student_config
+from wadi.onestep.fast import to_bytes
 
 RATES = {
     "lorad": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -262,7 +265,7 @@ class Ranks:
     """Ranks at which adapters of a network have a share of its parameters."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network, self.total = network, sum(p.numel() for p in network.parameters())
+        self.total = sum(p.numel() for p in network.parameters())
         names = set(student_config(network).target_modules)
         self.layers = [module for name, module in network.named_modules() if name in names]
 
@@ -339,7 +342,7 @@ class World:
     """A teacher, its prompts, and what judges its students."""
 
     def __init__(self, folder: Path, device: str, num_samples: int) -> None:
-        self.folder, self.device = folder, torch.device(device)
+        self.device = torch.device(device)
         self.backbone: Backbone = load_backbone(folder, torch.float32, self.device)
         texts = [prompt.text for prompt in read_prompts(str(prompts_file()))]
         self.captions = {name: evaluation_captions(name, num_samples) for name in ("selection", "test")}
@@ -386,8 +389,7 @@ class World:
             condition = {k: v.to(self.device) for k, v in pick(conditions, part).items()}
             x0 = generate(self.noise[part].to(self.device), condition)
             pixels = vae.decode(x0 / vae.config.scaling_factor, return_dict=False)[0]
-            images = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-            readings.append(self.judge.read(images))
+            readings.append(self.judge.read(to_bytes(pixels).permute(0, 3, 1, 2)))
         captions = self.captions[prompts][:count]
         columns = {name: column.to(self.device) for name, column in stated(captions).items()}
         figures = reading_figures(type(readings[0]).cat(readings), columns, self.reference)
@@ -419,7 +421,7 @@ class Student:
         """One update; now and then, a look at the losses and at what the average can do."""
         losses = self.trainer.step(self.step)
         self.step += 1
-        if self.step % 100 == 0 or self.step in self.points:
+        if self.step % 100 == 0 or self.step in self.points or self.done:
             values = torch.stack(list(losses.values())).tolist()
             row = {"step": self.step, **dict(zip(losses, values, strict=True))}
             self.finite = all(math.isfinite(value) for value in values)
@@ -468,12 +470,11 @@ class Student:
     def result(self) -> dict[str, Any]:
         """Everything of the run, as docs/evidence.md needs it."""
         trainer = self.trainer
-        default = DistillConfig()
-        config = {
-            field.name: getattr(self.config, field.name)
-            for field in dataclasses.fields(default)
-            if field.name in REPORTED
-        }
+        config = {name: getattr(self.config, name) for name in REPORTED}
+        defaults = DistillConfig()
+        for name in sorted(LATER):
+            if (value := getattr(self.config, name)) != getattr(defaults, name):
+                config[name] = value
         return {
             "suite": self.run.suite,
             "name": self.run.name,
@@ -542,13 +543,6 @@ REPORTED = (
     "fake_weighting",
     "min_timestep",
     "max_timestep",
-    "max_timestep_end",
-    "guidance_scale_end",
-    "distillation_weight",
-    "regression_weight",
-    "adversarial_weight",
-    "score_identity_weight",
-    "teacher_samples",
     "train_batch_size",
     "max_train_steps",
     "ema_decay",
@@ -558,7 +552,7 @@ REPORTED = (
     "adam_weight_decay",
     "seed",
 )
-"""Options that a result names."""
+"""Options that every result names; `LATER` ones are named where they are not at their defaults."""
 
 
 def _rounded(value: float) -> float | None:
@@ -569,16 +563,13 @@ def _rounded(value: float) -> float | None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, versions, date and commit of a result."""
-    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return _environment(device) | {"commit": subprocess.check_output(commit, text=True).strip()}
-    return _environment(device)
-
-
-def _environment(device: torch.device) -> dict[str, str]:
+    """Device, versions, date and, in a checkout, the commit of a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__, "date": str(date.today())}
+    found = {"device": name, "torch": torch.__version__, "date": str(date.today())}
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.check_output(describe, text=True).strip()
+    return found
 
 
 def train_together(runs: list[Run], world: World, options: Options) -> None:
@@ -599,20 +590,18 @@ def train_together(runs: list[Run], world: World, options: Options) -> None:
                 events.append(each.trainer.stream.record_event() if each.trainer.stream else None)
             bar.update(len(active))
             for done in [each for each in active if each.done]:
-                write_json(done.run.path(options.out), done.result())
-                bar.write(f"{done.run.suite} {done.run.name}: {_told(done)}", file=sys.stderr)
+                result = done.result()
+                write_json(done.run.path(options.out), result)
+                bar.write(f"{done.run.suite} {done.run.name}: {_told(result)}", file=sys.stderr)
                 active.remove(done)
                 del done.trainer  # with its graph's memory
             for event in filter(None, events):  # the host is never more than a round ahead
                 event.synchronize()
 
 
-def _told(done: Student) -> str:
-    if not done.finite:
-        return f"not finite after {done.step} updates"
-    figures = read_json(done.run.path(done.options.out))["figures"]
-    names = ("frechet_distance", "alignment", "background_entropy")
-    return ", ".join(f"{name} {figures[name]}" for name in names)
+def _told(result: dict[str, Any]) -> str:
+    figures, names = result["figures"], ("frechet_distance", "alignment", "background_entropy")
+    return ", ".join(f"{name} {figures[name]}" for name in names) if figures else result["status"]
 
 
 # --- what a step costs ---
@@ -641,7 +630,7 @@ def cost(suite: str, world: World, options: Options) -> list[dict[str, Any]]:
                 "label": run.label,
                 "method": method,
                 "teacher": run.teacher,
-                "ms_per_step": _rounded(sorted(times)[len(times) // 2]),
+                "ms_per_step": _rounded(statistics.median(times)),
                 "peak_gib": None if peak is None else _rounded(peak),
                 "trainable_parameters": sum(p.numel() for p in each.trainer.student_parameters.values()),
                 "graph": world.device.type == "cuda",

@@ -227,8 +227,7 @@ class Networks:
 
     def __init__(self, options: Options, batch: int, checkpointing: bool, compiled: bool = False) -> None:
         self.backbone, self.compiled, self.graph = new_backbone(options), compiled, None
-        device, self.batch = torch.device(options.device), batch
-        teacher = self.backbone.network
+        device, teacher = torch.device(options.device), self.backbone.network
         student_rank, fake_rank = RANKS[options.model]
         self.teacher = view(teacher)
         self.student = self._trained(student_config(teacher, student_rank), checkpointing)

@@ -127,7 +127,7 @@ class _Stretch:
     """Turns the re-dilation of some convolutions on and off."""
 
     def __init__(self, convolutions: list[nn.Conv2d], factors: tuple[float, float]) -> None:
-        self.convolutions, self.factors = convolutions, factors
+        self.convolutions = convolutions
         self.dilation = tuple(math.ceil(s - 1e-6) for s in factors)
         whole = all(abs(d - s) < 1e-6 for d, s in zip(self.dilation, factors, strict=True))
         self.fraction = None if whole else [d / s for d, s in zip(self.dilation, factors, strict=True)]
@@ -165,7 +165,7 @@ class _Stretch:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """As they were, within a block of `applied` without fractions or hooks of others."""
+        """Plain again within the block, which is inside one of `applied`; its hooks then stretch by 1."""
         before = [(conv.dilation, conv.padding) for conv in self.convolutions]
         fraction, self.fraction = self.fraction, [1.0, 1.0] if self.fraction else None
         for conv in self.convolutions:
