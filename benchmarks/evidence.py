@@ -72,6 +72,7 @@ class Run:
     curve: list[dict[str, Any]]
     figures: dict[str, Any] | None
     environment: dict[str, str]
+    directions: dict[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
@@ -108,6 +109,8 @@ _CHOICES = {
 }
 _CURVE = ("step", "samples", "frechet_distance", "alignment")
 _FIGURES = ("samples", *MAIN[:4])
+_MOVED = ("norm", "null_norm", "angle", "null_angle", "energy", "null_energy")
+_SWAPS = ("with_teacher_norms", "with_teacher_directions")
 _ENTROPIES = ("background_entropy", "place_entropy", "size_entropy", "order_entropy")
 
 
@@ -149,7 +152,12 @@ def read_run(path: str | os.PathLike) -> Run:
             raise WadiError(f"{path}: {name} is {data[name]!r}, its place says {expected!r}")
     if min(data[name] for name in _COUNTS) < 0 or not data["network_parameters"]:
         raise WadiError(f"{path}: numbers of parameters must be positive")
-    return Run(path, **{name: data[name] for name in Run.__dataclass_fields__ if name != "path"})
+    if (moved := data.get("directions")) is not None:
+        _check_numbers(path, "directions", moved, _MOVED)
+        for name in _SWAPS:
+            _check_numbers(path, f"directions.{name}", moved.get(name), ("frechet_distance", "alignment"))
+    fields = {name: data[name] for name in Run.__dataclass_fields__ if name not in ("path", "directions")}
+    return Run(path, **fields, directions=moved)
 
 
 def _check_finite(path: Path, value: Any, where: str) -> None:
@@ -536,6 +544,40 @@ def differences_table(groups: Sequence[Group]) -> str:
     return f"{markdown(('', *(HEADINGS[name] for name in MAIN)), rows)}\n\n{note}"
 
 
+def directions_table(runs: Sequence[Run]) -> str:
+    """How far norms and directions of rows moved, beside a random change, and what both swaps make."""
+    known = [run for run in runs if run.directions is not None]
+    if not known:
+        raise WadiError(f"{runs[0].path.parent}: no run says how far its weights moved")
+    check_alike(known)
+    rows = []
+    for group in grouped(by_method(known)):
+        moved = {name: statistics.fmean(run.directions[name] for run in group.runs) for name in _MOVED}
+        own = statistics.fmean(group.values("frechet_distance"))
+        swapped = [
+            statistics.fmean(run.directions[name]["frechet_distance"] for run in group.runs)
+            for name in _SWAPS
+        ]
+        pairs = [f"{moved[name]:.1e} ({moved[f'null_{name}']:.1e})" for name in ("norm", "angle")]
+        # a method that keeps norms has no ratio
+        ratios = [
+            f"{moved[f'{null}angle'] / moved[f'{null}norm']:.1f}" if moved[f"{null}norm"] > 1e-6 else "-"
+            for null in ("", "null_")
+        ]
+        energy = f"{100 * moved['energy']:.1f} % ({100 * moved['null_energy']:.1f} %)"
+        distances = [f"{value:.2f}" for value in (own, *swapped)]
+        rows.append([group.label, group.count, *pairs, f"{ratios[0]} ({ratios[1]})", energy, *distances])
+    headings = (
+        *("method", "seeds", "norm change", "angle, rad", "angle over norm", "energy in 30 % of the rank"),
+        *("Fréchet distance", "with the teacher's norms", "with its directions"),
+    )
+    note = (
+        "Means over rows of the layers that adapters have, and over seeds; in brackets the same of a random "
+        f"change of the same size. {described(known)}"
+    )
+    return f"{markdown(headings, rows)}\n\n{note}"
+
+
 def ranks_table(runs: Sequence[Run]) -> str:
     """Figures against the number of trained parameters."""
     check_alike(runs)
@@ -680,6 +722,7 @@ class Table:
     read: Callable[[Path], Any]
     build: Callable[[Any], str]
     pictures: tuple[Picture, ...] = field(default=())
+    required: bool = True  # whether its data need a place on the page; not where another table has them too
 
 
 def _draw_rates(path: Path, runs: Sequence[Run]) -> None:
@@ -718,6 +761,8 @@ _FAKE = ("fake", "Free background against Fréchet distance, a line per fake mod
 TABLES: dict[str, Table] = {
     **{name: _suite(name, rates_table, _RATES) for name in ("rates", "dit-rates")},
     **{name: _suite(name, methods_table, _DOTS, _CURVES) for name in ("methods", "dit-methods")},
+    "directions": Table("methods", read_suite, directions_table, required=False),
+    "dit-directions": Table("dit-methods", read_suite, directions_table, required=False),
     "ranks": _suite("ranks", ranks_table, _RANKS),
     "fake": _suite("fake", fake_table, _FAKE),
     "guidance": _suite("guidance", guidance_table),
@@ -770,7 +815,11 @@ def wanted_tables(places: Iterable[str], options: Options) -> list[str]:
     )
     if strange := sorted(set(found) - known):
         raise WadiError(f"{data / strange[0]}: no table is made of it; add one to TABLES")
-    names = [name for name in TABLES if name in places or (data / TABLES[name].source).exists()]
+    names = [
+        name
+        for name, table in TABLES.items()
+        if name in places or (table.required and (data / table.source).exists())
+    ]
     if options.only:
         if unknown := sorted(set(options.only) - set(TABLES)):
             raise WadiError(f"--only: no table {unknown[0]!r}; known are {', '.join(TABLES)}")

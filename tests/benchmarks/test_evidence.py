@@ -542,3 +542,35 @@ def test_the_page_says_what_the_files_say():
         [sys.executable, str(SCRIPT), "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def moved(norm, angle, distances):
+    swaps = {
+        f"with_teacher_{name}": figures(distance, 10_000)
+        for name, distance in zip(("norms", "directions"), distances, strict=True)
+    }
+    rows = {"norm": norm, "null_norm": 0.005, "angle": angle, "null_angle": 0.08}
+    return rows | {"energy": 0.9, "null_energy": 0.65} | swaps
+
+
+def test_how_far_weights_moved(evidence, tmp_path):
+    runs = methods_runs()[:6]
+    runs[1]["directions"] = moved(0.0, 0.06, (1.5, 20.0))
+    for run, norm in zip(runs[3:5], (0.004, 0.008), strict=True):
+        run["directions"] = moved(norm, 0.06, (1.7, 20.0))
+    write(tmp_path, *runs)
+    found = evidence.read_suite(tmp_path / "methods")
+    table = evidence.directions_table(found)
+    lorad, lora = (line for line in table.splitlines() if line.startswith("| LoRa") or "| LoRA" in line)
+    # 0.06 / mean(0.004, 0.008) = 10; 0.08 / 0.005 = 16; of LoRaD, which keeps norms, only the random change
+    assert "| 6.0e-03 (5.0e-03) | 6.0e-02 (8.0e-02) | 10.0 (16.0) | 90.0 % (65.0 %) |" in lora
+    assert lora.startswith("| LoRA | 2 |")
+    assert lora.endswith("| 1.52 | 1.70 | 20.00 |")  # mean(1.45, 1.6)
+    assert "| - (16.0) |" in lorad
+    assert lorad.startswith("| LoRaD | 1 |")
+    with pytest.raises(WadiError, match="no run says how far"):
+        evidence.directions_table([run for run in found if run.directions is None])
+    runs[1]["directions"].pop("with_teacher_norms")
+    write(tmp_path, runs[1])
+    with pytest.raises(WadiError, match=r"lorad-seed2.json: directions.with_teacher_norms must be an object"):
+        evidence.read_suite(tmp_path / "methods")
