@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
     "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its denoiser and text encoder"),
+    "emoji train-controlnet": (
+        "wadi.emoji.train_controlnet:train_controlnet",
+        "train a ControlNet for it",
+    ),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
     "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
     "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),

@@ -1,5 +1,6 @@
 """What people do with a one-step student."""
 
+from wadi.tasks.control import condition_map, edge_map, load_controlnet, with_controlnets
 from wadi.tasks.high_resolution import growth, redilated
 
-__all__ = ["growth", "redilated"]
+__all__ = ["condition_map", "edge_map", "growth", "load_controlnet", "redilated", "with_controlnets"]
