@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("wadi.cli:generate", "make pictures in one step"),
+    "control": (
+        "wadi.cli:control",
+        "make pictures that keep to the edges of a picture, or to a condition map",
+    ),
     "distill": ("wadi.cli:distill", "turn a diffusion model into a one-step generator"),
     "demo": ("wadi.demo:demo", "distil the built-in teacher here and now, and show the result"),
     "export": ("wadi.cli:export", "merge a student into a folder that plain diffusers loads"),
@@ -208,6 +212,122 @@ def _save_pictures(images: list[Any], seed: int, out: Path) -> None:
             raise WadiError(f"--out {out}: unknown kind of picture; use {', '.join(kinds)} or a folder")
         with replacing_file(path) as temporary:
             image.save(temporary, kinds[path.suffix.lower()])
+
+
+def control(
+    image: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")],
+    prompt: str,
+    condition: tyro.conf.UseAppendAction[tuple[Literal["canny", "map"], ...]] = (),
+    controlnet: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    conditioning_scale: tyro.conf.UseAppendAction[tuple[float, ...]] = (),
+    seed: int = 0,
+    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4,
+    out: Path = Path("control.png"),
+    model: str | None = None,
+    adapter: str | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    low: float = 100,
+    high: float = 200,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    device: str | None = None,
+) -> None:
+    """Make pictures in one step that keep to the edges of a picture, or to a condition map.
+
+    A ControlNet that was trained on the multi-step teacher steers the student. Without --model, --adapter and
+    --controlnet, the three that come with wadi. Several ControlNets add up: repeat --controlnet, and name one
+    picture for all or one for each; so with --condition and --conditioning-scale.
+
+    Args:
+        image: The picture, or the map itself. What does not fit the shape of the result is cut off.
+        prompt: What the result shows.
+        condition: canny finds the edges of the picture; map: the picture is the condition map.
+        controlnet: Folder or hub id of a ControlNetModel of the model, or of its teacher.
+        conditioning_scale: How much of what the ControlNet adds is added: 0 nothing, 1 all, the default.
+        seed: Picture i starts from the noise of seed + i, however many are made.
+        num_images: How many pictures.
+        out: A .png or .jpg file, which shows picture, condition and results side by side; or a folder, for a
+            file each.
+        model: Exported pipeline, or the teacher of --adapter: folder or hub id.
+        adapter: Folder or hub id of a student's adapter.
+        num_inference_steps: More than 1 is for a multi-step model, to compare: without --model the teacher
+            that comes with wadi.
+        guidance_scale: Of a multi-step model (the built-in teacher's is 2).
+        low: Lower threshold of edges, of gradients in 8-bit steps.
+        high: Upper threshold of edges.
+        height: In pixels; the model's own if not given.
+        width: In pixels; the model's own if not given.
+        batch_size: Pictures made at once.
+        dtype: Of the networks; one step itself is always float32.
+        device: Such as cpu or cuda:1; a GPU if there is one.
+    """
+    import torch
+
+    from wadi.tasks import control as room
+
+    if min(num_images, batch_size, num_inference_steps) < 1:
+        raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
+    pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
+    names = controlnet or _own_controlnet(model)
+    pictures = [room.open_picture(path) for path in room.one_for_each("IMAGE", image, len(names))]
+    kinds = room.one_for_each("--condition", condition or ("canny",), len(names))
+    scales = room.one_for_each("--conditioning-scale", conditioning_scale or (1.0,), len(names))
+    size = room.picture_size(pipeline, height, width)
+    maps = [
+        room.condition_map(picture, kind, size, low, high)
+        for picture, kind in zip(pictures, kinds, strict=True)
+    ]
+    steered = room.with_controlnets(
+        pipeline, [room.load_controlnet(name, pipeline, getattr(torch, dtype)) for name in names]
+    )
+    start = time.perf_counter()
+    images = room.steer(
+        steered, prompt, maps, scales, seed, num_images, batch_size, num_inference_steps, guidance_scale
+    )
+    seconds = time.perf_counter() - start
+    sheet = [room.sheet(pictures, kinds, maps, images)] if out.suffix else images
+    _save_pictures(sheet, seed, out)
+    steps = "one step" if num_inference_steps == 1 else f"{num_inference_steps} steps"
+    print(f"{out}: {len(images)} picture{'s' * (len(images) > 1)}, {steps} each, {seconds:.2f} s")
+
+
+def _own_controlnet(model: str | None) -> tuple[str, ...]:
+    """The ControlNet that comes with wadi, for the model that does."""
+    from wadi import emoji
+
+    if model is not None:
+        raise WadiError(
+            f"--controlnet: name a ControlNet of {model}; the one that comes with wadi is for its own"
+        )
+    return (str(emoji.controlnet_folder()),)
+
+
+def _load_for_steps(
+    model: str | None, adapter: str | None, num_inference_steps: int, dtype: str, device: str | None
+) -> Any:
+    """What the options name, or what comes with wadi: the student for one step, the teacher for several."""
+    import torch
+
+    from wadi import emoji
+    from wadi.onestep.pipeline import load_for_steps
+
+    _hide_loading_bars()
+    if adapter is not None and num_inference_steps > 1:
+        raise WadiError(
+            "--num-inference-steps: the student of --adapter takes 1 step; leave one of them away"
+        )
+    if model is None and adapter is None and num_inference_steps == 1:
+        adapter = str(emoji.student_folder())
+    return load_for_steps(
+        model or emoji.teacher_folder(),
+        adapter,
+        num_inference_steps,
+        getattr(torch, dtype),
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
 def export(

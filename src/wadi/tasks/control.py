@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
+    MultiControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -29,6 +30,9 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
 from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline, labelled_grid
+
+Value = TypeVar("Value")
 
 CANNY = (100, 200)
 """Lower and upper threshold of edges, of a gradient in 8-bit steps: those of the first ControlNets."""
@@ -210,6 +214,112 @@ def with_controlnets(
     )
     steered.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return steered
+
+
+def steer(
+    pipeline: StableDiffusionControlNetPipeline,
+    prompt: str,
+    maps: Sequence[Image.Image],
+    conditioning_scale: Sequence[float],
+    seed: int = 0,
+    num_images: int = 1,
+    batch_size: int = 8,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+) -> list[Image.Image]:
+    """Make pictures that keep to condition maps.
+
+    Args:
+        pipeline: of `with_controlnets`, with the scheduler that the steps need (`load_for_steps`).
+        prompt: what they show.
+        maps: a condition map for each ControlNet, of the size that the pictures shall have.
+        conditioning_scale: for each ControlNet, how much of what it adds is added; 0 is the model alone.
+        seed: picture i starts from the noise of seed + i.
+        num_images: how many.
+        batch_size: how many at once.
+        num_inference_steps: 1 for a student.
+        guidance_scale: of a multi-step model.
+
+    Raises:
+        WadiError: guidance in one step, or the prompt is too long for the tokenizer.
+    """
+    alone = not isinstance(pipeline.controlnet, MultiControlNetModel)
+    options = {
+        "image": maps[0] if alone else list(maps),
+        "controlnet_conditioning_scale": float(conditioning_scale[0]) if alone else list(conditioning_scale),
+        "guidance_scale": guidance_scale,
+    }
+    images = []
+    for first in range(0, num_images, batch_size):
+        count, own = min(batch_size, num_images - first), seed + first
+        if num_inference_steps == 1:
+            images += OneStepPipeline(pipeline)(prompt, own, num_images_per_prompt=count, **options)
+            continue
+        images += pipeline(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=count,
+            generator=[torch.Generator().manual_seed(own + i) for i in range(count)],
+            **options,
+        ).images
+    return images
+
+
+def one_for_each(name: str, values: Sequence[Value], count: int) -> list[Value]:
+    """Values of an option, one for each of `count` ControlNets; a single value is for all of them.
+
+    Raises:
+        WadiError: neither one nor `count` values.
+    """
+    if len(values) not in (1, count):
+        wanted = "one" if count == 1 else f"one, or one for each of {count} ControlNets"
+        raise WadiError(f"{name}: {len(values)} given; name {wanted}")
+    return list(values) * (count if len(values) == 1 else 1)
+
+
+def picture_size(
+    pipeline: StableDiffusionPipeline, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """Width and height of a pipeline's pictures in pixels; the model's own where ``None``.
+
+    Raises:
+        WadiError: a side is not a multiple of the pixels of a latent.
+    """
+    own, factor = _unet(pipeline).config.sample_size, pipeline.vae_scale_factor
+    rows, columns = (own, own) if isinstance(own, int) else own
+    size = (width or columns * factor, height or rows * factor)
+    if min(size) < 1 or any(side % factor for side in size):
+        raise WadiError(f"--width, --height: {size[0]} x {size[1]} are not multiples of {factor}")
+    return size
+
+
+def sheet(
+    pictures: Sequence[Image.Image],
+    kinds: Sequence[Condition],
+    maps: Sequence[Image.Image],
+    images: Sequence[Image.Image],
+    columns: int = 4,
+) -> Image.Image:
+    """Show side by side what steered and what came of it: pictures, condition maps, results.
+
+    Args:
+        pictures: for each ControlNet, of any size; shown once where several have the same, and not at all
+            where they are the map.
+        kinds: what of each picture is the condition.
+        maps: the condition maps, all of one size.
+        images: the results, of that size.
+        columns: results in a row.
+    """
+    size, headings, cells = maps[0].size, [], []
+    for picture, kind, condition in zip(pictures, kinds, maps, strict=True):
+        fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+        if kind == "canny" and fitted not in cells:
+            headings.append("picture")
+            cells.append(fitted)
+        headings.append("edges" if kind == "canny" else "map")
+        cells.append(condition)
+    rows = [("", [*cells, *images[start : start + columns]]) for start in range(0, len(images), columns)]
+    return labelled_grid(rows, [*headings, "result"])
 
 
 def layout_map(boxes: torch.Tensor, size: int) -> torch.Tensor:
