@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -233,7 +234,7 @@ def image_to_image_study(models: dict, edit: Edit, judge: Judge, options: Option
 
 
 def inpainting_study(models: dict, edit: Edit, judge: Judge, options: Options) -> tuple[list, dict]:
-    """A row for each way of repainting: model, strength, candidates; and pictures by the names of the rows."""
+    """A row for each way of repainting: model, strength, candidates; and pictures by names."""
     rows, pictures = [], {}
 
     def keep(model: str, steps: int, strength: float | None, count: int, images: torch.Tensor) -> None:
@@ -331,6 +332,10 @@ def seconds_each(ways: dict[str, Callable[[int], object]], timed: int) -> dict[s
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
+def _alone(way: Way, edit: Edit, turn: int) -> None:
+    way(edit, [turn])
+
+
 def times(models: dict, edit: Edit, timed: int) -> dict[str, float]:
     """Seconds of one picture at strength 0.8: each model, image to image and inpainting; and candidates."""
     one = Edit(edit.images[:1], edit.masks[:1], edit.texts[:1], edit.before[:1], edit.after[:1])
@@ -346,7 +351,7 @@ def times(models: dict, edit: Edit, timed: int) -> dict[str, float]:
         pipeline, steps = models[name]
         sampling = Sampling(0.8, steps, GUIDANCE if steps > 1 else 1.0)
         for use, make in (("image to image", varied), ("inpainting", repainted)):
-            ways[f"{name}, {use}"] = lambda turn, way=make(pipeline, sampling): way(one, [turn])
+            ways[f"{name}, {use}"] = partial(_alone, make(pipeline, sampling), one)
     best_of = repainted(models["student"][0], Sampling(0.8))
     ways["student, inpainting with candidates"] = lambda turn: best_of(several, range(CANDIDATES))
     return seconds_each(ways, timed)

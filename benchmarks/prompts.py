@@ -179,9 +179,9 @@ def figures(reading: Reading, asked: Sequence[Asked]) -> dict[str, float]:
     """What the judge finds of what was asked.
 
     Returns:
-        Shares of pictures: ``all`` of what can be read is right; the ``objects``; the ``relation``; and, where
-        they are asked, ``sizes`` (the one that is to be smaller is) and ``leaked``: the background has the
-        colour that was asked of an object, by chance one in ten.
+        Shares of pictures: ``all`` of what can be read is right; the ``objects``; the ``relation``; and,
+        where they are asked, ``sizes`` (the one that is to be smaller is) and ``leaked`` (the background has
+        the colour that was asked of an object, by chance one in ten).
     """
     captions = [each.caption for each in asked]
     right = attributes_right(reading, stated(captions))

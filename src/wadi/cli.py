@@ -395,8 +395,8 @@ def inpaint(
         prompt: What the whole picture shows afterwards.
         strength: How much changes within the mask, more than 0 and at most 1. Lower keeps to the place and
             the ground of what was there; for an object where nothing was, stay at 0.8 or above.
-        candidates: Of so many repaintings the one whose edges show least is kept; 8 in one step, 1 in several,
-            if not given.
+        candidates: Of so many repaintings the one whose edges show least is kept; 8 in one step, 1 in
+            several, if not given.
         seed: Picture i is made of the noises from seed + i * candidates on.
         num_images: How many pictures.
         out: A .png or .jpg file, which shows picture, mask and results side by side; or a folder, for a file

@@ -220,19 +220,19 @@ def refuse_guidance(
     """
     if num_inference_steps != 1:
         raise WadiError(
-            f"num_inference_steps {num_inference_steps}: a one-step student takes 1 step, and knows no others; "
-            "leave it away, or use the multi-step teacher"
+            f"num_inference_steps {num_inference_steps}: a one-step student takes 1 step, and knows no "
+            "others; leave it away, or use the multi-step teacher"
         )
     if guidance_scale != 1.0:
         raise WadiError(
-            f"guidance_scale {guidance_scale:g}: a one-step student cannot be guided, guidance was built in by "
-            "distillation; leave it away (1.0), distil with another --guidance-scale, or use the multi-step "
-            "teacher"
+            f"guidance_scale {guidance_scale:g}: a one-step student cannot be guided, guidance was built in "
+            "by distillation; leave it away (1.0), distil with another --guidance-scale, or use the "
+            "multi-step teacher"
         )
     if negative_prompt is not None:
         raise WadiError(
-            "negative_prompt: a one-step student cannot be guided away from anything, guidance was built in by "
-            "distillation; say in the prompt what shall be there instead, or use the multi-step teacher"
+            "negative_prompt: a one-step student cannot be guided away from anything, guidance was built "
+            "in by distillation; say in the prompt what shall be there instead, or use the multi-step teacher"
         )
 
 
