@@ -42,6 +42,8 @@ class Entry:
         words: what there is to see, and which page has more.
         commands: command lines; the last one writes NAME.png.
         needs: names of entries whose pictures the commands read.
+        made_by: of what trains for minutes: the benchmark that made docs/images/NAME.png. That picture is
+            shown, the commands are not run, and the page says so.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Entry:
     words: str
     commands: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    made_by: str = ""
+
+    @property
+    def picture(self) -> str:
+        """Of the page: where the picture is."""
+        return f"images/{self.name}.png" if self.made_by else f"images/gallery/{self.name}.png"
 
 
 ENTRIES = (
@@ -181,26 +189,34 @@ def page(entries: Sequence[Entry]) -> str:
     parts = [HEAD]
     for entry in entries:
         commands = "\n".join(entry.commands)
-        picture = f"![{entry.title}.](images/gallery/{entry.name}.png)"
-        parts.append(f"## {entry.title}\n\n{entry.words}\n\n```sh\n{commands}\n```\n\n{picture}\n")
+        words = entry.words
+        if entry.made_by:
+            words += " This trains for minutes, so the gallery did not run it; the picture is by "
+            words += f"`{entry.made_by}`."
+        picture = f"![{entry.title}.]({entry.picture})"
+        parts.append(f"## {entry.title}\n\n{words}\n\n```sh\n{commands}\n```\n\n{picture}\n")
     return "\n".join(parts)
 
 
 def main(options: Options) -> None:
     """Run the commands, then write pictures and page."""
     entries, out, start = chosen(options.only), options.out.resolve(), Path.cwd()
+    for entry in entries:
+        if entry.made_by and not (out / entry.picture).exists():
+            raise WadiError(f"{options.out / entry.picture}: is missing; run {entry.made_by}")
+    own = [entry for entry in entries if not entry.made_by]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            for entry in entries:
+            for entry in own:
                 for command in entry.commands:
                     run(command)
                 if not Path(f"{entry.name}.png").exists():
                     raise WadiError(f"{entry.name}: its commands wrote no {entry.name}.png")
         finally:
             os.chdir(start)
-        for entry in entries:
-            with replacing_file(out / "images" / "gallery" / f"{entry.name}.png") as temporary:
+        for entry in own:
+            with replacing_file(out / entry.picture) as temporary:
                 shutil.copyfile(Path(folder) / f"{entry.name}.png", temporary)
     write_text(out / "gallery.md", page(entries))
     print(f"{options.out / 'gallery.md'}: {len(entries)} pictures")
