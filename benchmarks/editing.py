@@ -241,7 +241,8 @@ def inpainting_study(models: dict, edit: Edit, judge: Judge, options: Options) -
         row = {"model": model, "steps": steps, "strength": strength, "candidates": count}
         figures = edit_figures(judge.read(images), edit)
         rows.append(row | figures | {"seam": 255 * seam(images, edit.masks).mean().item()})
-        pictures[f"{model}, {'noise' if strength is None else f'{strength:g}'}, {count}"] = images
+        label = f"{model}, {'noise' if strength is None else f'{strength:g}'}"
+        pictures[label + (f", of {count}" if count > 1 else "")] = images
 
     student, teacher = models["student"][0], models["teacher"][0]
     keep("student", 1, None, 1, in_batches(from_noise(student), edit, options.batch_size, "noise"))

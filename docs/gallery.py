@@ -85,7 +85,7 @@ ENTRIES = (
         "large",
         "Twice as high and wide: re-dilated",
         "The same noise, with the inner convolutions stretched, as `wadi generate` does unless told not to: "
-        " [larger pictures](uses/high-resolution.md).",
+        "[larger pictures](uses/high-resolution.md).",
         ('wadi generate "a rocket on a blue background" --height 128 --width 128 -n 4 --out large.png',),
     ),
     Entry(
