@@ -72,7 +72,7 @@ class Options:
     out: Path = Path("docs/results/editing.json")
     """Figures."""
     pictures: Path = Path("docs/images")
-    """Folder of image-to-image.png and inpainting.png."""
+    """Folder of image-to-image.jpg and inpainting.jpg."""
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,8 @@ def main(options: Options) -> None:
     found["guidance"] = guidance_study(models["student"][0], judge, options)
     found["negative"] = negative_study(models, judge, options)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    header = f"{options.samples} scenes, {device}, torch {torch.__version__}, {date.today()}"
+    header = f"{options.samples} scenes, {options.guided_samples} captions for guidance, {device}"
+    header += f", torch {torch.__version__}, {date.today()}"
     write_json(options.out, rounded({"header": header, **found, "summary": summary(found)}))
     for name in ("image_to_image", "replace", "add", "guidance", "negative"):
         print(f"\n{name}\n" + "\n".join(str(rounded(row)) for row in found[name]))
@@ -435,7 +436,7 @@ def summary(found: dict) -> list[dict]:
 def save_pictures(
     folder: Path, edits: dict[str, Edit], varied_pictures: dict, repainted_pictures: dict
 ) -> None:
-    """image-to-image.png: a row for each of the first scenes, strengths side by side; inpainting.png."""
+    """image-to-image.jpg: a row for each of the first scenes, strengths side by side; inpainting.jpg."""
 
     def shown(images: torch.Tensor, i: int) -> Image.Image:
         return Image.fromarray((images[i] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
@@ -446,8 +447,8 @@ def save_pictures(
         (edit.texts[i], [shown(edit.images, i), *(shown(varied_pictures[name], i) for name in names)])
         for i in range(min(SHOWN, len(edit.texts)))
     ]
-    with replacing_file(folder / "image-to-image.png") as temporary:
-        labelled_grid(rows, ["picture", *names]).save(temporary, format="PNG", optimize=True)
+    with replacing_file(folder / "image-to-image.jpg") as temporary:
+        labelled_grid(rows, ["picture", *names]).save(temporary, format="JPEG", quality=85)
     rows = []
     for kind, edit in edits.items():
         made = repainted_pictures[kind]
@@ -456,8 +457,8 @@ def save_pictures(
             cells = [shown(images, i) for images in (edit.images, masked, *made.values())]
             rows.append((edit.texts[i], cells))
     names = list(repainted_pictures["add"])
-    with replacing_file(folder / "inpainting.png") as temporary:
-        labelled_grid(rows, ["picture", "mask", *names]).save(temporary, format="PNG", optimize=True)
+    with replacing_file(folder / "inpainting.jpg") as temporary:
+        labelled_grid(rows, ["picture", "mask", *names]).save(temporary, format="JPEG", quality=85)
 
 
 if __name__ == "__main__":

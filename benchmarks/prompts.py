@@ -171,7 +171,7 @@ class Options:
     """Where the pictures are made."""
     out: Path = Path("docs/results/prompts.json")
     """Figures."""
-    picture: Path = Path("docs/images/prompts.png")
+    picture: Path = Path("docs/images/prompts.jpg")
     """A row for each kind: its first three prompts by the teacher, and by the student."""
 
 
@@ -253,7 +253,7 @@ def main(options: Options) -> None:
     write_json(options.out, found | {"summary": summary(rows, seconds)})
     with replacing_file(options.picture) as temporary:
         headings = (f"teacher: {STEPS} steps", "", "", "student: 1 step")
-        labelled_grid(shown, headings).save(temporary, format="PNG", optimize=True)
+        labelled_grid(shown, headings).save(temporary, format="JPEG", quality=85)
 
 
 def summary(rows: Sequence[dict], seconds: dict[str, float]) -> list[dict]:

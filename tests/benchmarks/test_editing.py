@@ -109,8 +109,8 @@ def test_it_runs(editing, atlas, tmp_path, monkeypatch):
     assert ways[1:4] == [("student", 1.0, 1), ("student", 1.0, 2), ("teacher", 1.0, 1)]
     assert found["replace"][2]["seam"] <= found["replace"][1]["seam"]
     assert [row["still"] for row in found["negative"] if row["way"] == "none"] == [1.0, 1.0]
-    assert Image.open(tmp_path / "image-to-image.png").width > 5 * 128
-    assert Image.open(tmp_path / "inpainting.png").width > 9 * 128
+    assert Image.open(tmp_path / "image-to-image.jpg").width > 5 * 128
+    assert Image.open(tmp_path / "inpainting.jpg").width > 9 * 128
     with pytest.raises(WadiError, match="--guided-samples at least 256"):
         editing.main(editing.Options(guided_samples=255))
 
