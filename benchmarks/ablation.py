@@ -10,9 +10,9 @@
 
 Every run distils the same teacher on the same prompts with the same number of updates and is judged on the
 same captions and noise; runs differ in what `runs_of` names, and in their seed. Several students are trained
-at once on one device, each on a CUDA stream of its own with its iteration captured as a graph. Each run
-leaves one JSON file, written when it is complete; what is there is not run again. `benchmarks/evidence.py`
-makes the tables and plots of docs/evidence.md from them.
+at once on one device: as one network where they can be (benchmarks/stacked.py), else each on a CUDA stream of
+its own, with iterations captured as graphs. Each run leaves one JSON file, written when it is complete; what
+is there is not run again. `benchmarks/evidence.py` makes the tables and plots of docs/evidence.md from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, partial
@@ -36,6 +36,7 @@ from typing import Any
 import torch
 import tyro
 from evidence import choose_rate
+from stacked import Stack, stack_key
 from torch import nn
 from tqdm import tqdm
 
@@ -65,11 +66,11 @@ from wadi.lorad.presets import student_config
 from wadi.onestep.fast import to_bytes
 
 RATES = {
-    "lorad": (3e-4, 1e-3, 3e-3, 1e-2),
-    "lora": (1e-4, 3e-4, 1e-3, 3e-3),
-    "dora": (1e-4, 3e-4, 1e-3, 3e-3),
-    "oft": (1e-5, 3e-5, 1e-4, 3e-4),
-    "full": (3e-6, 1e-5, 3e-5, 1e-4),
+    "lorad": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+    "dora": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+    "oft": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+    "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
 }
 """Learning rates of the student that are tried, as many for each method."""
 NAMES = {"lorad": "LoRaD", "lora": "LoRA", "dora": "DoRA", "oft": "OFT", "full": "full fine-tuning"}
@@ -104,6 +105,8 @@ class Options:
     """Pictures of the figures on the way."""
     together: int = 12
     """Students trained at once."""
+    stack: bool = True
+    """Train as one network those students that can be."""
     share: tuple[int, int] = (0, 1)
     """This process's share of the runs, as (i, n): every n-th from the i-th, for several devices."""
     seconds: float = math.inf
@@ -222,27 +225,35 @@ def _guidance(seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Objectives beyond the paper's, each alone beside the one that the shipped student has."""
-    yield "shipped", "the shipped student's objective", {}
+    """Objectives and rates beside those of the shipped student, one or two changes each."""
+    large = 2 * ranks.equal("lorad", SHARE)
+    yield "base", "chosen rate", {}
+    yield "rate-3e-3", "rate 3e-3", {"student_learning_rate": 3e-3}
     yield "annealed", "guidance 3 to 1.5", {"guidance_scale": 3.0, "guidance_scale_end": 1.5}
     yield "timesteps", "highest timestep 0.98 to 0.6", {"max_timestep_end": 0.6}
+    yield "lowest", "lowest timestep 0.3", {"min_timestep": 0.3}
+    yield "large-fake", "fake model of twice the rank", {"fake_rank": large}
+    for rate in (1e-3, 1e-2):
+        yield f"fake-rate-{rate:.0e}", f"fake model's rate {rate:.0e}", {"fake_learning_rate": rate}
+    for rate in (1e-3, 3e-3):
+        changes = {"student_learning_rate": rate, "fake_rank": large, "fake_updates": 4}
+        yield f"large-fake-x4-{rate:.0e}", f"the same, 4 updates, rate {rate:.0e}", changes
     yield (
-        "large-fake",
-        "fake model of twice the rank, 4 updates",
-        {
-            "fake_rank": 2 * ranks.equal("lorad", SHARE),
-            "fake_updates": 4,
-        },
+        "guidance-2-x4",
+        "guidance 2, the same, 4 updates, rate 3e-3",
+        {"student_learning_rate": 3e-3, "fake_rank": large, "fake_updates": 4, "guidance_scale": 2.0},
     )
     pairs = {"teacher_samples": TEACHER_SAMPLES}
-    for weight in (0.03, 0.1, 0.3):
+    for weight in (0.03, 0.1, 0.3, 1.0):
         yield f"regression-{weight:g}", f"regression {weight:g}", pairs | {"regression_weight": weight}
-    for weight in (0.003, 0.01, 0.03):
+    both = pairs | {"regression_weight": 0.3}
+    yield "regression-rate-3e-3", "regression 0.3, rate 3e-3", both | {"student_learning_rate": 3e-3}
+    yield "regression-guidance-2", "regression 0.3, guidance 2", both | {"guidance_scale": 2.0}
+    for weight in (0.003, 0.03):
         yield f"adversarial-{weight:g}", f"adversarial {weight:g}", pairs | {"adversarial_weight": weight}
     # far from the data SiD's weight sigma_t / alpha_t is large
-    for weight in (0.03, 0.1):
-        changes = {"score_identity_weight": weight, "max_timestep": 0.8}
-        yield f"identity-{weight:g}", f"score identity {weight:g}, timesteps to 0.8", changes
+    changes = {"score_identity_weight": 0.03, "max_timestep": 0.8}
+    yield "identity-0.03", "score identity 0.03, timesteps to 0.8", changes
 
 
 TEACHER_SAMPLES = 5000
@@ -312,7 +323,7 @@ def chosen_rates(out: Path, suite: str) -> dict[str, float]:
 
 
 def is_done(run: Run, options: Options) -> bool:
-    """Whether the result of a run is there.
+    """Whether the result of a run is there; one at a learning rate that is not chosen any more is not.
 
     Raises:
         WadiError: it is there, but of another number of updates, batch or pictures.
@@ -321,6 +332,8 @@ def is_done(run: Run, options: Options) -> bool:
     if not path.exists():
         return False
     result = read_json(path)
+    if result["config"]["student_learning_rate"] != run.changes["student_learning_rate"]:
+        return False
     found = {**result["config"], "num_samples": (result["figures"] or {}).get("samples", options.num_samples)}
     for name in ("max_train_steps", "train_batch_size", "num_samples"):
         if found[name] != getattr(options, name):
@@ -399,17 +412,21 @@ class World:
 # --- one training among others ---
 
 
+def run_config(run: Run, options: Options) -> DistillConfig:
+    """All options of a run."""
+    preset = PRESETS["emoji-dit" if run.teacher == "dit" else "emoji"]
+    common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
+    common |= {"cuda_graphs": options.device.startswith("cuda"), "allow_tf32": True, "ema_decay": 0.99}
+    common |= {"keep_rotated": options.keep_rotated, "compile": options.compile}
+    return dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
+
+
 class Student:
     """One run: its trainer, and what it has shown so far."""
 
     def __init__(self, run: Run, world: World, options: Options) -> None:
         self.run, self.world, self.options = run, world, options
-        cuda = world.device.type == "cuda"
-        preset = PRESETS["emoji-dit" if run.teacher == "dit" else "emoji"]
-        common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
-        common |= {"cuda_graphs": cuda, "allow_tf32": True, "ema_decay": 0.99}
-        common |= {"keep_rotated": options.keep_rotated, "compile": options.compile}
-        self.config = dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
+        self.config = run_config(run, options)
         self.trainer = Trainer(self.config, world.backbone, world.prompts, make_accelerator(self.config))
         world.share_pairs(self.trainer)
         self.curve: list[dict] = []
@@ -418,8 +435,11 @@ class Student:
         self.points = {max(1, round(share * self.config.max_train_steps)) for share in CURVE}
 
     def advance(self) -> None:
-        """One update; now and then, a look at the losses and at what the average can do."""
-        losses = self.trainer.step(self.step)
+        """One update."""
+        self.look(self.trainer.step(self.step))
+
+    def look(self, losses: dict[str, torch.Tensor]) -> None:
+        """After an update: now and then, look at the losses and at what the average can do."""
         self.step += 1
         if self.step % 100 == 0 or self.step in self.points or self.done:
             values = torch.stack(list(losses.values())).tolist()
@@ -573,30 +593,89 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def train_together(runs: list[Run], world: World, options: Options) -> None:
-    """Train runs side by side, begin one as soon as another is done, and write each as it is complete."""
-    waiting, active, start = deque(runs), [], time.monotonic()
-    bar = tqdm(total=len(runs) * options.max_train_steps, unit="update", smoothing=0.02)
-    with bar:
-        while waiting or active:
-            late = time.monotonic() - start > options.seconds
-            while waiting and len(active) < options.together and not late:
-                active.append(Student(waiting.popleft(), world, options))
-            if not active:
-                bar.write(f"{len(waiting)} runs were not begun: the time was over", file=sys.stderr)
+    """Train runs side by side and write each as it is complete; first those that can be one network."""
+    start = time.monotonic()
+    with tqdm(total=len(runs) * options.max_train_steps, unit="update", smoothing=0.02) as bar:
+
+        def late(waiting: int) -> bool:
+            over = time.monotonic() - start > options.seconds
+            if over and waiting:
+                bar.write(f"{waiting} runs were not begun: the time was over", file=sys.stderr)
+            return over
+
+        for stack in stacks(runs, options):
+            if late(len(stack)):
                 return
-            events = []
-            for each in active:
-                each.advance()
-                events.append(each.trainer.stream.record_event() if each.trainer.stream else None)
-            bar.update(len(active))
-            for done in [each for each in active if each.done]:
-                result = done.result()
-                write_json(done.run.path(options.out), result)
-                bar.write(f"{done.run.suite} {done.run.name}: {_told(result)}", file=sys.stderr)
-                active.remove(done)
-                del done.trainer  # with its graph's memory
-            for event in filter(None, events):  # the host is never more than a round ahead
-                event.synchronize()
+            _train_stack(stack, world, options, bar)
+        alone = [run for run in runs if not options.stack or run_key(run, options) is None]
+        _train_streams(alone, world, options, bar, late)
+
+
+def run_key(run: Run, options: Options) -> Hashable | None:
+    """As `stacked.stack_key`: runs with equal keys can be trained as one network."""
+    return stack_key(run_config(run, options))
+
+
+def stacks(runs: list[Run], options: Options) -> list[list[Run]]:
+    """Runs that are trained as one network, at most `together`; each method and rank side by side."""
+    if not options.stack:
+        return []
+    alike: dict[Hashable, list[Run]] = defaultdict(list)
+    for run in runs:
+        if (key := run_key(run, options)) is not None:
+            alike[key].append(run)
+    found = []
+    for members in alike.values():
+        count = math.ceil(len(members) / options.together)
+        size = math.ceil(len(members) / count)
+        found += [members[i : i + size] for i in range(0, len(members), size)]
+    return found
+
+
+def _train_stack(runs: list[Run], world: World, options: Options, bar: tqdm) -> None:
+    students = [Student(run, world, options) for run in runs]
+    owner = {id(student.trainer): student for student in students}
+    stack = Stack([student.trainer for student in students])
+    for step in range(options.max_train_steps):
+        for trainer, losses in stack.step(step):
+            owner[id(trainer)].look(losses)
+        bar.update(len(students))
+        if step % 8 == 0:  # the host is never far ahead
+            students[0].trainer.synchronize()
+    del stack  # with its graph's memory
+    for student in students:
+        _write(student, options, bar)
+
+
+def _train_streams(
+    runs: list[Run], world: World, options: Options, bar: tqdm, late: Callable[[int], bool]
+) -> None:
+    """Begin one run as soon as another is done."""
+    waiting, active = deque(runs), []
+    while waiting or active:
+        over = late(0)
+        while waiting and len(active) < options.together and not over:
+            active.append(Student(waiting.popleft(), world, options))
+        if not active:
+            late(len(waiting))
+            return
+        events = []
+        for each in active:
+            each.advance()
+            events.append(each.trainer.stream.record_event() if each.trainer.stream else None)
+        bar.update(len(active))
+        for done in [each for each in active if each.done]:
+            _write(done, options, bar)
+            active.remove(done)
+            del done.trainer  # with its graph's memory
+        for event in filter(None, events):  # the host is never more than a round ahead
+            event.synchronize()
+
+
+def _write(student: Student, options: Options, bar: tqdm) -> None:
+    result = student.result()
+    write_json(student.run.path(options.out), result)
+    bar.write(f"{student.run.suite} {student.run.name}: {_told(result)}", file=sys.stderr)
 
 
 def _told(result: dict[str, Any]) -> str:
