@@ -13,6 +13,7 @@ from diffusers import (
 from PIL import Image
 
 from tests.tiny import tiny_pipeline
+from wadi import cli
 from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
@@ -252,3 +253,61 @@ def test_the_sheet_shows_each_picture_once():
     assert (one.width - 6) // cell == 3
     assert (several.width - 6) // cell == 5
     assert sheet([picture], ["map"], [picture], [result] * 9).height > 3 * 128
+
+
+def run(*arguments):
+    return cli.main(["control", *map(str, arguments)])
+
+
+def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, capsys):
+    square(40).save(tmp_path / "picture.png")
+    square().save(tmp_path / "map.png")
+    named = ["--prompt", "a cat", "--model", teacher_folder, "--device", "cpu"]
+    nets = ["--controlnet", folders / "first", "--controlnet", folders / "second"]
+    each = [
+        "--condition",
+        "canny",
+        "--condition",
+        "map",
+        "--conditioning-scale",
+        0.5,
+        "--conditioning-scale",
+        1,
+    ]
+    inputs = [tmp_path / "picture.png", tmp_path / "map.png"]
+    assert run(*inputs, *named, *nets, *each, "-n", 3, "--seed", 7, "--out", tmp_path / "out") == 0
+    assert "3 pictures, one step each" in capsys.readouterr().out
+    student = load_for_steps(teacher_folder, None, 1)
+    controlnets = [load_controlnet(folders / name, student) for name in ("first", "second")]
+    maps = [condition_map(square(40), "canny", (16, 16)), square()]
+    expected = steer(with_controlnets(student, controlnets), "a cat", maps, [0.5, 1.0], 7, 3)
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"seed-00000{seed}.png" for seed in (7, 8, 9)]
+    assert np.array_equal(as_array(map(Image.open, files)), as_array(expected))
+    assert run(inputs[0], *named, *nets[:2], "--out", tmp_path / "sheet.png") == 0
+    cell = 128 + 6  # picture, edges and four results
+    assert (Image.open(tmp_path / "sheet.png").width - 6) // cell == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--controlnet: name a ControlNet of"),
+        (["--controlnet", "nowhere"], "nowhere: no such folder"),
+        (["--controlnet", "first", "-n", "0"], "must be at least 1"),
+        (["--controlnet", "first", "--guidance-scale", "2"], "cannot be guided"),
+        (["--controlnet", "first", "--width", "15"], "15 x 16 are not multiples of 2"),
+        (["--controlnet", "first", "--conditioning-scale", "1", "--conditioning-scale", "1"], "2 given"),
+        (["--controlnet", "first", "--adapter", "x", "--num-inference-steps", "2"], "takes 1 step"),
+        (["--controlnet", "first", "--low", "300"], "thresholds must be in order"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(options, message, folders, teacher_folder, tmp_path, capsys):
+    square().save(tmp_path / "picture.png")
+    options = [str(folders / option) if option == "first" else option for option in options]
+    named = ["--prompt", "a cat", "--model", teacher_folder, "--out", tmp_path / "out.png"]
+    assert run(tmp_path / "picture.png", *named, *options) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("wadi: error: ")
+    assert message in told
+    assert not (tmp_path / "out.png").exists()
