@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -61,10 +62,24 @@ def test_scenes_are_held_out(options):
     assert control.edges_of(images).shape == (3, 64, 64)
 
 
+def test_a_map_for_each_of_two_objects(options):
+    captions, scenes, images = control.draw(replace(options, samples=30))
+    edges = control.edges_of(images)
+    maps = control.map_for_each(scenes, edges)
+    assert len(maps) == 30
+    for i, (pair, caption) in enumerate(zip(maps, captions, strict=True)):
+        own = [torch.from_numpy(np.array(image))[..., 0] for image in pair]
+        assert not ((own[0] | own[1]) & ~edges[i]).any()
+        # corners of the atlas's turned squares are outside
+        assert (own[0] | own[1]).bool().sum() >= 0.6 * edges[i].bool().sum()
+        assert own[1].any() == (len(caption.emoji) == 2)
+
+
 def test_a_controlnet_that_does_nothing_changes_no_figure(options, monkeypatch, capsys):
     monkeypatch.setattr(control, "STEPS", 2)
     control.main(options)
-    rows = {row.pop("name"): row for row in read_json(options.out)["rows"]}
+    written = read_json(options.out)
+    rows = {row.pop("name"): row for row in written["rows"]}
     assert list(rows) == [
         "teacher, scale 0",
         "teacher, scale 1",
@@ -79,6 +94,9 @@ def test_a_controlnet_that_does_nothing_changes_no_figure(options, monkeypatch, 
         assert without["seconds"] > 0
     assert rows["student, scale 1"]["seconds"] < rows["teacher, scale 1"]["seconds"]
     assert rows["autoencoder"]["edge_f1"] > 0.8
+    one, two = written["pairs"]
+    assert one["scenes"] == two["scenes"] == sum(len(c.emoji) == 2 for c in control.draw(options)[0]) > 0
+    assert one["edge_f1"] == pytest.approx(two["edge_f1"], abs=0.02)
     shown = capsys.readouterr().out
     assert "| teacher | 2 | 1 | " in shown
     assert "(1/1.0) |" in shown

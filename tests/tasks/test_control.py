@@ -13,7 +13,10 @@ from diffusers import (
 from PIL import Image
 
 from tests.tiny import tiny_pipeline
-from wadi import cli
+from wadi import cli, emoji
+from wadi.emoji.captions import COLOURS
+from wadi.emoji.glyphs import NAMES
+from wadi.emoji.judge import Judge
 from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
@@ -311,3 +314,33 @@ def test_mistakes_are_told_in_a_line(options, message, folders, teacher_folder, 
     assert told.startswith("wadi: error: ")
     assert message in told
     assert not (tmp_path / "out.png").exists()
+
+
+def test_the_built_in_student_keeps_to_the_edges(tmp_path, capsys):
+    """The whole command as it comes: same seeds, with and without the ControlNet, read by the judge."""
+    teacher = load_for_steps(emoji.teacher_folder(), None, 25)
+    drawn = teacher(
+        "a small panda on the left on a yellow background",
+        num_inference_steps=25,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    drawn.save(tmp_path / "panda.png")
+    judge = Judge.load(emoji.assets_folder() / "judge.safetensors")
+
+    def made(*options):
+        named = ["--prompt", "a panda on a red background", "-n", 6, "--device", "cpu"]
+        assert run(tmp_path / "panda.png", *named, "--out", tmp_path / "out", *options) == 0
+        pixels = as_array(map(Image.open, sorted((tmp_path / "out").iterdir())))
+        edges = torch.from_numpy(np.stack([canny(image) for image in pixels.astype(np.uint8)]))
+        condition = torch.from_numpy(canny(np.asarray(drawn)))[None].expand(6, -1, -1)
+        agreement = edge_agreement(condition, edges).mean().item()
+        return agreement, judge.read(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+
+    true = judge.read(torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None])
+    (steered, reading), (alone, free) = made(), made("--conditioning-scale", 0)
+    assert steered > alone + 0.25
+    off, anywhere = (64 * (of.center[:, 0] - true.center[:, 0]).norm(dim=1) for of in (reading, free))
+    assert off.mean() < 4 < anywhere.mean()
+    assert (reading.emoji[:, 0] == NAMES.index("panda")).sum() >= 5
+    assert (reading.background == COLOURS.index("red")).sum() >= 5
