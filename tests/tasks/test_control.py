@@ -1,6 +1,7 @@
 """Condition maps, ControlNets on one-step students, and the measure of agreement."""
 
 import builtins
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,6 +212,8 @@ def test_what_does_not_fit_is_said(folders, tmp_path, student):
         tmp_path / "four"
     )
     refuses("shrinks its condition 4 times, and the model's autoencoder pictures 2 times", tmp_path / "four")
+    with pytest.raises(WadiError, match="the model is a SimpleNamespace"):
+        with_controlnets(SimpleNamespace(), [tiny_controlnet(0)])
     with pytest.raises(WadiError, match="at least one"):
         with_controlnets(student, [])
     steered = with_controlnets(student, [load_controlnet(folders / "first", student)])
