@@ -31,19 +31,25 @@ from wadi.emoji.captions import Caption, stated
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
-from wadi.emoji.train_controlnet import open_captions
+from wadi.emoji.train_controlnet import open_captions, scene_boxes
 from wadi.errors import WadiError
 from wadi.files import replacing_file, write_json
 from wadi.onestep import labelled_grid
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import load_controlnet, with_controlnets
-from wadi.tasks.control import canny, edge_agreement
+from wadi.tasks.control import canny, edge_agreement, layout_map
 
 STEPS, GUIDANCE = 25, 2.0
 """Of the teacher."""
 
-SHOWN = 6
+SHOWN = 5
 """Rows of the picture."""
+
+MARGIN = 2
+"""Pixels around an object that belong to its map, where each of two objects has its own."""
+
+Maps = list[Image.Image] | list[list[Image.Image]]
+"""A condition map for each picture, or one for each ControlNet."""
 
 
 @dataclass
@@ -72,7 +78,7 @@ class Options:
     """Scenes, edges and results."""
 
 
-Generate = Callable[[list[str], list[Image.Image], list[int]], torch.Tensor]
+Generate = Callable[[list[str], Maps, list[int]], torch.Tensor]
 """Prompts, condition maps and seeds to pictures (N, 3, 64, 64) uint8 on the CPU."""
 
 
@@ -90,13 +96,15 @@ def edges_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def generator(
-    pipeline: StableDiffusionControlNetPipeline | StableDiffusionPipeline, steps: int, scale: float
+    pipeline: StableDiffusionControlNetPipeline | StableDiffusionPipeline,
+    steps: int,
+    scale: float | list[float],
 ) -> Generate:
-    """A pipeline as a `Generate`; scale 0 is the pipeline without its ControlNet."""
+    """A pipeline as a `Generate`; scale 0 is a pipeline without ControlNet, several are for several."""
     pipeline.set_progress_bar_config(disable=True)
     guidance = GUIDANCE if steps > 1 else 1.0
 
-    def generate(prompts: list[str], maps: list[Image.Image], seeds: list[int]) -> torch.Tensor:
+    def generate(prompts: list[str], maps: Maps, seeds: list[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         control = {"image": maps, "controlnet_conditioning_scale": scale} if scale else {}
         images = pipeline(
@@ -148,6 +156,13 @@ def errors(reading: Reading, scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor
     return tuple(IMAGE_SIZE * torch.where(better, b, a) for a, b in zip(straight, crossed, strict=True))
 
 
+def load(options: Options, adapter: Path | None, steps: int, controlnets: int = 1) -> tuple:
+    """Teacher or student, and the same with its ControlNet, or with that several times."""
+    plain = load_for_steps(teacher_folder(), adapter, steps, device=options.device)
+    controlnet = load_controlnet(options.controlnet or controlnet_folder(), plain)
+    return plain, with_controlnets(plain, [controlnet] * controlnets)
+
+
 def ways(options: Options) -> dict[str, tuple[int, float, Generate]]:
     """Name -> steps, conditioning scale, generator."""
     made = {}
@@ -155,9 +170,7 @@ def ways(options: Options) -> dict[str, tuple[int, float, Generate]]:
         ("teacher", None, STEPS, (0.0, 1.0)),
         ("student", student_folder(), 1, options.scales),
     ):
-        plain = load_for_steps(teacher_folder(), adapter, steps, device=options.device)
-        controlnet = load_controlnet(options.controlnet or controlnet_folder(), plain)
-        steered = with_controlnets(plain, [controlnet])
+        plain, steered = load(options, adapter, steps)
         for scale in scales:
             pipeline = steered if scale else plain
             made[f"{name}, scale {scale:g}"] = (steps, scale, generator(pipeline, steps, scale))
@@ -165,14 +178,41 @@ def ways(options: Options) -> dict[str, tuple[int, float, Generate]]:
 
 
 def in_batches(
-    generate: Generate, prompts: list[str], maps: list[Image.Image], options: Options, label: str
+    generate: Generate, prompts: list[str], maps: Maps, seeds: list[int], batch_size: int, label: str
 ) -> torch.Tensor:
+    """(N, 3, 64, 64) uint8 of N prompts."""
     batches = []
-    for first in tqdm(range(0, len(prompts), options.batch_size), desc=label, unit="batch"):
-        part = slice(first, first + options.batch_size)
-        seeds = [options.seed + first + i for i in range(len(prompts[part]))]
-        batches.append(generate(prompts[part], maps[part], seeds))
+    for first in tqdm(range(0, len(prompts), batch_size), desc=label, unit="batch"):
+        part = slice(first, first + batch_size)
+        batches.append(generate(prompts[part], maps[part], seeds[part]))
     return torch.cat(batches)
+
+
+def map_for_each(scenes: Scenes, edges: torch.Tensor) -> list[list[Image.Image]]:
+    """For each scene the edges of its first object, and those of its second, as two maps."""
+    around = scene_boxes(scenes) + torch.tensor([-1, -1, 1, 1]) * MARGIN / IMAGE_SIZE
+    own = [(edges * layout_map(around[:, slot, None], IMAGE_SIZE)).numpy() for slot in range(2)]
+    return [[Image.fromarray(edge).convert("RGB") for edge in pair] for pair in zip(*own, strict=True)]
+
+
+def two_controlnets(
+    options: Options, judge: Judge, captions: list[Caption], scenes: Scenes, edges: torch.Tensor
+) -> list[dict]:
+    """Scenes of two objects by the student: one ControlNet for both, or one with a map for each."""
+    chosen = [i for i, caption in enumerate(captions) if len(caption.emoji) == 2]
+    if not chosen:
+        return []
+    captions, scenes, edges = [captions[i] for i in chosen], scenes[torch.tensor(chosen)], edges[chosen]
+    prompts, seeds, rows = [caption.text for caption in captions], [options.seed + i for i in chosen], []
+    whole = [Image.fromarray(edge).convert("RGB") for edge in edges.numpy()]
+    for name, count, maps in (("one", 1, whole), ("two", 2, map_for_each(scenes, edges))):
+        _, steered = load(options, student_folder(), 1, count)
+        generate = generator(steered, 1, 1.0 if count == 1 else [1.0] * count)
+        images = in_batches(generate, prompts, maps, seeds, options.batch_size, f"{name} for two objects")
+        agreement = edge_agreement(edges, edges_of(images)).mean().item()
+        figures = {"edge_f1": agreement} | read(judge, images, captions, scenes)
+        rows.append({"controlnets": count, "scenes": len(chosen)} | figures)
+    return rows
 
 
 def seconds_each(
@@ -197,10 +237,11 @@ def main(options: Options) -> None:
     captions, scenes, real = draw(options)
     edges = edges_of(real)
     maps = [Image.fromarray(edge).convert("RGB") for edge in edges.numpy()]
-    prompts = [caption.text for caption in captions]
+    prompts, seeds = [caption.text for caption in captions], [options.seed + i for i in range(len(captions))]
     judge, made = Judge.load(assets_folder() / "judge.safetensors"), ways(options)
     seconds = seconds_each(made, prompts, maps, options.timed)
-    pictures = {name: in_batches(way[2], prompts, maps, options, name) for name, way in made.items()}
+    size = options.batch_size
+    pictures = {name: in_batches(way[2], prompts, maps, seeds, size, name) for name, way in made.items()}
     pictures["autoencoder"] = reconstructed(real)
     rows = []
     for name, images in pictures.items():
@@ -209,10 +250,13 @@ def main(options: Options) -> None:
         steps, scale, _ = made.get(name, (None, None, None))
         row = {"name": name, "steps": steps, "scale": scale} | figures
         rows.append(row | {"seconds": seconds.get(name)})
-    print(table(rows))
+    pairs = two_controlnets(options, judge, captions, scenes, edges)
+    print(table(rows), table_of_pairs(pairs), sep="\n\n")
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     header = f"{len(prompts)} held-out scenes, {device}, torch {torch.__version__}, {date.today()}"
-    write_json(options.out, {"header": header, "rows": [rounded(row) for row in rows]})
+    write_json(
+        options.out, {"header": header, "rows": list(map(rounded, rows)), "pairs": list(map(rounded, pairs))}
+    )
     save_picture(options.picture, prompts, real, maps, pictures)
 
 
@@ -251,6 +295,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def table_of_pairs(rows: list[dict]) -> str:
+    """Markdown: a row for one ControlNet, and for two."""
+    lines = ["| ControlNets | edges, F1 | objects right | place, px | size, px |", "| --- " * 5 + "|"]
+    for row in rows:
+        figures = f"{row['edge_f1']:.3f} | {row['objects']:.3f} | {row['place_error']:.1f}"
+        lines.append(f"| {row['controlnets']} | {figures} | {row['size_error']:.1f} |")
+    return "\n".join(lines)
+
+
 def save_picture(
     path: Path,
     prompts: list[str],
@@ -266,7 +319,8 @@ def save_picture(
         scene = Image.fromarray(real[i].permute(1, 2, 0).numpy())
         rows.append((prompt, [scene, maps[i], *made]))
     with replacing_file(path) as temporary:
-        labelled_grid(rows, ["scene", "edges", *names]).save(temporary, format="PNG", optimize=True)
+        sheet = labelled_grid(rows, ["scene", "edges", *names]).quantize(256)  # a third of the bytes
+        sheet.save(temporary, format="PNG", optimize=True)
 
 
 if __name__ == "__main__":

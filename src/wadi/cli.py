@@ -249,8 +249,10 @@ def control(
     """Make pictures in one step that keep to the edges of a picture, or to a condition map.
 
     A ControlNet that was trained on the multi-step teacher steers the student. Without --model, --adapter and
-    --controlnet, the three that come with wadi. Several ControlNets add up: repeat --controlnet, and name one
-    picture for all or one for each; so with --condition and --conditioning-scale.
+    --controlnet, the three that come with wadi.
+
+    Several ControlNets add up: repeat --controlnet, and name one picture for all or one for each; so with
+    --condition and --conditioning-scale.
 
     Args:
         image: The picture, or the map itself. What does not fit the shape of the result is cut off.
@@ -281,11 +283,11 @@ def control(
 
     if min(num_images, batch_size, num_inference_steps) < 1:
         raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
-    pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
     names = controlnet or _own_controlnet(model)
     pictures = [room.open_picture(path) for path in room.one_for_each("IMAGE", image, len(names))]
     kinds = room.one_for_each("--condition", condition or ("canny",), len(names))
     scales = room.one_for_each("--conditioning-scale", conditioning_scale or (1.0,), len(names))
+    pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
     size = room.picture_size(pipeline, height, width)
     maps = [
         room.condition_map(picture, kind, size, low, high)

@@ -1,6 +1,7 @@
 """Condition maps, ControlNets on one-step students, and the measure of agreement."""
 
 import builtins
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from diffusers import (
 from PIL import Image
 
 from tests.tiny import tiny_pipeline
+from wadi import cli, emoji
+from wadi.emoji.captions import COLOURS
+from wadi.emoji.glyphs import NAMES
+from wadi.emoji.judge import Judge
 from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
@@ -207,6 +212,8 @@ def test_what_does_not_fit_is_said(folders, tmp_path, student):
         tmp_path / "four"
     )
     refuses("shrinks its condition 4 times, and the model's autoencoder pictures 2 times", tmp_path / "four")
+    with pytest.raises(WadiError, match="the model is a SimpleNamespace"):
+        with_controlnets(SimpleNamespace(), [tiny_controlnet(0)])
     with pytest.raises(WadiError, match="at least one"):
         with_controlnets(student, [])
     steered = with_controlnets(student, [load_controlnet(folders / "first", student)])
@@ -252,3 +259,91 @@ def test_the_sheet_shows_each_picture_once():
     assert (one.width - 6) // cell == 3
     assert (several.width - 6) // cell == 5
     assert sheet([picture], ["map"], [picture], [result] * 9).height > 3 * 128
+
+
+def run(*arguments):
+    return cli.main(["control", *map(str, arguments)])
+
+
+def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, capsys):
+    square(40).save(tmp_path / "picture.png")
+    square().save(tmp_path / "map.png")
+    named = ["--prompt", "a cat", "--model", teacher_folder, "--device", "cpu"]
+    nets = ["--controlnet", folders / "first", "--controlnet", folders / "second"]
+    each = [
+        "--condition",
+        "canny",
+        "--condition",
+        "map",
+        "--conditioning-scale",
+        0.5,
+        "--conditioning-scale",
+        1,
+    ]
+    inputs = [tmp_path / "picture.png", tmp_path / "map.png"]
+    assert run(*inputs, *named, *nets, *each, "-n", 3, "--seed", 7, "--out", tmp_path / "out") == 0
+    assert "3 pictures, one step each" in capsys.readouterr().out
+    student = load_for_steps(teacher_folder, None, 1)
+    controlnets = [load_controlnet(folders / name, student) for name in ("first", "second")]
+    maps = [condition_map(square(40), "canny", (16, 16)), square()]
+    expected = steer(with_controlnets(student, controlnets), "a cat", maps, [0.5, 1.0], 7, 3)
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"seed-00000{seed}.png" for seed in (7, 8, 9)]
+    assert np.array_equal(as_array(map(Image.open, files)), as_array(expected))
+    assert run(inputs[0], *named, *nets[:2], "--out", tmp_path / "sheet.png") == 0
+    cell = 128 + 6  # picture, edges and four results
+    assert (Image.open(tmp_path / "sheet.png").width - 6) // cell == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--controlnet: name a ControlNet of"),
+        (["--controlnet", "nowhere"], "nowhere: no such folder"),
+        (["--controlnet", "first", "-n", "0"], "must be at least 1"),
+        (["--controlnet", "first", "--guidance-scale", "2"], "cannot be guided"),
+        (["--controlnet", "first", "--width", "15"], "15 x 16 are not multiples of 2"),
+        (["--controlnet", "first", "--conditioning-scale", "1", "--conditioning-scale", "1"], "2 given"),
+        (["--controlnet", "first", "--adapter", "x", "--num-inference-steps", "2"], "takes 1 step"),
+        (["--controlnet", "first", "--low", "300"], "thresholds must be in order"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(options, message, folders, teacher_folder, tmp_path, capsys):
+    square().save(tmp_path / "picture.png")
+    options = [str(folders / option) if option == "first" else option for option in options]
+    named = ["--prompt", "a cat", "--model", teacher_folder, "--out", tmp_path / "out.png"]
+    assert run(tmp_path / "picture.png", *named, *options) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("wadi: error: ")
+    assert message in told
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_the_built_in_student_keeps_to_the_edges(tmp_path, capsys):
+    """The whole command as it comes: same seeds, with and without the ControlNet, read by the judge."""
+    teacher = load_for_steps(emoji.teacher_folder(), None, 25)
+    drawn = teacher(
+        "a small panda on the left on a yellow background",
+        num_inference_steps=25,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    drawn.save(tmp_path / "panda.png")
+    judge = Judge.load(emoji.assets_folder() / "judge.safetensors")
+
+    def made(*options):
+        named = ["--prompt", "a panda on a red background", "-n", 6, "--device", "cpu"]
+        assert run(tmp_path / "panda.png", *named, "--out", tmp_path / "out", *options) == 0
+        pixels = as_array(map(Image.open, sorted((tmp_path / "out").iterdir())))
+        edges = torch.from_numpy(np.stack([canny(image) for image in pixels.astype(np.uint8)]))
+        condition = torch.from_numpy(canny(np.asarray(drawn)))[None].expand(6, -1, -1)
+        agreement = edge_agreement(condition, edges).mean().item()
+        return agreement, judge.read(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+
+    true = judge.read(torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None])
+    (steered, reading), (alone, free) = made(), made("--conditioning-scale", 0)
+    assert steered > alone + 0.25
+    off, anywhere = (64 * (of.center[:, 0] - true.center[:, 0]).norm(dim=1) for of in (reading, free))
+    assert off.mean() < 4 < anywhere.mean()
+    assert (reading.emoji[:, 0] == NAMES.index("panda")).sum() >= 5
+    assert (reading.background == COLOURS.index("red")).sum() >= 5

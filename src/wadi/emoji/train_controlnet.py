@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from tqdm import tqdm
 
@@ -59,8 +58,10 @@ class TrainControlNetConfig:
     """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
     ema_decay: float = 0.999
     """Of the weights that are written."""
-    high_noise: float = 0.0
-    """Share of every batch whose timesteps are of the highest tenth, where a one-step student starts."""
+    loss: Literal["epsilon", "balanced"] = "balanced"
+    """The usual mean square error of epsilon, or that times sigma_t / alpha_t. The teacher's own error falls
+    from 0.045 at t = 100 to 0.002 at the last; balanced, it is about as large at every t, and what the
+    condition decides is learned sooner."""
     pictures: int = 150_000
     """Pictures made ahead, with their latents and conditions."""
     captions: int = 100_000
@@ -166,7 +167,8 @@ def make_pool(
 class ControlNetTraining:
     """One training step of a ControlNet, captured as a CUDA graph where there is a GPU.
 
-    The loss is || eps(x_t, t, c, condition) - n ||^2 with the teacher's U-Net frozen, mean over elements.
+    The loss is w_t || eps(x_t, t, c, condition) - n ||^2 with the teacher's U-Net frozen, mean over elements;
+    w_t is 1 or sigma_t / alpha_t.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class ControlNetTraining:
     ):
         self.device = torch.device(config.device)
         self.unet, self.text_encoder, self.controlnet = pipeline.unet, pipeline.text_encoder, controlnet
-        self.high_noise = config.high_noise
+        self.balanced = config.loss == "balanced"
         self.update = AveragedAdamW(controlnet.parameters(), config.ema_decay, self.device)
         self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(self.device)
         self.empty = tokenize(pipeline.tokenizer, [""]).to(self.device)
@@ -207,7 +209,8 @@ class ControlNetTraining:
                 mid_block_additional_residual=middle,
                 return_dict=False,
             )[0]
-        loss = F.mse_loss(prediction.float(), self.noise)
+        weight = sigma / alpha if self.balanced else torch.ones_like(sigma)
+        loss = (weight * (prediction.float() - self.noise).square()).mean()
         self.update(loss)
         self.loss.copy_(loss.detach())
 
@@ -234,9 +237,7 @@ class ControlNetTraining:
         self.latents.copy_(latents)
         self.noise.copy_(torch.randn(latents.shape, generator=generator, device=self.device))
         steps = len(self.alphas_cumprod)
-        uniform = torch.rand(size, generator=generator, device=self.device)
-        uniform[: round(self.high_noise * size)].mul_(0.1).add_(0.9)
-        self.timesteps.copy_((uniform * steps).long().clamp(max=steps - 1))
+        self.timesteps.copy_(torch.randint(steps, (size,), generator=generator, device=self.device))
         drop = torch.rand(size, 1, generator=generator, device=self.device) < 0.1
         self.ids.copy_(torch.where(drop, self.empty, ids))
         self.packed.copy_(packed)
@@ -271,8 +272,6 @@ def train_controlnet(config: TrainControlNetConfig) -> dict[str, float]:
     for name in ("pictures", "captions", "train_batch_size"):
         if getattr(config, name) < 1:
             raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    if not 0 <= config.high_noise <= 1:
-        raise WadiError(f"--high-noise {config.high_noise}: must be between 0 and 1")
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True

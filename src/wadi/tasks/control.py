@@ -37,7 +37,6 @@ Value = TypeVar("Value")
 CANNY = (100, 200)
 """Lower and upper threshold of edges, of a gradient in 8-bit steps: those of the first ControlNets."""
 
-
 Condition = Literal["canny", "map"]
 """What a condition map is made of: the edges of a picture, or a map that is ready."""
 
