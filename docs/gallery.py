@@ -1,7 +1,7 @@
 """Make the gallery: docs/gallery.md, and its pictures, each by the command lines that the page shows.
 
     python docs/gallery.py                             # all of it; two cores, less than a minute
-    python docs/gallery.py --only inpaint --out /tmp   # a part of it, elsewhere
+    python docs/gallery.py --only inpaint --out runs/gallery   # a part of it, elsewhere
 
 The commands run one after the other in one empty folder, so that a picture of one is there for the next.
 Another entry is another line of `ENTRIES`. What a command says when it fails is told, and nothing is written.
