@@ -31,7 +31,7 @@ $(READY): pyproject.toml requirements-lock.txt
 		$(PIP) --no-deps --retries 2 --extra-index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)+cpu; \
 	fi
 	@echo "setup: wadi and what it needs, versions of requirements-lock.txt"
-	@$(PIP) --constraint requirements-lock.txt --editable ".[data,tensorboard,dev]"
+	@$(PIP) --constraint requirements-lock.txt --editable ".[control,data,tensorboard,dev]"
 	@touch $@
 
 demo: setup

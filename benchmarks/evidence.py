@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import evidence_plots as plots
 import numpy as np
 import tyro
+from tables import find_tables, markdown, with_tables
 
 from wadi.errors import WadiError
 from wadi.files import read_json, write_text
@@ -413,12 +413,6 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ") if number >= 10_000 else str(number)
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def with_interval(found: Estimate | None, name: str) -> str:
     """A mean and half of its interval."""
     if found is None:
@@ -771,35 +765,6 @@ TABLES: dict[str, Table] = {
 }
 """Tables by the name in their marker. Another table is another function and a line here."""
 
-_MARKER = re.compile(r"<!-- table: (\S+) -->\n|<!-- /table -->")
-
-
-def find_tables(page: str, path: Path) -> dict[str, tuple[int, int]]:
-    """Where the content of each table begins and ends.
-
-    Raises:
-        WadiError: a marker is unknown, doubled, or not closed.
-    """
-    places: dict[str, tuple[int, int]] = {}
-    name, start = None, 0
-    for marker in _MARKER.finditer(page):
-        opened = marker[1]
-        line = page.count("\n", 0, marker.start()) + 1
-        if (opened is None) == (name is None):
-            wrong = "a table that is not open" if opened is None else f"a table inside of {name}"
-            raise WadiError(f"{path}: line {line}: {'closes' if opened is None else 'opens'} {wrong}")
-        if opened is None:
-            places[name], name = (start, marker.start()), None
-        elif opened in places:
-            raise WadiError(f"{path}: line {line}: the table {opened} was there before")
-        elif opened not in TABLES:
-            raise WadiError(f"{path}: line {line}: no table {opened!r}; known are {', '.join(TABLES)}")
-        else:
-            name, start = opened, marker.end()
-    if name is not None:
-        raise WadiError(f"{path}: the table {name} is not closed; put <!-- /table --> below it")
-    return places
-
 
 def wanted_tables(places: Iterable[str], options: Options) -> list[str]:
     """The tables to make.
@@ -859,7 +824,7 @@ def main(options: Options) -> int:
         page = options.page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise WadiError(f"{options.page}: could not read the page: {error}") from error
-    places = find_tables(page, options.page)
+    places = find_tables(page, options.page, TABLES)
     names = wanted_tables(places, options)
     data = {name: TABLES[name].read(options.data / TABLES[name].source) for name in names}
     blocks = {name: _block(TABLES[name], data[name], options) for name in names}
@@ -868,10 +833,7 @@ def main(options: Options) -> int:
     for name in names:
         for picture in TABLES[name].pictures:
             picture.draw(options.pictures / picture.name, data[name])
-    for name in sorted(names, key=lambda name: -places[name][0]):  # from the end: places stay what they are
-        start, end = places[name]
-        page = page[:start] + blocks[name] + page[end:]
-    write_text(options.page, page)
+    write_text(options.page, with_tables(page, places, blocks))
     print(f"{options.page}: {', '.join(names)}")
     return 0
 

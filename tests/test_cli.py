@@ -77,6 +77,14 @@ def test_every_command_has_help(command, capsys):
         (["emoji"], "train-teacher"),
         (["generate", "a cat", "--model", "no/such/folder"], "no such folder"),
         (["generate", "a cat", "-n", "0"], "--num-images"),
+        (["generate", "a cat", "--guidance-scale", "3"], "guidance_scale 3: a one-step student cannot be"),
+        (["generate", "a cat", "--negative-prompt", "a dog"], "negative_prompt: a one-step student cannot"),
+        (["generate", "a cat", "--num-inference-steps", "4"], "num_inference_steps 4: a one-step student"),
+        (["image-to-image", "nowhere.png", "--prompt", "a cat"], "nowhere.png: there is no such picture"),
+        (["image-to-image", "x.png", "--prompt", "a cat", "--guidance-scale", "2"], "guidance_scale 2"),
+        (["image-to-image", "x.png", "--prompt", "a cat", "-n", "0"], "--num-images"),
+        (["inpaint", "x.png", "y.png", "--prompt", "a cat", "--candidates", "0"], "--candidates"),
+        (["inpaint", "x.png", "y.png", "--prompt", "a cat", "--negative-prompt", "b"], "negative_prompt: a"),
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere", "--out", "x"], "nowhere"),
         (["import", "nowhere.pt", "--model", "some/model", "--out", "x"], "nowhere.pt: could not read"),
@@ -161,6 +169,32 @@ def test_generate_writes_what_the_pipeline_makes(student, teacher_folder, tmp_pa
     assert np.array_equal(
         np.asarray(Image.open(tmp_path / "one.png")), np.asarray(pipeline("a red cat", seed=3)[0])
     )
+
+
+def test_pictures_of_pictures(student, tmp_path, capsys):
+    model = ["--model", student / "pipeline", "--device", "cpu", "--prompt", "a red cat", "--seed", 3]
+    picture, mask = Image.effect_noise((32, 16), 80).convert("RGB"), Image.new("L", (32, 16))
+    mask.paste(255, (16, 0, 32, 16))
+    picture.save(tmp_path / "picture.png")
+    mask.save(tmp_path / "mask.png")
+    assert run("image-to-image", tmp_path / "picture.png", *model, "-n", 2, "--out", tmp_path / "each") == 0
+    assert f"{tmp_path / 'each'}: 2 pictures, one step each" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "each").iterdir()} == {"seed-000003.png", "seed-000004.png"}
+    inputs = [tmp_path / "picture.png", tmp_path / "mask.png"]
+    assert run("inpaint", *inputs, *model, "-n", 1, "--candidates", 2, "--out", tmp_path / "painted") == 0
+    painted = np.asarray(Image.open(tmp_path / "painted" / "seed-000003.png"))
+    middle = np.asarray(picture.crop((8, 0, 24, 16)))  # what the model's square shows of it
+    assert np.array_equal(painted[:, :8], middle[:, :8])
+    assert not np.array_equal(painted[:, 8:], middle[:, 8:])
+    assert run("inpaint", *inputs, *model, "-n", 1, "--out", tmp_path / "sheet.png") == 0
+    assert Image.open(tmp_path / "sheet.png").width > 3 * 128
+    capsys.readouterr()
+    assert run("inpaint", *inputs, *model, "--strength", 2, "--out", tmp_path / "x.png") == 2
+    assert "strength: must be more than 0 and at most 1, but is 2" in capsys.readouterr().err
+    Image.new("L", (32, 16)).save(tmp_path / "black.png")
+    assert run("inpaint", inputs[0], tmp_path / "black.png", *model, "--out", tmp_path / "x.png") == 2
+    assert "MASK: is black all over" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_generate_refuses_unknown_kinds_of_pictures(student, tmp_path, capsys):

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("wadi.cli:generate", "make pictures in one step"),
+    "control": (
+        "wadi.cli:control",
+        "make pictures that keep to the edges of a picture, or to a condition map",
+    ),
+    "image-to-image": ("wadi.cli:image_to_image", "make a picture of a picture, in one step"),
+    "inpaint": ("wadi.cli:inpaint", "repaint a part of a picture, in one step"),
     "distill": ("wadi.cli:distill", "turn a diffusion model into a one-step generator"),
     "demo": ("wadi.demo:demo", "distil the built-in teacher here and now, and show the result"),
     "export": ("wadi.cli:export", "merge a student into a folder that plain diffusers loads"),
@@ -54,6 +60,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
     "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its denoiser and text encoder"),
+    "emoji train-controlnet": (
+        "wadi.emoji.train_controlnet:train_controlnet",
+        "train a ControlNet for it",
+    ),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
     "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
     "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),
@@ -121,6 +131,9 @@ def generate(
     redilate: bool = True,
     fast: bool = False,
     vae: str | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | None = None,
 ) -> None:
     """Make pictures in one step; without --model and --adapter, with the student that comes with wadi.
 
@@ -141,7 +154,13 @@ def generate(
         fast: On a GPU, compile the networks and replay them as one CUDA graph; compiling may take minutes, so
             it pays for many pictures. Elsewhere nothing is compiled.
         vae: Another autoencoder, folder or hub id, such as the small and quick madebyollin/taesd.
+        num_inference_steps: Only 1; it is here to say so.
+        guidance_scale: Only 1; guidance was built into a one-step student by distillation.
+        negative_prompt: None, for the same reason.
     """
+    from wadi.onestep import refuse_guidance
+
+    refuse_guidance(num_inference_steps, guidance_scale, negative_prompt)
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
     pipeline = _load_student(model, adapter, dtype, device, vae)
@@ -204,6 +223,270 @@ def _save_pictures(images: list[Any], seed: int, out: Path) -> None:
             raise WadiError(f"--out {out}: unknown kind of picture; use {', '.join(kinds)} or a folder")
         with replacing_file(path) as temporary:
             image.save(temporary, kinds[path.suffix.lower()])
+
+
+def control(
+    image: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")],
+    prompt: str,
+    condition: tyro.conf.UseAppendAction[tuple[Literal["canny", "map"], ...]] = (),
+    controlnet: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    conditioning_scale: tyro.conf.UseAppendAction[tuple[float, ...]] = (),
+    seed: int = 0,
+    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4,
+    out: Path = Path("control.png"),
+    model: str | None = None,
+    adapter: str | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    low: float = 100,
+    high: float = 200,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    device: str | None = None,
+) -> None:
+    """Make pictures in one step that keep to the edges of a picture, or to a condition map.
+
+    A ControlNet that was trained on the multi-step teacher steers the student. Without --model, --adapter and
+    --controlnet, the three that come with wadi.
+
+    Several ControlNets add up: repeat --controlnet, and name one picture for all or one for each; so with
+    --condition and --conditioning-scale.
+
+    Args:
+        image: The picture, or the map itself. What does not fit the shape of the result is cut off.
+        prompt: What the result shows.
+        condition: canny finds the edges of the picture; map: the picture is the condition map.
+        controlnet: Folder or hub id of a ControlNetModel of the model, or of its teacher.
+        conditioning_scale: How much of what the ControlNet adds is added: 0 nothing, 1 all, the default.
+        seed: Picture i starts from the noise of seed + i, however many are made.
+        num_images: How many pictures.
+        out: A .png or .jpg file, which shows picture, condition and results side by side; or a folder, for a
+            file each.
+        model: Exported pipeline, or the teacher of --adapter: folder or hub id.
+        adapter: Folder or hub id of a student's adapter.
+        num_inference_steps: More than 1 is for a multi-step model, to compare: without --model the teacher
+            that comes with wadi.
+        guidance_scale: Of a multi-step model (the built-in teacher's is 2).
+        low: Lower threshold of edges, of gradients in 8-bit steps.
+        high: Upper threshold of edges.
+        height: In pixels; the model's own if not given.
+        width: In pixels; the model's own if not given.
+        batch_size: Pictures made at once.
+        dtype: Of the networks; one step itself is always float32.
+        device: Such as cpu or cuda:1; a GPU if there is one.
+    """
+    import torch
+
+    from wadi.tasks import control as room
+
+    if min(num_images, batch_size, num_inference_steps) < 1:
+        raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
+    names = controlnet or _own_controlnet(model)
+    pictures = [room.open_picture(path) for path in room.one_for_each("IMAGE", image, len(names))]
+    kinds = room.one_for_each("--condition", condition or ("canny",), len(names))
+    scales = room.one_for_each("--conditioning-scale", conditioning_scale or (1.0,), len(names))
+    pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
+    size = room.picture_size(pipeline, height, width)
+    maps = [
+        room.condition_map(picture, kind, size, low, high)
+        for picture, kind in zip(pictures, kinds, strict=True)
+    ]
+    steered = room.with_controlnets(
+        pipeline, [room.load_controlnet(name, pipeline, getattr(torch, dtype)) for name in names]
+    )
+    start = time.perf_counter()
+    images = room.steer(
+        steered, prompt, maps, scales, seed, num_images, batch_size, num_inference_steps, guidance_scale
+    )
+    seconds = time.perf_counter() - start
+    sheet = [room.sheet(pictures, kinds, maps, images)] if out.suffix else images
+    _save_pictures(sheet, seed, out)
+    steps = "one step" if num_inference_steps == 1 else f"{num_inference_steps} steps"
+    print(f"{out}: {len(images)} picture{'s' * (len(images) > 1)}, {steps} each, {seconds:.2f} s")
+
+
+def image_to_image(
+    image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")],
+    prompt: str,
+    strength: float = 0.6,
+    seed: int = 0,
+    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4,
+    out: Path = Path("image-to-image.png"),
+    model: str | None = None,
+    adapter: str | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    device: str | None = None,
+) -> None:
+    """Make pictures in one step that show the prompt, with the ground and the places of a picture.
+
+    The picture is noised as far as --strength says, and the student asked for what it shows. Without --model
+    and --adapter, the student that comes with wadi.
+
+    Args:
+        image: The picture. What does not fit the shape of the result is cut off.
+        prompt: What the results show.
+        strength: How much changes, more than 0 and at most 1: at 1 little is kept of the picture, at 0.3 its
+            objects stay too.
+        seed: Picture i starts from the noise of seed + i, however many are made.
+        num_images: How many pictures.
+        out: A .png or .jpg file, which shows picture and results side by side; or a folder, for a file each.
+        model: Exported pipeline, or the teacher of --adapter: folder or hub id.
+        adapter: Folder or hub id of a student's adapter.
+        num_inference_steps: More than 1 is for a multi-step model, to compare: without --model the teacher
+            that comes with wadi.
+        guidance_scale: Of a multi-step model (the built-in teacher's is 2).
+        negative_prompt: Of a multi-step model.
+        height: In pixels; the model's own if not given.
+        width: In pixels; the model's own if not given.
+        batch_size: Pictures made at once.
+        dtype: Of the networks; one step itself is always float32.
+        device: Such as cpu or cuda:1; a GPU if there is one.
+    """
+    from wadi.tasks import control, editing
+
+    if min(num_images, batch_size, num_inference_steps) < 1:
+        raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
+    if num_inference_steps == 1:
+        _refuse_guidance(guidance_scale, negative_prompt)
+    picture = control.open_picture(image)
+    pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
+    picture = editing.fitted(pipeline, picture, height, width)
+    sampling = editing.Sampling(strength, num_inference_steps, guidance_scale, negative_prompt)
+    start = time.perf_counter()
+    images = editing.variations(pipeline, prompt, picture, sampling, seed, num_images, batch_size)
+    seconds = time.perf_counter() - start
+    _save_pictures([editing.sheet({"picture": picture}, images)] if out.suffix else images, seed, out)
+    _tell(out, images, num_inference_steps, seconds)
+
+
+def inpaint(
+    image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")],
+    mask: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MASK")],
+    prompt: str,
+    strength: float = 0.8,
+    candidates: int | None = None,
+    seed: int = 0,
+    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4,
+    out: Path = Path("inpaint.png"),
+    model: str | None = None,
+    adapter: str | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    device: str | None = None,
+) -> None:
+    """Repaint the white part of a mask in one step; the rest of the picture stays as it is, to the bit.
+
+    Without --model and --adapter, with the student that comes with wadi.
+
+    Args:
+        image: The picture. What does not fit the shape of the result is cut off.
+        mask: A picture of the same size: white is repainted, black is kept.
+        prompt: What the whole picture shows afterwards.
+        strength: How much changes within the mask, more than 0 and at most 1. Lower keeps to the place and
+            the ground of what was there; for an object where nothing was, stay at 0.8 or above.
+        candidates: Of so many repaintings the one whose edges show least is kept; 8 in one step, 1 in
+            several, if not given.
+        seed: Picture i is made of the noises from seed + i * candidates on.
+        num_images: How many pictures.
+        out: A .png or .jpg file, which shows picture, mask and results side by side; or a folder, for a file
+            each.
+        model: Exported pipeline, or the teacher of --adapter: folder or hub id.
+        adapter: Folder or hub id of a student's adapter.
+        num_inference_steps: More than 1 is for a multi-step model, to compare: without --model the teacher
+            that comes with wadi.
+        guidance_scale: Of a multi-step model (the built-in teacher's is 2).
+        negative_prompt: Of a multi-step model.
+        height: In pixels; the model's own if not given.
+        width: In pixels; the model's own if not given.
+        batch_size: Pictures made at once.
+        dtype: Of the networks; one step itself is always float32.
+        device: Such as cpu or cuda:1; a GPU if there is one.
+    """
+    from PIL.Image import Resampling
+
+    from wadi.tasks import control, editing
+
+    if candidates is None:
+        candidates = editing.CANDIDATES if num_inference_steps == 1 else 1
+    if min(num_images, batch_size, num_inference_steps, candidates) < 1:
+        raise WadiError("--num-images, --batch-size, --num-inference-steps, --candidates: must be at least 1")
+    if num_inference_steps == 1:
+        _refuse_guidance(guidance_scale, negative_prompt)
+    picture = control.open_picture(image)
+    shape = editing.binary_mask(control.open_picture(mask), picture)
+    pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
+    picture = editing.fitted(pipeline, picture, height, width)
+    shape = editing.fitted(pipeline, shape, height, width, Resampling.NEAREST)
+    sampling = editing.Sampling(strength, num_inference_steps, guidance_scale, negative_prompt)
+    start = time.perf_counter()
+    images = editing.repaintings(
+        pipeline, prompt, picture, shape, sampling, seed, num_images, candidates, batch_size
+    )
+    seconds = time.perf_counter() - start
+    inputs = {"picture": picture, "mask": shape}
+    _save_pictures([editing.sheet(inputs, images)] if out.suffix else images, seed, out)
+    _tell(out, images, num_inference_steps, seconds)
+
+
+def _refuse_guidance(guidance_scale: float, negative_prompt: str | None) -> None:
+    """One step is not guided; tell before anything is loaded."""
+    from wadi.onestep import refuse_guidance
+
+    refuse_guidance(1, guidance_scale, negative_prompt)
+
+
+def _tell(out: Path, images: list[Any], num_inference_steps: int, seconds: float) -> None:
+    steps = "one step" if num_inference_steps == 1 else f"{num_inference_steps} steps"
+    print(f"{out}: {len(images)} picture{'s' * (len(images) > 1)}, {steps} each, {seconds:.2f} s")
+
+
+def _own_controlnet(model: str | None) -> tuple[str, ...]:
+    """The ControlNet that comes with wadi, for the model that does."""
+    from wadi import emoji
+
+    if model is not None:
+        raise WadiError(
+            f"--controlnet: name a ControlNet of {model}; the one that comes with wadi is for its own"
+        )
+    return (str(emoji.controlnet_folder()),)
+
+
+def _load_for_steps(
+    model: str | None, adapter: str | None, num_inference_steps: int, dtype: str, device: str | None
+) -> Any:
+    """What the options name, or what comes with wadi: the student for one step, the teacher for several."""
+    import torch
+
+    from wadi import emoji
+    from wadi.onestep.pipeline import load_for_steps
+
+    _hide_loading_bars()
+    if adapter is not None and num_inference_steps > 1:
+        raise WadiError(
+            "--num-inference-steps: the student of --adapter takes 1 step; leave one of them away"
+        )
+    if model is None and adapter is None and num_inference_steps == 1:
+        adapter = str(emoji.student_folder())
+    return load_for_steps(
+        model or emoji.teacher_folder(),
+        adapter,
+        num_inference_steps,
+        getattr(torch, dtype),
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
 def export(

@@ -20,16 +20,22 @@ import high_resolution  # noqa: E402
 
 def test_figures_and_picture(tmp_path):
     out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
-    options = ["--samples", "4", "--sizes", "96", "--damping", "0.5", "--device", "cpu"]
+    options = ["--samples", "4", "--sizes", "96", "--damping", "0.5"]
+    options += ["--teacher-samples", "1", "--device", "cpu"]
     command = [sys.executable, str(BENCHMARKS / "high_resolution.py"), *options]
-    done = subprocess.run(
+    subprocess.run(
         [*command, "--out", str(out), "--picture", str(picture)], capture_output=True, text=True, check=True
     )
-    rows = read_json(out)["rows"]
+    found = read_json(out)
+    rows = [row for row in found["rows"] if row["steps"] == 1]
     ways = [(row["size"], row["redilated"], row["damping"]) for row in rows]
     assert ways == [(64, False, None), (96, False, None), (96, True, 0.0), (96, True, 0.5)]
     assert all(0 <= row["alignment"] <= 1 and row["objects"] >= 0 for row in rows)
-    assert "| 96 | re-dilated, damping 0.5 |" in done.stdout
+    teacher = [(row["size"], row["redilated"]) for row in found["rows"] if row["steps"] == 25]
+    assert teacher == [(64, False), (96, False), (96, True)]
+    (line,) = found["summary"]
+    assert line["student"] == rows[2]["alignment"]
+    assert line["time_ratio"] > 2  # 50 predictions against one
     assert Image.open(picture).width > 3 * 96
 
 

@@ -21,6 +21,11 @@ def student_folder() -> Path:
     return assets_folder() / "student"
 
 
+def controlnet_folder() -> Path:
+    """The shipped ControlNet of the teacher, steered by edges, a ControlNetModel folder."""
+    return assets_folder() / "controlnet-canny"
+
+
 def prompts_file() -> Path:
     """The shipped training prompts, one a line."""
     return assets_folder() / "prompts.txt"

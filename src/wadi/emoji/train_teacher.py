@@ -7,7 +7,6 @@ schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +31,7 @@ from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.recombine import VARIANTS, Recombination
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
+from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
 from wadi.onestep.pipeline import pipeline_class_name
@@ -217,19 +217,9 @@ class TeacherTraining:
     ):
         self.config, self.text_encoder = config, text_encoder
         self.device = torch.device(config.device)
-        self.parameters = [*network.parameters(), *text_encoder.parameters()]
-        self.ema = [parameter.detach().clone() for parameter in self.parameters]
-        cuda = self.device.type == "cuda"
-        self.learning_rate = torch.tensor(0.0, device=self.device)
-        self.ema_weight = torch.tensor(0.0, device=self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.learning_rate,
-            weight_decay=1e-3,
-            betas=(0.9, 0.99),
-            capturable=cuda,
-            fused=True,
-        )
+        parameters = [*network.parameters(), *text_encoder.parameters()]
+        self.update = AveragedAdamW(parameters, config.ema_decay, self.device)
+        self.parameters, self.ema = self.update.parameters, self.update.ema
         self.alphas_cumprod = new_scheduler().alphas_cumprod.to(self.device)
         size = config.train_batch_size
         self.latents = torch.zeros(size, 4, 16, 16, device=self.device)
@@ -241,7 +231,7 @@ class TeacherTraining:
         self.empty = empty.to(self.device)
         self.loss = torch.zeros((), device=self.device)
         self.predict = torch.compile(network) if config.compile else network
-        self.run = self._captured() if cuda else self._step
+        self.run = captured(self._step) if self.device.type == "cuda" else self._step
 
     def _step(self) -> None:
         alpha = self.alphas_cumprod[self.timesteps, None, None, None].sqrt()
@@ -260,32 +250,8 @@ class TeacherTraining:
                 mixed = take_states(states, self.source)
                 prediction = self.predict(noisy, self.timesteps, mixed, return_dict=False)[0]
         loss = F.mse_loss(prediction.float(), self.noise)
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.parameters if p.grad is not None], 1.0, foreach=True
-        )
-        # a gradient that is not finite changes nothing: fused AdamW's own mask, which needs no wait
-        self.optimizer.found_inf = norm.isfinite().logical_not().float()
-        self.optimizer.step()
-        # ema += (1 - decay) (parameters - ema); a lerp with a tensor as weight would wait for the device.
-        change = torch._foreach_sub([parameter.detach() for parameter in self.parameters], self.ema)
-        torch._foreach_mul_(change, self.ema_weight)
-        torch._foreach_add_(self.ema, change)
+        self.update(loss)
         self.loss.copy_(loss.detach())
-
-    def _captured(self) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        return graph.replay
 
     def step(
         self,
@@ -309,8 +275,7 @@ class TeacherTraining:
         drop = torch.rand(size, 1, 1, generator=generator, device=self.device) < 0.1
         self.ids.copy_(torch.where(drop, self.empty, ids))
         self.source.copy_(source) if isinstance(source, torch.Tensor) else self.source.fill_(source)
-        self.learning_rate.fill_(rate)
-        self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
+        self.update.prepare(step, rate)
         self.run()
 
 

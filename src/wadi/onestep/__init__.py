@@ -8,6 +8,7 @@ from wadi.onestep.pipeline import (
     OneStepPipeline,
     load_pipeline,
     read_alpha_T_squared,
+    refuse_guidance,
     write_alpha_T_squared,
 )
 from wadi.onestep.scheduler import one_step_scheduler
@@ -22,5 +23,6 @@ __all__ = [
     "load_pipeline",
     "one_step_scheduler",
     "read_alpha_T_squared",
+    "refuse_guidance",
     "write_alpha_T_squared",
 ]

@@ -148,36 +148,27 @@ class OneStepPipeline:
         Raises:
             WadiError: guidance or more steps are asked for, or a prompt is longer than the tokenizer takes.
         """
-        if guidance_scale != 1.0 or negative_prompt is not None:
-            raise WadiError(
-                "guidance_scale, negative_prompt: a one-step student cannot be guided, guidance was built "
-                "in by distillation; leave both away (guidance_scale=1.0, negative_prompt=None)"
-            )
-        if kwargs.pop("num_inference_steps", 1) != 1:
-            raise WadiError("num_inference_steps: a one-step student takes 1 step; leave it away")
+        refuse_guidance(kwargs.pop("num_inference_steps", 1), guidance_scale, negative_prompt)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check_lengths(prompts if self.fast is None else self.fast.new_prompts(prompts))
-        kwargs = stock_arguments(self.pipeline) | kwargs
-        if seed is not None:
-            if generator is not None:
-                raise WadiError("seed, generator: give one of the two")
-            images = len(prompts) * num_images_per_prompt
-            generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+        generator = _generators(seed, generator, len(prompts) * num_images_per_prompt)
+        sides = {"height": height, "width": width}
+        options = stock_arguments(self.pipeline) | kwargs
         if self.fast is not None:
-            if kwargs:
-                raise WadiError(f"{', '.join(kwargs)}: not known to the fast path; do without compile()")
+            if options:
+                raise WadiError(f"{', '.join(options)}: not known to the fast path; do without compile()")
             repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
-            return self.fast(repeated, generator, height, width, output_type)
+            return self.fast(repeated, generator, **sides, output_type=output_type)
         return self.pipeline(
             prompt=prompt if isinstance(prompt, str) else prompts,
             num_inference_steps=1,
             guidance_scale=1.0,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
-            height=height,
-            width=width,
             output_type=output_type,
-            **kwargs,
+            # image to image has no such arguments
+            **{name: side for name, side in sides.items() if side is not None},
+            **options,
         ).images
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -207,6 +198,53 @@ class OneStepPipeline:
                 raise WadiError(
                     f"prompt: {prompt[:40]!r}... has {length} tokens and the model takes {limit}; shorten it"
                 )
+
+
+def refuse_guidance(
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | Sequence[str] | None = None,
+) -> None:
+    """Tell, in a sentence, that a one-step student cannot do what guidance and more steps are for.
+
+    Its guidance was built in by distillation: it never saw an empty or a negative prompt beside its own, and
+    what its two predictions differ by points nowhere (docs/uses/editing.md has what comes of forcing it).
+
+    Args:
+        num_inference_steps: only 1.
+        guidance_scale: only 1.0.
+        negative_prompt: only ``None``.
+
+    Raises:
+        WadiError: another value; it names the option, why, and what to do instead.
+    """
+    if num_inference_steps != 1:
+        raise WadiError(
+            f"num_inference_steps {num_inference_steps}: a one-step student takes 1 step, and knows no "
+            "others; leave it away, or use the multi-step teacher"
+        )
+    if guidance_scale != 1.0:
+        raise WadiError(
+            f"guidance_scale {guidance_scale:g}: a one-step student cannot be guided, guidance was built in "
+            "by distillation; leave it away (1.0), distil with another --guidance-scale, or use the "
+            "multi-step teacher"
+        )
+    if negative_prompt is not None:
+        raise WadiError(
+            "negative_prompt: a one-step student cannot be guided away from anything, guidance was built "
+            "in by distillation; say in the prompt what shall be there instead, or use the multi-step teacher"
+        )
+
+
+def _generators(
+    seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None, images: int
+) -> torch.Generator | Sequence[torch.Generator] | None:
+    """What a call's `seed` and `generator` mean: for a seed, a generator on the CPU for each image."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise WadiError("seed, generator: give one of the two")
+    return [torch.Generator().manual_seed(seed + i) for i in range(images)]
 
 
 def load_pipeline(

@@ -64,7 +64,8 @@ def redilated(
         outer_levels: how many levels, from the picture inwards, stay as they are.
         damping: share of the prediction that is the U-Net's own, without re-dilation, in [0, 1): a second
             forward. It stands for ScaleCrafter's noise-damped guidance, which needs a guided model; a
-            one-step student is not guided. The emoji student has no use for it (docs/uses.md).
+            one-step student is not guided. The emoji student has no use for it
+            (docs/uses/high-resolution.md).
 
     Yields:
         Names of the stretched convolutions.

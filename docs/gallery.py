@@ -1,0 +1,229 @@
+"""Make the gallery: docs/gallery.md, and its pictures, each by the command lines that the page shows.
+
+    python docs/gallery.py                             # all of it; two cores, less than a minute
+    python docs/gallery.py --only inpaint --out runs/gallery   # a part of it, elsewhere
+
+The commands run one after the other in one empty folder, so that a picture of one is there for the next.
+Another entry is another line of `ENTRIES`. What a command says when it fails is told, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from wadi import cli
+from wadi.errors import WadiError
+from wadi.files import replacing_file, write_text
+
+MASK = (
+    "from PIL import Image; mask = Image.new('L', (64, 64)); mask.paste(255, (37, 6, 63, 58)); "
+    "mask.save('mask.png')"
+)
+"""Writes a mask: white is repainted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of the gallery.
+
+    Attributes:
+        name: of the picture's file, without .png.
+        title: heading.
+        words: what there is to see, and which page has more.
+        commands: command lines; the last one writes NAME.png.
+        needs: names of entries whose pictures the commands read.
+        made_by: of what trains for minutes: the benchmark that made docs/images/NAME.png. That picture is
+            shown, the commands are not run, and the page says so.
+    """
+
+    name: str
+    title: str
+    words: str
+    commands: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    made_by: str = ""
+
+    @property
+    def picture(self) -> str:
+        """Of the page: where the picture is."""
+        return f"images/{self.name}.png" if self.made_by else f"images/gallery/{self.name}.png"
+
+
+ENTRIES = (
+    Entry(
+        "generate",
+        "A prompt, eight pictures, one step each",
+        "What the prompt leaves free (place, size, angle) differs from picture to picture.",
+        ('wadi generate "a unicorn on a yellow background" -n 8 --out generate.png',),
+    ),
+    Entry(
+        "two-objects",
+        "Two objects, and where they are",
+        "Training showed no picture of these two together: [prompts of several things](uses/prompts.md).",
+        ('wadi generate "a penguin left of a sunflower" -n 8 --out two-objects.png',),
+    ),
+    Entry(
+        "plain-large",
+        "Twice as high and wide: as it is",
+        "A student of 64 px asked for 128: the object repeats, or grows out of shape.",
+        (
+            'wadi generate "a rocket on a blue background" --height 128 --width 128 --no-redilate -n 4 '
+            "--out plain-large.png",
+        ),
+    ),
+    Entry(
+        "large",
+        "Twice as high and wide: re-dilated",
+        "The same noise, with the inner convolutions stretched, as `wadi generate` does unless told not to: "
+        "[larger pictures](uses/high-resolution.md).",
+        ('wadi generate "a rocket on a blue background" --height 128 --width 128 -n 4 --out large.png',),
+    ),
+    Entry(
+        "panda",
+        "A picture to start from",
+        "It is the input of what follows.",
+        ('wadi generate "a big panda on the left on a red background" --seed 3 --out panda.png',),
+    ),
+    Entry(
+        "image-to-image",
+        "Image to image, in one step",
+        "Another object in the place of the first, on its ground: [pictures of pictures](uses/editing.md).",
+        ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.png',),
+        ("panda",),
+    ),
+    Entry(
+        "image-to-image-teacher",
+        "Image to image, by the teacher",
+        "The same with the multi-step model.",
+        (
+            'wadi image-to-image panda.png --prompt "a tiger" --num-inference-steps 25 --guidance-scale 2 '
+            "--out image-to-image-teacher.png",
+        ),
+        ("panda",),
+    ),
+    Entry(
+        "inpaint",
+        "Inpainting, in one step",
+        "White of the mask is repainted, all else is kept to the bit: of eight candidates the one whose edge "
+        "shows least ([pictures of pictures](uses/editing.md)).",
+        (
+            f'python -c "{MASK}"',
+            'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --out inpaint.png',
+        ),
+        ("panda",),
+    ),
+    Entry(
+        "inpaint-teacher",
+        "Inpainting, by the teacher",
+        "The same with the multi-step model.",
+        (
+            f'python -c "{MASK}"',
+            'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --num-inference-steps 25 '
+            "--guidance-scale 2 --out inpaint-teacher.png",
+        ),
+        ("panda",),
+    ),
+)
+"""The gallery, in order."""
+
+HEAD = """# Gallery
+
+Made by `python docs/gallery.py`, which runs the commands below with the models that come with wadi. All is
+made in one step unless a command says otherwise. Before and after, by `python docs/pictures.py`:
+
+![The teacher in one step, the student in one step, the teacher in 25.](images/before-after.png)
+"""
+
+
+@dataclass
+class Options:
+    """Make the gallery."""
+
+    out: Path = Path("docs")
+    """Folder of gallery.md; the pictures go to images/gallery in it."""
+    only: tuple[str, ...] = ()
+    """Only these entries, and those that they need."""
+
+
+def chosen(only: Sequence[str]) -> list[Entry]:
+    """Entries by name, with those that they need, in order; all if none is named.
+
+    Raises:
+        WadiError: there is no such entry.
+    """
+    known = {entry.name: entry for entry in ENTRIES}
+    if unknown := sorted(set(only) - set(known)):
+        raise WadiError(f"--only: no entry {unknown[0]!r}; known are {', '.join(known)}")
+    wanted = {need for name in only for need in (name, *known[name].needs)}
+    return [entry for entry in ENTRIES if not only or entry.name in wanted]
+
+
+def run(command: str) -> None:
+    """Run one command line in the current folder.
+
+    Raises:
+        WadiError: it fails.
+    """
+    print(f"$ {command}", flush=True)
+    program, *arguments = shlex.split(command)
+    if program == "wadi":
+        status = cli.main(arguments)  # in this process: libraries are imported once
+    else:
+        status = subprocess.run([sys.executable, *arguments], check=False).returncode
+    if status:
+        raise WadiError(f"{command}: ended with status {status}; nothing was written")
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """The gallery as Markdown."""
+    parts = [HEAD]
+    for entry in entries:
+        commands = "\n".join(entry.commands)
+        words = entry.words
+        if entry.made_by:
+            words += " This trains for minutes, so the gallery did not run it; the picture is by "
+            words += f"`{entry.made_by}`."
+        picture = f"![{entry.title}.]({entry.picture})"
+        parts.append(f"## {entry.title}\n\n{words}\n\n```sh\n{commands}\n```\n\n{picture}\n")
+    return "\n".join(parts)
+
+
+def main(options: Options) -> None:
+    """Run the commands, then write pictures and page."""
+    entries, out, start = chosen(options.only), options.out.resolve(), Path.cwd()
+    for entry in entries:
+        if entry.made_by and not (out / entry.picture).exists():
+            raise WadiError(f"{options.out / entry.picture}: is missing; run {entry.made_by}")
+    own = [entry for entry in entries if not entry.made_by]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for entry in own:
+                for command in entry.commands:
+                    run(command)
+                if not Path(f"{entry.name}.png").exists():
+                    raise WadiError(f"{entry.name}: its commands wrote no {entry.name}.png")
+        finally:
+            os.chdir(start)
+        for entry in own:
+            with replacing_file(out / entry.picture) as temporary:
+                shutil.copyfile(Path(folder) / f"{entry.name}.png", temporary)
+    write_text(out / "gallery.md", page(entries))
+    print(f"{options.out / 'gallery.md'}: {len(entries)} pictures")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except WadiError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,365 @@
+"""Pictures steered by condition maps: ControlNets (arXiv 2302.05543) on a one-step student.
+
+A ControlNet that was trained on the multi-step teacher adds to the same places of the student's U-Net, which
+stays as it is. The pipeline is diffusers' own `StableDiffusionControlNetPipeline`; what is here makes
+condition maps, loads ControlNets and says where they do not fit, and measures how well a picture keeps to its
+map.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+
+from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline, labelled_grid
+
+Value = TypeVar("Value")
+
+CANNY = (100, 200)
+"""Lower and upper threshold of edges, of a gradient in 8-bit steps: those of the first ControlNets."""
+
+Condition = Literal["canny", "map"]
+"""What a condition map is made of: the edges of a picture, or a map that is ready."""
+
+SHARED_FIELDS = (
+    "in_channels",
+    "cross_attention_dim",
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+)
+"""Of the configurations of a ControlNet and its U-Net: what must be the same."""
+
+
+def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> np.ndarray:
+    """Edges after Canny, by OpenCV; of colours, the channel that changes most counts.
+
+    Args:
+        pixels: (H, W, 3) or (H, W) uint8.
+        low: a pixel whose gradient is above this belongs to an edge that is connected to a sure one.
+        high: a pixel whose gradient is above this is surely on an edge.
+
+    Returns:
+        (H, W) uint8, 255 on edges and 0 elsewhere.
+
+    Raises:
+        WadiError: OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise WadiError(
+            "edges: OpenCV is not installed; pip install opencv-python-headless (or wadi[control]), or give "
+            "a map that is ready (--condition map)"
+        ) from error
+    return cv2.Canny(np.ascontiguousarray(pixels), low, high)
+
+
+def edge_map(image: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
+    """The condition of a Canny ControlNet: white edges on black, RGB, of the picture's size; see `canny`."""
+    return Image.fromarray(canny(np.asarray(image.convert("RGB")), low, high)).convert("RGB")
+
+
+def open_picture(path: str | os.PathLike) -> Image.Image:
+    """Read a picture file, upright, RGB.
+
+    Raises:
+        WadiError: there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise WadiError(f"{path}: there is no such picture; name one that exists") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise WadiError(f"{path}: could not read the picture: {error}; name a PNG or JPEG file") from error
+
+
+def condition_map(
+    image: Image.Image,
+    kind: Condition,
+    size: tuple[int, int],
+    low: float = CANNY[0],
+    high: float = CANNY[1],
+) -> Image.Image:
+    """The condition map of a picture, for a pipeline that makes pictures of `size`.
+
+    Args:
+        image: of any size; what does not fit the shape of `size` is cut off on both sides.
+        kind: "canny" finds the edges of the picture at `size`; "map" takes the picture for the map itself.
+        size: width and height in pixels.
+        low: threshold of `canny`.
+        high: threshold of `canny`.
+
+    Returns:
+        RGB, of `size`.
+
+    Raises:
+        WadiError: thresholds out of order, or OpenCV is not installed.
+    """
+    if not 0 <= low <= high:
+        raise WadiError(f"edges: thresholds must be in order and not negative, but are {low} and {high}")
+    fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+    return edge_map(fitted, low, high) if kind == "canny" else fitted
+
+
+def load_controlnet(
+    name: str | os.PathLike, pipeline: DiffusionPipeline, torch_dtype: torch.dtype | None = None
+) -> ControlNetModel:
+    """Load a ControlNet for a pipeline, safetensors only, onto the pipeline's device.
+
+    Args:
+        name: folder or hub id of a `ControlNetModel`.
+        pipeline: whose U-Net, or whose teacher's, it was trained with.
+        torch_dtype: of its weights; float32 when ``None``.
+
+    Raises:
+        WadiError: it cannot be loaded, weights are missing, or it is for another U-Net or autoencoder.
+    """
+    name = os.fspath(name)
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise WadiError(f"{name}: no such folder, and not a hub id of the form owner/name")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            controlnet, info = ControlNetModel.from_pretrained(
+                name,
+                torch_dtype=torch_dtype or torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WadiError(f"{name}: could not load the ControlNet: {str(error).splitlines()[0]}") from error
+    if missing := info["missing_keys"]:  # diffusers only warns
+        raise WadiError(f"{name}: {len(missing)} weights are missing, as {min(missing)}; load it again")
+    _check_fit(name, controlnet, pipeline)
+    return controlnet.to(pipeline.device).eval().requires_grad_(False)
+
+
+def _check_fit(name: str, controlnet: ControlNetModel, pipeline: DiffusionPipeline) -> None:
+    unet = _unet(pipeline)
+    for field in SHARED_FIELDS:
+        own, other = _plain(unet.config[field]), _plain(controlnet.config[field])
+        if own != other:
+            raise WadiError(
+                f"{name}: is for a U-Net whose {field} is {other}, and the model's is {own}; name a "
+                "ControlNet that was trained with this model"
+            )
+    factor = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if factor != pipeline.vae_scale_factor:
+        raise WadiError(
+            f"{name}: shrinks its condition {factor} times, and the model's autoencoder pictures "
+            f"{pipeline.vae_scale_factor} times; name a ControlNet that was trained with this model"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Lists, as JSON has them, and tuples alike."""
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _unet(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
+    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionControlNetPipeline)):
+        raise WadiError(
+            f"controlnet: the model is a {type(pipeline).__name__}; ControlNets of this kind steer the U-Net "
+            "of a StableDiffusionPipeline"
+        )
+    return pipeline.unet
+
+
+def with_controlnets(
+    pipeline: StableDiffusionPipeline, controlnets: Sequence[ControlNetModel]
+) -> StableDiffusionControlNetPipeline:
+    """diffusers' ControlNet pipeline on the parts of another pipeline, its scheduler too: one step stays one.
+
+        student = OneStepPipeline.from_pretrained("runs/mine/pipeline")
+        student.pipeline = with_controlnets(student.pipeline, [load_controlnet(name, student.pipeline)])
+        image = student("a lighthouse", seed=0, image=edge_map(picture))[0]
+
+    Args:
+        pipeline: left as it is; the modules are shared.
+        controlnets: one or several. What several add is summed (`MultiControlNetModel`); the pipeline's
+            `image` and `controlnet_conditioning_scale` are then lists, one for each.
+
+    Raises:
+        WadiError: not a Stable Diffusion pipeline, or no ControlNet.
+    """
+    if not controlnets:
+        raise WadiError("controlnet: name at least one")
+    _unet(pipeline)
+    steered = StableDiffusionControlNetPipeline(
+        **{name: part for name, part in pipeline.components.items() if name != "controlnet"},
+        controlnet=controlnets[0] if len(controlnets) == 1 else list(controlnets),
+        requires_safety_checker=False,
+    )
+    steered.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return steered
+
+
+def steer(
+    pipeline: StableDiffusionControlNetPipeline,
+    prompt: str,
+    maps: Sequence[Image.Image],
+    conditioning_scale: Sequence[float],
+    seed: int = 0,
+    num_images: int = 1,
+    batch_size: int = 8,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+) -> list[Image.Image]:
+    """Make pictures that keep to condition maps.
+
+    Args:
+        pipeline: of `with_controlnets`, with the scheduler that the steps need (`load_for_steps`).
+        prompt: what they show.
+        maps: a condition map for each ControlNet, of the size that the pictures shall have.
+        conditioning_scale: for each ControlNet, how much of what it adds is added; 0 is the model alone.
+        seed: picture i starts from the noise of seed + i.
+        num_images: how many.
+        batch_size: how many at once.
+        num_inference_steps: 1 for a student.
+        guidance_scale: of a multi-step model.
+
+    Raises:
+        WadiError: guidance in one step, or the prompt is too long for the tokenizer.
+    """
+    alone = not isinstance(pipeline.controlnet, MultiControlNetModel)
+    options = {
+        "image": maps[0] if alone else list(maps),
+        "controlnet_conditioning_scale": float(conditioning_scale[0]) if alone else list(conditioning_scale),
+        "guidance_scale": guidance_scale,
+    }
+    images = []
+    for first in range(0, num_images, batch_size):
+        count, own = min(batch_size, num_images - first), seed + first
+        if num_inference_steps == 1:
+            images += OneStepPipeline(pipeline)(prompt, own, num_images_per_prompt=count, **options)
+            continue
+        images += pipeline(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=count,
+            generator=[torch.Generator().manual_seed(own + i) for i in range(count)],
+            **options,
+        ).images
+    return images
+
+
+def one_for_each(name: str, values: Sequence[Value], count: int) -> list[Value]:
+    """Values of an option, one for each of `count` ControlNets; a single value is for all of them.
+
+    Raises:
+        WadiError: neither one nor `count` values.
+    """
+    if len(values) not in (1, count):
+        wanted = "one" if count == 1 else f"one, or one for each of {count} ControlNets"
+        raise WadiError(f"{name}: {len(values)} given; name {wanted}")
+    return list(values) * (count if len(values) == 1 else 1)
+
+
+def picture_size(
+    pipeline: StableDiffusionPipeline, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """Width and height of a pipeline's pictures in pixels; the model's own where ``None``.
+
+    Raises:
+        WadiError: a side is not a multiple of the pixels of a latent.
+    """
+    own, factor = _unet(pipeline).config.sample_size, pipeline.vae_scale_factor
+    rows, columns = (own, own) if isinstance(own, int) else own
+    size = (width or columns * factor, height or rows * factor)
+    if min(size) < 1 or any(side % factor for side in size):
+        raise WadiError(f"--width, --height: {size[0]} x {size[1]} are not multiples of {factor}")
+    return size
+
+
+def sheet(
+    pictures: Sequence[Image.Image],
+    kinds: Sequence[Condition],
+    maps: Sequence[Image.Image],
+    images: Sequence[Image.Image],
+    columns: int = 4,
+) -> Image.Image:
+    """Show side by side what steered and what came of it: pictures, condition maps, results.
+
+    Args:
+        pictures: for each ControlNet, of any size; shown once where several have the same, and not at all
+            where they are the map.
+        kinds: what of each picture is the condition.
+        maps: the condition maps, all of one size.
+        images: the results, of that size.
+        columns: results in a row.
+    """
+    size, headings, cells = maps[0].size, [], []
+    for picture, kind, condition in zip(pictures, kinds, maps, strict=True):
+        fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+        if kind == "canny" and fitted not in cells:
+            headings.append("picture")
+            cells.append(fitted)
+        headings.append("edges" if kind == "canny" else "map")
+        cells.append(condition)
+    rows = [("", [*cells, *images[start : start + columns]]) for start in range(0, len(images), columns)]
+    return labelled_grid(rows, [*headings, "result"])
+
+
+def layout_map(boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """The condition of a layout ControlNet: a white box for each object, on black.
+
+    Args:
+        boxes: (N, K, 4) float, left, top, right and lower edge as fractions of the side; a box whose right
+            edge is not right of its left one is no object.
+        size: side of the maps in pixels.
+
+    Returns:
+        (N, size, size) bool on the device of `boxes`: whether a pixel's centre is in a box.
+    """
+    axis = (torch.arange(size, device=boxes.device) + 0.5) / size
+    left, top, right, lower = boxes[..., None].unbind(2)
+    columns, rows = (left < axis) & (axis < right), (top < axis) & (axis < lower)
+    return (rows[..., :, None] & columns[..., None, :]).any(1)
+
+
+def edge_agreement(condition: torch.Tensor, result: torch.Tensor, tolerance: int = 1) -> torch.Tensor:
+    """How well the edges of pictures agree with those that were asked for: F1, harmonic mean of two shares.
+
+    Precision is the share of a result's edge pixels that have one of the condition within `tolerance` pixels
+    (to the side, up or down, and diagonally), recall the share of the condition's that have one of the
+    result.
+
+    Args:
+        condition: (N, H, W), edges where not zero.
+        result: likewise.
+        tolerance: pixels.
+
+    Returns:
+        (N,) float64 in [0, 1]; 1 where neither has an edge, 0 where only one has.
+    """
+    condition, result = (edges[:, None] != 0 for edges in (condition, result))
+
+    def found(edges: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        near = F.max_pool2d(others.float(), 2 * tolerance + 1, 1, tolerance) > 0
+        return (edges & near).sum((1, 2, 3)).double() / edges.sum((1, 2, 3)).clamp(min=1)
+
+    precision, recall = found(result, condition), found(condition, result)
+    f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+    nothing = ~condition.flatten(1).any(1) & ~result.flatten(1).any(1)
+    return torch.where(nothing, 1.0, f1)

@@ -1,0 +1,165 @@
+"""docs/uses.md and its pages say what the files of the uses say."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wadi.errors import WadiError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "uses.py"
+
+ROW = {"use": "edges", "measure": "F1 (up)", "teacher": 0.93, "student": 1, "time_ratio": 24.26}
+HIGH = {
+    "header": "2 captions",
+    "rows": [
+        {"size": 64, "redilated": False, "damping": None, "alignment": 0.9, "objects": 1.0, "seconds": 0.5},
+        {
+            "steps": 25,
+            "size": 64,
+            "redilated": False,
+            "damping": None,
+            "alignment": 1.0,
+            "objects": 1.0,
+            "seconds": 9.0,
+        },
+        {
+            "steps": 25,
+            "size": 128,
+            "redilated": False,
+            "damping": None,
+            "alignment": 0.5,
+            "objects": 1.7,
+            "seconds": 8.0,
+        },
+        {
+            "steps": 25,
+            "size": 128,
+            "redilated": True,
+            "damping": 0.0,
+            "alignment": 0.8,
+            "objects": 1.1,
+            "seconds": 10.0,
+        },
+    ],
+}
+PROMPTS = {
+    "header": "3 prompts",
+    "rows": [
+        {
+            "kind": "one object",
+            "example": "a panda",
+            "taught": True,
+            "held_out": False,
+            "teacher": {"all": 1.0, "objects": 1.0, "relation": 1.0},
+            "student": {"all": 0.5, "objects": 0.5, "relation": 1.0},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def uses():
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("uses")
+    sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.fixture
+def pages(uses, tmp_path):
+    """A folder with pages that have the place of every table, and no results."""
+    for name, page in {"uses": "uses.md", **{n: t.page for n, t in uses.TABLES.items()}}.items():
+        path = tmp_path / page
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"By hand.\n\n<!-- table: {name} -->\nold {name}\n<!-- /table -->\n")
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def write(folder, **results):
+    for name, found in results.items():
+        (folder / "results" / f"{name.replace('_', '-')}.json").write_text(json.dumps(found))
+
+
+def test_rows_of_all_uses(uses, pages, capsys):
+    write(pages, control={"summary": [ROW, ROW | {"teacher": None, "student": 1.333, "time_ratio": None}]})
+    assert uses.main(uses.Options(folder=pages)) == 0
+    lines = (pages / "uses.md").read_text().splitlines()
+    assert lines[5:7] == [
+        "| [edges](uses/control.md) | F1 (up) | 0.930 | 1.000 | 1/24.3 |",
+        "| [edges](uses/control.md) | F1 (up) | - | 1.33 | - |",
+    ]
+    error = capsys.readouterr().err
+    assert "inversion.json: is not there yet" in error
+    assert "control.json" not in error
+
+
+def test_pages_without_data_keep_what_they_have(uses, pages, capsys):
+    write(pages, high_resolution=HIGH)
+    uses.main(uses.Options(folder=pages))
+    assert "has no summary" in capsys.readouterr().err
+    assert "old prompts" in (pages / "uses" / "prompts.md").read_text()
+    text = (pages / "uses" / "high-resolution.md").read_text()
+    assert "| student | 64 | plain | 0.900 | 1.00 | 1.00 |" in text
+    assert "| teacher, 25 steps | 128 | re-dilated | 0.800 | 1.10 | 1.25 |" in text
+    assert text.endswith("\n\n2 captions.\n<!-- /table -->\n")
+    assert text.startswith("By hand.\n\n")
+
+
+def test_prompts(uses, pages):
+    write(pages, prompts=PROMPTS)
+    uses.main(uses.Options(folder=pages))
+    row = "| one object | a panda |  | 1.000 / 0.500 | 1.000 / 0.500 | 1.000 / 1.000 |  |  |"
+    assert row in (pages / "uses" / "prompts.md").read_text()
+
+
+def test_check(uses, pages, capsys):
+    write(pages, control={"summary": [ROW]})
+    assert uses.main(uses.Options(folder=pages, check=True)) == 1
+    assert "uses.md (uses)" in capsys.readouterr().err
+    assert "old uses" in (pages / "uses.md").read_text()
+    uses.main(uses.Options(folder=pages))
+    assert uses.main(uses.Options(folder=pages, check=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({key: ROW[key] for key in ROW if key != "measure"}, "summary[0].measure is missing"),
+        (ROW | {"teacher": "0.9"}, "summary[0].teacher must not be '0.9'"),
+        (ROW | {"use": None}, "summary[0].use must not be None"),
+    ],
+)
+def test_bad_summaries(uses, pages, row, told):
+    write(pages, control={"summary": [row]})
+    with pytest.raises(WadiError) as error:
+        uses.main(uses.Options(folder=pages))
+    assert told in str(error.value)
+    assert "control.json" in str(error.value)
+    assert "old uses" in (pages / "uses.md").read_text()
+
+
+def test_bad_files_and_pages(uses, pages):
+    write(pages, prompts={"header": "x", "rows": [{"kind": "y"}]})
+    with pytest.raises(WadiError, match=r"prompts\.json: does not hold the table prompts"):
+        uses.main(uses.Options(folder=pages))
+    write(pages, prompts=PROMPTS)
+    page = pages / "uses" / "prompts.md"
+    page.write_text("nothing\n")
+    with pytest.raises(WadiError, match=r"prompts\.md: has no <!-- table: prompts -->"):
+        uses.main(uses.Options(folder=pages))
+    page.write_text("<!-- table: guidance -->\n<!-- /table -->\n")
+    with pytest.raises(WadiError, match="the table guidance belongs on"):
+        uses.main(uses.Options(folder=pages))
+
+
+def test_the_pages_say_what_the_files_say():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
