@@ -42,7 +42,7 @@ from wadi.tasks.control import canny, edge_agreement, layout_map
 STEPS, GUIDANCE = 25, 2.0
 """Of the teacher."""
 
-SHOWN = 5
+SHOWN = 4
 """Rows of the picture."""
 
 MARGIN = 2
@@ -62,6 +62,8 @@ class Options:
     """ControlNetModel folder; the shipped one if not given."""
     scales: tuple[float, ...] = (0.0, 0.5, 1.0)
     """Conditioning scales of the student; 0 is the student alone."""
+    pair_scale: float = 0.5
+    """Conditioning scale of the student for scenes of two objects, steered by one ControlNet or two."""
     timed: int = 8
     """Pictures that are made one by one, for the time of each."""
     batch_size: int = 25
@@ -207,11 +209,12 @@ def two_controlnets(
     whole = [Image.fromarray(edge).convert("RGB") for edge in edges.numpy()]
     for name, count, maps in (("one", 1, whole), ("two", 2, map_for_each(scenes, edges))):
         _, steered = load(options, student_folder(), 1, count)
-        generate = generator(steered, 1, 1.0 if count == 1 else [1.0] * count)
+        generate = generator(steered, 1, options.pair_scale if count == 1 else [options.pair_scale] * count)
         images = in_batches(generate, prompts, maps, seeds, options.batch_size, f"{name} for two objects")
         agreement = edge_agreement(edges, edges_of(images)).mean().item()
         figures = {"edge_f1": agreement} | read(judge, images, captions, scenes)
-        rows.append({"controlnets": count, "scenes": len(chosen)} | figures)
+        row = {"controlnets": count, "scale": options.pair_scale, "scenes": len(chosen)}
+        rows.append(row | figures)
     return rows
 
 
@@ -319,8 +322,7 @@ def save_picture(
         scene = Image.fromarray(real[i].permute(1, 2, 0).numpy())
         rows.append((prompt, [scene, maps[i], *made]))
     with replacing_file(path) as temporary:
-        sheet = labelled_grid(rows, ["scene", "edges", *names]).quantize(256)  # a third of the bytes
-        sheet.save(temporary, format="PNG", optimize=True)
+        labelled_grid(rows, ["scene", "edges", *names]).save(temporary, format="PNG", optimize=True)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,8 @@ def control(
         prompt: What the result shows.
         condition: canny finds the edges of the picture; map: the picture is the condition map.
         controlnet: Folder or hub id of a ControlNetModel of the model, or of its teacher.
-        conditioning_scale: How much of what the ControlNet adds is added: 0 nothing, 1 all, the default.
+        conditioning_scale: How much of what the ControlNet adds is added: 0 nothing, 1 all. If not given, 1;
+            for one step with the ControlNet that comes with wadi, 0.5.
         seed: Picture i starts from the noise of seed + i, however many are made.
         num_images: How many pictures.
         out: A .png or .jpg file, which shows picture, condition and results side by side; or a folder, for a
@@ -286,7 +287,8 @@ def control(
     names = controlnet or _own_controlnet(model)
     pictures = [room.open_picture(path) for path in room.one_for_each("IMAGE", image, len(names))]
     kinds = room.one_for_each("--condition", condition or ("canny",), len(names))
-    scales = room.one_for_each("--conditioning-scale", conditioning_scale or (1.0,), len(names))
+    usual = 1.0 if controlnet or num_inference_steps > 1 else _own_scale()
+    scales = room.one_for_each("--conditioning-scale", conditioning_scale or (usual,), len(names))
     pipeline = _load_for_steps(model, adapter, num_inference_steps, dtype, device)
     size = room.picture_size(pipeline, height, width)
     maps = [
@@ -462,6 +464,12 @@ def _own_controlnet(model: str | None) -> tuple[str, ...]:
             f"--controlnet: name a ControlNet of {model}; the one that comes with wadi is for its own"
         )
     return (str(emoji.controlnet_folder()),)
+
+
+def _own_scale() -> float:
+    from wadi import emoji
+
+    return emoji.CONTROLNET_SCALE
 
 
 def _load_for_steps(

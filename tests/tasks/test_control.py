@@ -342,6 +342,7 @@ def test_the_built_in_student_keeps_to_the_edges(tmp_path, capsys):
 
     true = judge.read(torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None])
     (steered, reading), (alone, free) = made(), made("--conditioning-scale", 0)
+    assert steered == made("--conditioning-scale", emoji.CONTROLNET_SCALE)[0]
     assert steered > alone + 0.25
     off, anywhere = (64 * (of.center[:, 0] - true.center[:, 0]).norm(dim=1) for of in (reading, free))
     assert off.mean() < 4 < anywhere.mean()
