@@ -45,13 +45,21 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, replacing_file, replacing_folder, write_json
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
-from wadi.onestep.pipeline import TEXT_ENCODER_FOLDER, forget_origin, merge_adapters, stock_arguments
+from wadi.onestep.pipeline import (
+    TEXT_ENCODER_FOLDER,
+    forget_origin,
+    merge_adapters,
+    prompt_limit,
+    stock_arguments,
+)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Kinds of files that are read as pictures of the subject."""
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 """Of CLIP's text encoder: all its linear layers."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GUIDANCE_SCALE = 7.5
+"""Of the model's own pictures where none is given, as in diffusers."""
 GENERATED_AT_ONCE = 8
 """Class pictures at a time; decides their last bits, so it is not an option."""
 
@@ -81,8 +89,8 @@ class DreamBoothConfig:
     """Class pictures, which the model paints before the training."""
     prior_loss_weight: float = 1.0
     """Weight of the class pictures; 0 leaves them out."""
-    guidance_scale: float = 7.5
-    """Of the model's own pictures: class pictures and before-after.png."""
+    guidance_scale: float | None = None
+    """Of the model's own pictures, class pictures and before-after.png: 7.5, or 2 for the built-in model."""
     num_inference_steps: int = 25
     """Of the same."""
     method: Literal["lorad", "lora"] = "lorad"
@@ -92,7 +100,9 @@ class DreamBoothConfig:
     train_text_encoder: bool = False
     """Also train an adapter, of the same kind and rank, of CLIP's text encoder."""
     learning_rate: float = 1e-3
-    """Of AdamW, constant."""
+    """Of AdamW."""
+    lr_decay_fraction: float = 0.5
+    """Last fraction of the training over which the learning rate falls linearly to zero."""
     train_batch_size: int = 4
     """Instance pictures a step, and as many class pictures."""
     max_train_steps: int = 300
@@ -123,16 +133,19 @@ class DreamBoothConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise WadiError(f"--{_option(name)}: must be a positive number, but is {getattr(self, name)}")
         for name in ("prior_loss_weight", "guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise WadiError(f"--{_option(name)}: must be zero or more, but is {getattr(self, name)}")
+        if not 0 <= self.lr_decay_fraction <= 1:
+            raise WadiError(f"--lr-decay-fraction: must be between 0 and 1, but is {self.lr_decay_fraction}")
         if self.mixed_precision == "fp16" and self.device == "cpu":
             raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
 
     def fingerprint(self) -> str:
         """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
-        changeable = ("output_dir", "max_train_steps", "checkpointing_steps", "resume", "student_adapter")
-        changeable += ("validation_prompts", "device")
-        values = {k: str(v) for k, v in dataclasses.asdict(self).items() if k not in changeable}
+        changeable = ("output_dir", "checkpointing_steps", "resume", "student_adapter", "validation_prompts")
+        changeable += ("device",)
+        names = [field.name for field in dataclasses.fields(DreamBoothConfig)]
+        values = {name: str(getattr(self, name)) for name in names if name not in changeable}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -176,8 +189,7 @@ def dreambooth(config: DreamBoothConfig) -> Path:
     pictures = read_pictures(config.instance_data_dir)
     pipeline = _load(config)
     priors = class_prompts(config)
-    texts = [config.instance_prompt, *config.validation_prompts, *priors]
-    check_length([Prompt(text, line) for line, text in enumerate(texts, 1)], pipeline.tokenizer, "prompts")
+    _check_lengths(config, priors, pipeline)
     with explain_os_errors(run, "create the run folder"):
         run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", _as_json(config))
@@ -255,6 +267,9 @@ class DreamBooth:
         target = self.schedule.target(x0, noise, t)
         loss = dreambooth_loss(prediction, target, config.train_batch_size, config.prior_loss_weight)
         loss.backward()
+        left = (config.max_train_steps - step) / config.max_train_steps
+        factor = min(1.0, left / config.lr_decay_fraction) if config.lr_decay_fraction else 1.0
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -473,7 +488,7 @@ def _paint(
     return pipeline(
         prompts,
         num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
+        guidance_scale=GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
         **stock_arguments(pipeline),
     ).images
@@ -554,6 +569,17 @@ def _load(config: DreamBoothConfig) -> DiffusionPipeline:
         pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(config.device)
+
+
+def _check_lengths(config: DreamBoothConfig, priors: list[str], pipeline: DiffusionPipeline) -> None:
+    sources = {"--instance-prompt": [config.instance_prompt], "--class-prompt": priors}
+    if config.prior_prompts is not None:
+        sources[str(config.prior_prompts)] = sources.pop("--class-prompt")
+    sources["--validation-prompts"] = list(config.validation_prompts)
+    for source, texts in sources.items():
+        if texts:
+            prompts = [Prompt(text, line) for line, text in enumerate(texts, 1)]
+            check_length(prompts, pipeline.tokenizer, source, limit=prompt_limit(pipeline))
 
 
 def _as_json(config: DreamBoothConfig) -> dict[str, object]:

@@ -1,0 +1,153 @@
+"""`wadi dreambooth`: teach a subject, show it on teacher and student, and let the judge read the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageOps
+
+from wadi import emoji
+from wadi.emoji.captions import stated
+from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeline_generator
+from wadi.emoji.judge import Judge, attributes_right
+from wadi.emoji.scenes import IMAGE_SIZE
+from wadi.emoji.subject import Recogniser, subject_captions, subject_figures
+from wadi.emoji.train_judge import blemish
+from wadi.errors import WadiError
+from wadi.files import write_json
+from wadi.onestep.pipeline import load_for_steps
+from wadi.tasks.dreambooth import DreamBoothConfig, class_prompts, read_pictures
+from wadi.tasks.dreambooth import dreambooth as teach
+
+GUIDANCE_SCALE = 2.0
+"""Of the built-in teacher's pictures, where its Frechet distance is lowest."""
+VARIATIONS = 12
+"""Of every picture that the recogniser learns from: blur and noise."""
+
+
+@dataclass(frozen=True)
+class SubjectConfig(DreamBoothConfig):
+    """Teach a model a new subject from a few pictures (DreamBooth), with a LoRaD or LoRA adapter.
+
+    Without --model the built-in teacher learns it, its student shows it in one step, and the judge reads the
+    pictures of both. With another model give --class-prompt too.
+    """
+
+    instance_data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PICTURES")]
+    """Folder of 4 to 8 pictures of the subject; for some see wadi emoji subject-examples."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["--out"])] = DreamBoothConfig.output_dir
+    """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
+    pretrained_model_name_or_path: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
+    """Multi-step model: a Stable Diffusion or PixArt-alpha folder, or a hub id; the built-in one if not
+    given."""
+    samples: int = 40
+    """Pictures of each kind that the judge reads of the built-in student, and a quarter of it of the teacher;
+    0 for none."""
+
+
+def dreambooth(config: SubjectConfig) -> dict[str, float]:
+    """Teach the subject; returns what the judge reads, of the built-in model."""
+    if config.samples < 0:
+        raise WadiError("--samples: must be zero or more")
+    built_in = config.pretrained_model_name_or_path is None
+    if built_in:
+        config = with_built_in(config)
+    run = teach(config)
+    print(f"adapter: {run / 'adapter'} (PEFT), model with it: {run / 'pipeline'} (diffusers)")
+    print(f"before and after: {run / 'before-after.png'}")
+    if not (built_in and config.samples):
+        return {}
+    print(f'one step: wadi generate "{config.instance_prompt}" --subject-adapter {run / "adapter"}')
+    figures = judged(config, run)
+    write_json(run / "figures.json", figures)
+    return figures
+
+
+def with_built_in(config: SubjectConfig) -> SubjectConfig:
+    """The options with the built-in teacher, student and prompts where none are given.
+
+    Raises:
+        WadiError: the instance prompt is not of the form that the captions of the emoji world have.
+    """
+    word = word_of(config.instance_prompt)
+    changes = {
+        "pretrained_model_name_or_path": str(emoji.teacher_folder()),
+        "guidance_scale": GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
+        "student_adapter": config.student_adapter or str(emoji.student_folder()),
+        "validation_prompts": config.validation_prompts
+        or (
+            config.instance_prompt,
+            f"a big {word} on a purple background",
+            f"a small {word} on the right on a yellow background",
+            "a cat on a blue background",
+        ),
+    }
+    if config.class_prompt is None and config.prior_prompts is None:
+        changes["prior_prompts"] = emoji.prompts_file()
+    return dataclasses.replace(config, **changes)
+
+
+def word_of(instance_prompt: str) -> str:
+    """The subject's name in "a NAME"."""
+    match = re.fullmatch(r"an? (.+)", instance_prompt.strip())
+    if match is None:
+        raise WadiError(
+            f'--instance-prompt {instance_prompt!r}: for the built-in model it must be "a" and a new word, '
+            'such as "a sks"'
+        )
+    return match[1]
+
+
+def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
+    """Shares of pictures right, before and after, of student and teacher.
+
+    The recogniser learns from the pictures of the subject, and from the class pictures, which the model made
+    before it knew the subject.
+    """
+    judge = Judge.load(emoji.assets_folder() / "judge.safetensors").to(config.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    subject = _pixels(read_pictures(config.instance_data_dir))
+    known = _pixels(read_pictures(run / "class")) if class_prompts(config) else known_pictures(config)
+    several = [blemish(part.repeat(n, 1, 1, 1), generator) for part, n in ((subject, VARIATIONS), (known, 1))]
+    recogniser = Recogniser(judge, *several)
+    figures = {}
+    cases = (
+        ("teacher_before", [], config.num_inference_steps),
+        ("teacher", [run / "adapter"], config.num_inference_steps),
+        ("student_before", [config.student_adapter], 1),
+        ("student", [config.student_adapter, run / "adapter"], 1),
+    )
+    for name, adapters, steps in cases:
+        pipeline = load_for_steps(emoji.teacher_folder(), adapters, steps, device=config.device)
+        generate = pipeline_generator(pipeline, steps, 1.0 if steps == 1 else config.guidance_scale)
+        count = config.samples if steps == 1 else -(-config.samples // 4)
+        texts, columns = subject_captions(count, "command", word_of(config.instance_prompt))
+        found = subject_figures(recogniser, generate_in_batches(generate, texts, 0, 20), columns)
+        captions = evaluation_captions("test", count)
+        images = generate_in_batches(generate, [caption.text for caption in captions], 0, 20)
+        columns = {key: column.to(config.device) for key, column in stated(captions).items()}
+        figures[f"{name}_subject_recognised"] = found["recognised"]
+        figures[f"{name}_and_as_stated"] = found["all"]
+        right = attributes_right(judge.read(images), columns)["all"]
+        figures[f"{name}_other_prompts_right"] = right.double().mean().item()
+    return figures
+
+
+def known_pictures(config: SubjectConfig) -> torch.Tensor:
+    """(N, 3, 64, 64) of the built-in student for training prompts, where a run has no class pictures."""
+    prompts = emoji.prompts_file().read_text(encoding="utf-8").splitlines()[: config.num_class_images]
+    pipeline = load_for_steps(emoji.teacher_folder(), emoji.student_folder(), device=config.device)
+    return generate_in_batches(pipeline_generator(pipeline, 1, 1.0), prompts, 0, 20).float() / 255
+
+
+def _pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """(N, 3, 64, 64) float32 in [0, 1]."""
+    fitted = [ImageOps.fit(p, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS) for p in pictures]
+    return torch.from_numpy(np.stack([np.asarray(p) for p in fitted])).permute(0, 3, 1, 2).float() / 255
