@@ -13,6 +13,7 @@ or the velocity, as the model predicts. The adapter stacks on a one-step student
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -29,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import CLIPTextModel
@@ -42,7 +44,14 @@ from wadi.distill.prompts import Prompt, check_length, read_prompts
 from wadi.distill.roles import trainable
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, read_json, replacing_file, replacing_folder, write_json
+from wadi.files import (
+    explain_os_errors,
+    read_json,
+    replacing_file,
+    replacing_folder,
+    save_tensors,
+    write_json,
+)
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.pipeline import (
@@ -235,7 +244,9 @@ class DreamBooth:
         self.config, self.global_step = config, 0
         self.backbone: Backbone = BACKBONES[type(pipeline).__name__](pipeline, config.device)
         self.schedule = Schedule.from_config(pipeline.scheduler).to(config.device)
-        pipeline.vae.to(config.device, torch.float32).requires_grad_(False)
+        pipeline.vae.to(config.device).requires_grad_(False)
+        if pipeline.vae.dtype != torch.float32:
+            pipeline.vae.float()
         self.instances = Data(
             encode_pictures(pipeline, instance_pictures, self.backbone.latent_shape),
             (config.instance_prompt,) * len(instance_pictures),
@@ -395,9 +406,11 @@ def _adapted(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConf
 
 
 def save_peft(model: PeftModel, folder: Path) -> None:
-    """Write an adapter of any kind as PEFT does, without the path of its model on this machine."""
-    model.peft_config["default"].base_model_name_or_path = None
-    model.save_pretrained(folder)
+    """Write an adapter of any kind as PEFT does, but without the path of its model on this machine."""
+    config = copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = None, True
+    save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model), {"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 @torch.no_grad()
@@ -428,7 +441,7 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != ".")
     if not files:
         raise WadiError(
-            f"{folder}: holds no picture ({', '.join(PICTURES)}); put 4 to 8 of the subject there"
+            f"{folder}: holds no pictures ({', '.join(PICTURES)}); put 4 to 8 of the subject there"
         )
     return [_read_picture(path) for path in files]
 
