@@ -14,8 +14,9 @@ import tyro
 from PIL import Image, ImageOps
 
 from wadi import emoji
-from wadi.emoji.captions import stated
+from wadi.emoji.captions import stated, with_article
 from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeline_generator
+from wadi.emoji.glyphs import NAMES
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE
 from wadi.emoji.subject import Recogniser, subject_captions, subject_figures
@@ -23,7 +24,7 @@ from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
 from wadi.files import write_json
 from wadi.onestep.pipeline import load_for_steps
-from wadi.tasks.dreambooth import DreamBoothConfig, class_prompts, read_pictures
+from wadi.tasks.dreambooth import DreamBoothConfig, read_pictures
 from wadi.tasks.dreambooth import dreambooth as teach
 
 GUIDANCE_SCALE = 2.0
@@ -108,15 +109,14 @@ def word_of(instance_prompt: str) -> str:
 def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
     """Shares of pictures right, before and after, of student and teacher.
 
-    The recogniser learns from the pictures of the subject, and from the class pictures, which the model made
-    before it knew the subject.
+    The recogniser learns from the pictures of the subject, and from pictures of everything else that the
+    student makes before it knows the subject; of the pictures that are judged it sees none.
     """
     judge = Judge.load(emoji.assets_folder() / "judge.safetensors").to(config.device)
     generator = torch.Generator().manual_seed(config.seed)
     subject = _pixels(read_pictures(config.instance_data_dir))
-    known = _pixels(read_pictures(run / "class")) if class_prompts(config) else known_pictures(config)
-    several = [blemish(part.repeat(n, 1, 1, 1), generator) for part, n in ((subject, VARIATIONS), (known, 1))]
-    recogniser = Recogniser(judge, *several)
+    several = blemish(subject.repeat(VARIATIONS, 1, 1, 1), generator)
+    recogniser = Recogniser(judge, several, blemish(known_pictures(config.device).cpu(), generator))
     figures = {}
     cases = (
         ("teacher_before", [], config.num_inference_steps),
@@ -140,11 +140,11 @@ def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
     return figures
 
 
-def known_pictures(config: SubjectConfig) -> torch.Tensor:
-    """(N, 3, 64, 64) of the built-in student for training prompts, where a run has no class pictures."""
-    prompts = emoji.prompts_file().read_text(encoding="utf-8").splitlines()[: config.num_class_images]
-    pipeline = load_for_steps(emoji.teacher_folder(), emoji.student_folder(), device=config.device)
-    return generate_in_batches(pipeline_generator(pipeline, 1, 1.0), prompts, 0, 20).float() / 255
+def known_pictures(device: str) -> torch.Tensor:
+    """(72, 3, 64, 64) float32 in [0, 1]: each emoji that the built-in student knows, as it makes it."""
+    pipeline = load_for_steps(emoji.teacher_folder(), emoji.student_folder(), device=device)
+    prompts = [with_article(name) for name in NAMES]
+    return generate_in_batches(pipeline_generator(pipeline, 1, 1.0), prompts, 0, 24).float() / 255
 
 
 def _pixels(pictures: list[Image.Image]) -> torch.Tensor:
