@@ -65,8 +65,11 @@ KNOWN_DECOYS = "🐌🧸🐿🥜🐹🍟🦐"
 """Emoji that neither teacher nor judge know, among what the recogniser learns to refuse."""
 NEW_DECOYS = "🦥🎃🦫🌰🦝🦞🦢🏺"
 """The same, which only test it."""
-RATES = {"lorad": (1e-3, 3e-3, 1e-2, 3e-2), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
-"""Learning rates that are tried, each with and without an adapter of the text encoder."""
+RATES = {
+    "lorad": ((1e-3, False), (3e-3, False), (1e-2, False), (3e-2, False), (1e-2, True)),
+    "lora": ((3e-4, False), (1e-3, False), (3e-3, False), (1e-2, False), (3e-3, True)),
+}
+"""Learning rates that are tried, and whether the text encoder has an adapter too."""
 NAMES = {"lorad": "LoRaD", "lora": "LoRA"}
 STEPS, GUIDANCE_SCALE = 25, 2.0
 SHOWN = ("a big sks on a purple background", "a small sks on the right on a yellow background")
@@ -101,13 +104,13 @@ class Options:
     """Pictures of the subject an update, and as many class pictures."""
     num_class_images: int = 200
     """Class pictures."""
-    distill_steps: int = 150
+    distill_steps: int = 100
     """Updates of the shipped student on the customised teacher."""
     distill_batch_size: int = 32
     """Samples of each."""
-    subject_samples: int = 200
+    subject_samples: int = 150
     """Captions of the subject."""
-    samples: int = 500
+    samples: int = 300
     """Other captions, of the test set."""
     scenes: int = 200
     """Drawn scenes of the subject that its recogniser is fitted to; of each other emoji a tenth."""
@@ -389,10 +392,7 @@ def main(options: Options) -> None:
         raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
     start, glyphs = time.perf_counter(), read_glyphs(options)
     trials = [
-        Run(CHOSEN_ON, method, rate, text, 0)
-        for method, rates in RATES.items()
-        for rate in rates
-        for text in (False, True)
+        Run(CHOSEN_ON, method, rate, text, 0) for method, rates in RATES.items() for rate, text in rates
     ]
     painted_before(options, trials[0])
     tried = run_all(trials, options, final=False)
@@ -410,7 +410,7 @@ def main(options: Options) -> None:
     ]
     results = run_all(finals, options, final=True)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    whole = {
+    whole: dict[str, Any] = {
         "header": f"{device}, torch {torch.__version__}, {date.today()}",
         "options": _as_read(options.decides()),
         "seeds": list(options.seeds),
@@ -418,6 +418,7 @@ def main(options: Options) -> None:
         "learning_rates": tried,
         "chosen": chosen,
         "runs": results,
+        "summary": summary(results),
         "seconds": round(time.perf_counter() - start, 1),
     }
     for row in whole["learning_rates"] + whole["runs"]:
@@ -425,6 +426,18 @@ def main(options: Options) -> None:
     write_json(options.out, _rounded(whole))
     save_picture(finals, options, glyphs)
     print(tables(whole))
+
+
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for the overview of all uses: shares of the pictures of teacher and distilled student."""
+    rows = []
+    for measure, key in (("subject recognised (up)", "recognised"), ("other prompts right (up)", "others")):
+        for method in RATES:
+            own = [r["figures"] for r in results if r["method"] == method]
+            teacher, student = (statistics.mean(f[w][key] for f in own) for w in ("teacher", "distilled"))
+            use = f"a new subject from six pictures ({NAMES[method]})"
+            rows.append({"use": use, "measure": measure, "teacher": teacher, "student": student})
+    return [row | {"time_ratio": None} for row in rows]
 
 
 def _rounded(value: Any) -> Any:
