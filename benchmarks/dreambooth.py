@@ -38,6 +38,7 @@ from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.emoji.subject import (
     Recogniser,
+    distillation_prompts,
     draw_subjects,
     drawn_scenes,
     example_pictures,
@@ -289,9 +290,7 @@ def customised(folder: Path, run: Run, options: Options, final: bool):
 
 def distilled(folder: Path, options: Options) -> Path:
     """Train the shipped student on with the customised model as its teacher, on as many captions of each."""
-    texts, _ = subject_captions(2000, "distill")
-    others = prompts_file().read_text(encoding="utf-8").splitlines()[: len(texts)]
-    write_text(folder / "prompts.txt", "\n".join([*texts, *others]) + "\n")
+    write_text(folder / "prompts.txt", "\n".join(distillation_prompts()) + "\n")
     config = dataclasses.replace(
         PRESETS["emoji"],
         pretrained_model_name_or_path=str(folder / "pipeline"),

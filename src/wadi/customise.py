@@ -19,10 +19,10 @@ from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeli
 from wadi.emoji.glyphs import NAMES
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE
-from wadi.emoji.subject import Recogniser, subject_captions, subject_figures
+from wadi.emoji.subject import Recogniser, distillation_prompts, subject_captions, subject_figures
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
-from wadi.files import write_json
+from wadi.files import write_json, write_text
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.dreambooth import DreamBoothConfig, read_pictures
 from wadi.tasks.dreambooth import dreambooth as teach
@@ -63,9 +63,17 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     run = teach(config)
     print(f"adapter: {run / 'adapter'} (PEFT), model with it: {run / 'pipeline'} (diffusers)")
     print(f"before and after: {run / 'before-after.png'}")
-    if not (built_in and config.samples):
+    if not built_in:
         return {}
-    print(f'one step: wadi generate "{config.instance_prompt}" --subject-adapter {run / "adapter"}')
+    prompts = run / "prompts.txt"
+    write_text(prompts, "\n".join(distillation_prompts(word_of(config.instance_prompt))) + "\n")
+    print(f'in one step: wadi generate "{config.instance_prompt}" --subject-adapter {run / "adapter"}')
+    print(
+        f"better: wadi distill --preset emoji-cpu --teacher {run / 'pipeline'} --prompts {prompts} "
+        f"--student-adapter {config.student_adapter} --out {run / 'distilled'}"
+    )
+    if not config.samples:
+        return {}
     figures = judged(config, run)
     write_json(run / "figures.json", figures)
     return figures

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wadi.emoji import assets_folder
+from wadi.emoji import assets_folder, prompts_file
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, Caption, stated
 from wadi.emoji.glyphs import EMOJI, FONT_FILE, NAMES, draw_atlas
 from wadi.emoji.judge import Judge, attributes_right
@@ -221,6 +221,13 @@ def subject_captions(
         for _ in range(count)
     ]
     return [caption.text.replace(NAMES[0], word) for caption in captions], stated(captions)
+
+
+def distillation_prompts(word: str = "sks", count: int = 2000) -> list[str]:
+    """Prompts to distil a customised teacher with: captions of the subject, and as many of the training's."""
+    own, _ = subject_captions(count, "distill", word)
+    others = prompts_file().read_text(encoding="utf-8").splitlines()
+    return [*own, *others[:count]]
 
 
 def subject_figures(

@@ -64,6 +64,8 @@ from wadi.onestep.pipeline import (
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Kinds of files that are read as pictures of the subject."""
+WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
+"""Keys and values of the cross-attention, in U-Nets and in PixArt's transformer."""
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 """Of CLIP's text encoder: all its linear layers."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +105,10 @@ class DreamBoothConfig:
     num_inference_steps: int = 25
     """Of the same."""
     method: Literal["lorad", "lora"] = "lorad"
-    """Adapter of all linear layers that a student's has."""
+    """Adapter that is trained."""
+    layers: Literal["all", "cross-attention"] = "all"
+    """Layers of the adapter: all linear ones that a student's has; or keys and values of the cross-attention,
+    which is where the model meets the words (Custom Diffusion, arXiv 2212.04488)."""
     rank: int = 8
     """Of the adapter."""
     train_text_encoder: bool = False
@@ -258,7 +263,11 @@ class DreamBooth:
         self.conditions = {} if config.train_text_encoder else self._encode()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.network = _adapted(self.backbone.network, student_config(self.backbone.network), config)
+            layers = student_config(self.backbone.network)
+            if config.layers == "cross-attention":
+                kept = [name for name in layers.target_modules if name.endswith(WORD_LAYERS)]
+                layers = dataclasses.replace(layers, target_modules=kept)
+            self.network = _adapted(self.backbone.network, layers, config)
             self.text_encoder: PeftModel | None = None
             if config.train_text_encoder:
                 self.text_encoder = self._adapted_text_encoder(pipeline)
