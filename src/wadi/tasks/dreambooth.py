@@ -139,6 +139,9 @@ class DreamBoothConfig:
     """Where to train."""
 
     def __post_init__(self) -> None:
+        for name in ("instance_data_dir", "output_dir", "prior_prompts"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
         at_least_1 = ("num_class_images", "num_inference_steps", "rank", "train_batch_size")
         for name in (*at_least_1, "max_train_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
