@@ -73,7 +73,7 @@ RATES = {
 """Learning rates that are tried, and whether the text encoder has an adapter too."""
 NAMES = {"lorad": "LoRaD", "lora": "LoRA"}
 STEPS, GUIDANCE_SCALE = 25, 2.0
-SHOWN = ("a big sks on a purple background", "a small sks on the right on a yellow background")
+SHOWN = ("a big zwx on a purple background", "a small zwx on the right on a yellow background")
 WAYS = {
     "teacher": "teacher, 25 steps",
     "student": "student, 1 step: subject stacked on it",

@@ -22,7 +22,7 @@ from wadi.emoji.scenes import IMAGE_SIZE
 from wadi.emoji.subject import Recogniser, distillation_prompts, subject_captions, subject_figures
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
-from wadi.files import write_json, write_text
+from wadi.files import read_json, write_json, write_text
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.dreambooth import DreamBoothConfig, read_pictures
 from wadi.tasks.dreambooth import dreambooth as teach
@@ -57,6 +57,7 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     """Teach the subject; returns what the judge reads, of the built-in model."""
     if config.samples < 0:
         raise WadiError("--samples: must be zero or more")
+    config = of_resumed_model(config)
     built_in = config.pretrained_model_name_or_path is None
     if built_in:
         config = with_built_in(config)
@@ -77,6 +78,17 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     figures = judged(config, run)
     write_json(run / "figures.json", figures)
     return figures
+
+
+def of_resumed_model(config: SubjectConfig) -> SubjectConfig:
+    """The options with the model of a resumed run, where that is not the built-in one."""
+    path = config.output_dir / "config.json"
+    if config.resume and config.pretrained_model_name_or_path is None and path.is_file():
+        saved = read_json(path)
+        model = saved.get("pretrained_model_name_or_path") if isinstance(saved, dict) else None
+        if model != str(emoji.teacher_folder()):
+            return dataclasses.replace(config, pretrained_model_name_or_path=model)
+    return config
 
 
 def with_built_in(config: SubjectConfig) -> SubjectConfig:
@@ -109,7 +121,7 @@ def word_of(instance_prompt: str) -> str:
     if match is None:
         raise WadiError(
             f'--instance-prompt {instance_prompt!r}: for the built-in model it must be "a" and a new word, '
-            'such as "a sks"'
+            'such as "a zwx"'
         )
     return match[1]
 

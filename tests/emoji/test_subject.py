@@ -72,16 +72,16 @@ def test_pictures_are_of_the_seed_alone():
 
 
 def test_captions_state_what_their_columns_say():
-    texts, columns = subject_captions(60, "test", "sks hedgehog")
-    assert all("sks hedgehog" in text for text in texts)
+    texts, columns = subject_captions(60, "test", "zwx hedgehog")
+    assert all("zwx hedgehog" in text for text in texts)
     for i, text in enumerate(texts):
-        caption = parse_caption(text.replace("sks hedgehog", "panda"))
+        caption = parse_caption(text.replace("zwx hedgehog", "panda"))
         for name in ("size", "place", "background"):
             assert columns[name][i] == (-1 if getattr(caption, name) is None else getattr(caption, name))
     for name, values in (("size", SIZES), ("place", PLACES), ("background", COLOURS)):
         assert 0.25 < (columns[name] >= 0).double().mean() < 0.75
         assert len(columns[name].unique()) == min(len(values) + 1, 11)
-    assert texts == subject_captions(60, "test", "sks hedgehog")[0]
+    assert texts == subject_captions(60, "test", "zwx hedgehog")[0]
 
 
 def test_drawn_scenes_show_each_glyph_as_often():

@@ -204,7 +204,7 @@ def drawn_scenes(
 
 
 def subject_captions(
-    count: int, seed: int | str, word: str = "sks"
+    count: int, seed: int | str, word: str = "zwx"
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Captions of one object that is called `word`; size, place and background are each stated half the time.
 
@@ -223,7 +223,7 @@ def subject_captions(
     return [caption.text.replace(NAMES[0], word) for caption in captions], stated(captions)
 
 
-def distillation_prompts(word: str = "sks", count: int = 2000) -> list[str]:
+def distillation_prompts(word: str = "zwx", count: int = 2000) -> list[str]:
     """Prompts to distil a customised teacher with: captions of the subject, and as many of the training's."""
     own, _ = subject_captions(count, "distill", word)
     others = prompts_file().read_text(encoding="utf-8").splitlines()

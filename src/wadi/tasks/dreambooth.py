@@ -1,6 +1,6 @@
 """A new subject from a few pictures: DreamBooth (Ruiz et al., arXiv 2208.12242) with a LoRaD or LoRA adapter.
 
-The denoiser learns, by its own denoising loss, that the instance prompt ("a sks dog") shows the subject. So
+The denoiser learns, by its own denoising loss, that the instance prompt ("a zwx dog") shows the subject. So
 that it forgets nothing else, every batch also holds as many class pictures, which the model itself painted
 before the training (prior preservation, eq. 2 of the paper):
 
@@ -71,6 +71,15 @@ TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GUIDANCE_SCALE = 7.5
 """Of the model's own pictures where none is given, as in diffusers."""
+CHANGEABLE = (
+    "output_dir",
+    "checkpointing_steps",
+    "resume",
+    "student_adapter",
+    "validation_prompts",
+    "device",
+)
+"""Options that may differ when a run is resumed."""
 GENERATED_AT_ONCE = 8
 """Class pictures at a time; decides their last bits, so it is not an option."""
 
@@ -89,8 +98,8 @@ class DreamBoothConfig:
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: str | None = None
     """Multi-step model: a Stable Diffusion or PixArt-alpha folder, or a hub id."""
-    instance_prompt: str = "a sks"
-    """Names the subject by a word that means nothing yet, and its kind if there is one: "a sks dog"."""
+    instance_prompt: str = "a zwx"
+    """Names the subject by a word that means nothing yet, and its kind if there is one: "a zwx dog"."""
     class_prompt: str | None = None
     """What the subject is one of: "a dog"."""
     prior_prompts: Path | None = None
@@ -128,7 +137,7 @@ class DreamBoothConfig:
     checkpointing_steps: int = 100
     """Steps between checkpoints; Ctrl-C saves one too."""
     resume: bool = False
-    """Go on with the run in the run folder, with its options, from its last checkpoint."""
+    """Go on with the run in the run folder, from its last checkpoint, with its options: leave them away."""
     student_adapter: str | None = None
     """Adapter of a one-step student of the model, on which before-after.png also shows the subject."""
     validation_prompts: tuple[str, ...] = ()
@@ -159,10 +168,8 @@ class DreamBoothConfig:
 
     def fingerprint(self) -> str:
         """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
-        changeable = ("output_dir", "checkpointing_steps", "resume", "student_adapter", "validation_prompts")
-        changeable += ("device",)
         names = [field.name for field in dataclasses.fields(DreamBoothConfig)]
-        values = {name: str(getattr(self, name)) for name in names if name not in changeable}
+        values = {name: str(getattr(self, name)) for name in names if name not in CHANGEABLE}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -576,12 +583,28 @@ def resolve(config: DreamBoothConfig) -> tuple[DreamBoothConfig, Path | None]:
                 f"{run}: exists and is not empty; name another --output-dir, or go on with --resume"
             )
         return config, None
-    if not (run / "config.json").is_file():
-        raise WadiError(f"{run}: not a run of wadi dreambooth (no config.json); leave --resume away")
-    saved = read_json(run / "config.json")
-    if not isinstance(saved, dict) or saved.get("fingerprint") != config.fingerprint():
-        raise WadiError(f"{run}: was started with other options (config.json has them); resume it with those")
-    return config, latest_checkpoint(run / "checkpoints")
+    return _saved_options(config), latest_checkpoint(run / "checkpoints")
+
+
+def _saved_options(config: DreamBoothConfig) -> DreamBoothConfig:
+    """Those of the run in the run folder; what may change is taken from `config`."""
+    path = config.output_dir / "config.json"
+    if not path.is_file():
+        raise WadiError(f"{config.output_dir}: not a run of wadi dreambooth (no config.json)")
+    saved, values = read_json(path), {}
+    for field in dataclasses.fields(DreamBoothConfig):
+        given = getattr(config, field.name)
+        if field.name in CHANGEABLE:
+            continue
+        if not isinstance(saved, dict) or field.name not in saved:
+            raise WadiError(f"{path}: lacks {field.name}; start a new run")
+        if given != field.default and str(given) != str(saved[field.name]):
+            raise WadiError(
+                f"--{_option(field.name)}: the run was started with {saved[field.name]}, it cannot go on "
+                f"with {given}; leave the option away or start a new run"
+            )
+        values[field.name] = saved[field.name]
+    return dataclasses.replace(config, **values)
 
 
 def _load(config: DreamBoothConfig) -> DiffusionPipeline:
@@ -608,8 +631,7 @@ def _check_lengths(config: DreamBoothConfig, priors: list[str], pipeline: Diffus
 
 
 def _as_json(config: DreamBoothConfig) -> dict[str, object]:
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    return values | {"fingerprint": config.fingerprint()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
 
 
 def _option(name: str) -> str:
