@@ -29,6 +29,8 @@ from wadi.tasks.dreambooth import dreambooth as teach
 
 GUIDANCE_SCALE = 2.0
 """Of the built-in teacher's pictures, where its Frechet distance is lowest."""
+LEARNING_RATES = {"lorad": 1e-2, "lora": 3e-3}
+"""That suit the built-in teacher (benchmarks/dreambooth.py)."""
 VARIATIONS = 12
 """Of every picture that the recogniser learns from: blur and noise."""
 
@@ -101,6 +103,7 @@ def with_built_in(config: SubjectConfig) -> SubjectConfig:
     changes = {
         "pretrained_model_name_or_path": str(emoji.teacher_folder()),
         "guidance_scale": GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
+        "learning_rate": config.learning_rate or LEARNING_RATES[config.method],
         "student_adapter": config.student_adapter or str(emoji.student_folder()),
         "validation_prompts": config.validation_prompts
         or (

@@ -69,6 +69,8 @@ WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 """Of CLIP's text encoder: all its linear layers."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEARNING_RATE = 1e-4
+"""Where none is given, as in diffusers' train_dreambooth_lora.py."""
 GUIDANCE_SCALE = 7.5
 """Of the model's own pictures where none is given, as in diffusers."""
 CHANGEABLE = (
@@ -122,8 +124,8 @@ class DreamBoothConfig:
     """Of the adapter."""
     train_text_encoder: bool = False
     """Also train an adapter, of the same kind and rank, of CLIP's text encoder."""
-    learning_rate: float = 1e-3
-    """Of AdamW."""
+    learning_rate: float | None = None
+    """Of AdamW: 1e-4 if not given, for the built-in model what suits it."""
     lr_decay_fraction: float = 0.5
     """Last fraction of the training over which the learning rate falls linearly to zero."""
     train_batch_size: int = 4
@@ -156,8 +158,9 @@ class DreamBoothConfig:
             if getattr(self, name) < 1:
                 raise WadiError(f"--{_option(name)}: must be at least 1, but is {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise WadiError(f"--{_option(name)}: must be a positive number, but is {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise WadiError(f"--{_option(name)}: must be a positive number, but is {value}")
         for name in ("prior_loss_weight", "guidance_scale"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise WadiError(f"--{_option(name)}: must be zero or more, but is {getattr(self, name)}")
@@ -285,7 +288,8 @@ class DreamBooth:
         if self.text_encoder is not None:
             named = trainable(self.text_encoder).items()
             self.parameters |= {f"text_encoder.{name}": p for name, p in named}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), config.learning_rate)
+        self.learning_rate = LEARNING_RATE if config.learning_rate is None else config.learning_rate
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), self.learning_rate)
 
     def step(self, step: int) -> torch.Tensor:
         """One update, with randomness of (seed, step) alone; returns the loss, 0-dimensional."""
@@ -299,7 +303,7 @@ class DreamBooth:
         loss.backward()
         left = (config.max_train_steps - step) / config.max_train_steps
         factor = min(1.0, left / config.lr_decay_fraction) if config.lr_decay_fraction else 1.0
-        self.optimizer.param_groups[0]["lr"] = config.learning_rate * factor
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
