@@ -56,7 +56,14 @@ class SubjectConfig(DreamBoothConfig):
 
 
 def dreambooth(config: SubjectConfig) -> dict[str, float]:
-    """Teach the subject; returns what the judge reads, of the built-in model."""
+    """Teach a model a new subject from a few pictures, show it, and measure the built-in model.
+
+    Returns:
+        Shares of the pictures that the judge finds right, before and after; nothing of another model.
+
+    Raises:
+        WadiError: as `wadi.tasks.dreambooth.dreambooth`, or an instance prompt that the emoji world lacks.
+    """
     if config.samples < 0:
         raise WadiError("--samples: must be zero or more")
     config = of_resumed_model(config)
