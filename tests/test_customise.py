@@ -16,7 +16,7 @@ from wadi.files import load_tensors, read_json, write_json
 from wadi.onestep import OneStepPipeline
 
 QUICK = ["--max-train-steps", "2", "--train-batch-size", "1", "--num-class-images", "2", "--device", "cpu"]
-QUICK += ["--num-inference-steps", "1", "--samples", "4", "--rank", "2", "--learning-rate", "0.01"]
+QUICK += ["--num-inference-steps", "2", "--samples", "4", "--rank", "2", "--learning-rate", "0.01"]
 QUICK += ["--validation-prompts", "a zwx", "a cat"]
 
 

@@ -24,7 +24,7 @@ from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json, write_text
 from wadi.onestep.pipeline import load_for_steps
-from wadi.tasks.dreambooth import DreamBoothConfig, read_pictures
+from wadi.tasks.dreambooth import DreamBoothConfig, load_with_adapters, read_pictures
 from wadi.tasks.dreambooth import dreambooth as teach
 
 GUIDANCE_SCALE = 2.0
@@ -155,9 +155,11 @@ def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
         ("student", [config.student_adapter, run / "adapter"], 1),
     )
     for name, adapters, steps in cases:
-        pipeline = load_for_steps(emoji.teacher_folder(), adapters, steps, device=config.device)
-        generate = pipeline_generator(pipeline, steps, 1.0 if steps == 1 else config.guidance_scale)
-        count = config.samples if steps == 1 else -(-config.samples // 4)
+        student = config.student_adapter in adapters
+        load = load_for_steps if student else load_with_adapters
+        pipeline = load(emoji.teacher_folder(), adapters, device=config.device)
+        generate = pipeline_generator(pipeline, steps, 1.0 if student else config.guidance_scale)
+        count = config.samples if student else -(-config.samples // 4)
         texts, columns = subject_captions(count, "command", word_of(config.instance_prompt))
         found = subject_figures(recogniser, generate_in_batches(generate, texts, 0, 20), columns)
         captions = evaluation_captions("test", count)

@@ -299,7 +299,7 @@ def load_for_steps(
     Raises:
         WadiError: as `load_pipeline` and `OneStepPipeline.from_pretrained`.
     """
-    if adapter is not None or num_inference_steps == 1:
+    if as_list(adapter) or num_inference_steps == 1:
         return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
     return load_pipeline(model, torch_dtype).to(device)
 

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -531,7 +532,10 @@ def _paint(
 
 
 def load_with_adapters(
-    model: str, adapters: Sequence[str | Path], torch_dtype: torch.dtype | None = None, device: str = "cpu"
+    model: str | os.PathLike,
+    adapters: Sequence[str | Path],
+    torch_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> DiffusionPipeline:
     """The multi-step pipeline of `model` with adapters merged in the order given.
 
