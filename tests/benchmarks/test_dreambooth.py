@@ -95,7 +95,9 @@ def test_tables():
 
 def test_the_results_on_the_page_are_those_of_the_file():
     page = Path(__file__).parents[2] / "docs" / "uses" / "dreambooth.md"
-    results = read_json(page.parents[1] / "results" / "dreambooth.json")
-    text = page.read_text(encoding="utf-8")
-    for line in benchmark.tables(results).splitlines():
+    results, text = page.parents[1] / "results" / "dreambooth.json", page.read_text(encoding="utf-8")
+    if not results.exists():
+        assert "have not been measured yet" in text
+        return
+    for line in benchmark.tables(read_json(results)).splitlines():
         assert line in text
