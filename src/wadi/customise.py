@@ -79,7 +79,8 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     write_text(prompts, "\n".join(distillation_prompts(word_of(config.instance_prompt))) + "\n")
     print(f'in one step: wadi generate "{config.instance_prompt}" --subject-adapter {run / "adapter"}')
     print(
-        f"or distil on: wadi distill --preset emoji-cpu --student-learning-rate 1e-3 --teacher {run / 'pipeline'} --prompts {prompts} "
+        f"or distil on: wadi distill --preset emoji-cpu --student-learning-rate 1e-3 "
+        f"--teacher {run / 'pipeline'} --prompts {prompts} "
         f"--student-adapter {config.student_adapter} --out {run / 'distilled'}"
     )
     if not config.samples:

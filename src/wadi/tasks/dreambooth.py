@@ -131,7 +131,7 @@ class DreamBoothConfig:
     """Last fraction of the training over which the learning rate falls linearly to zero."""
     train_batch_size: int = 4
     """Instance pictures a step, and as many class pictures."""
-    max_train_steps: int = 300
+    max_train_steps: int = 400
     """Updates."""
     max_grad_norm: float = 1.0
     """Norm to which the gradients are clipped."""
