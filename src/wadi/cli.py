@@ -52,6 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wadi.cli:directions_swap",
         "write the student with its teacher's row norms, or row directions",
     ),
+    "dreambooth": ("wadi.customise:dreambooth", "teach a model a new subject from a few pictures"),
     "report": ("wadi.cli:report", "write the report of a run again"),
     "prompts encode": (
         "wadi.distill.prompts:encode_to_disk",
@@ -66,6 +67,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
     "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
+    "emoji subject-examples": (
+        "wadi.emoji.subject:subject_examples",
+        "write six pictures of an emoji that the teacher never saw",
+    ),
     "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),
 }
 """Words of a command -> its function, and one line of help. A function takes options or one config dataclass;
@@ -123,6 +128,7 @@ def generate(
     out: Path = Path("wadi.png"),
     model: str | None = None,
     adapter: str | None = None,
+    subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 8,
@@ -144,6 +150,7 @@ def generate(
         out: A .png or .jpg file, which shows several pictures as a grid; or a folder, for a file each.
         model: Exported pipeline, or the teacher of --adapter: folder or hub id.
         adapter: Folder or hub id of a student's adapter.
+        subject_adapter: Adapter of wadi dreambooth, stacked on the student; may be given several times.
         height: In pixels; the model's own if not given.
         width: In pixels; the model's own if not given.
         batch_size: Pictures made at once.
@@ -163,7 +170,7 @@ def generate(
     refuse_guidance(num_inference_steps, guidance_scale, negative_prompt)
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
-    pipeline = _load_student(model, adapter, dtype, device, vae)
+    pipeline = _load_student(model, adapter, subject_adapter, dtype, device, vae)
     with _stretched(pipeline, height, width) if redilate else contextlib.nullcontext():
         if fast:
             batch_size = min(batch_size, num_images)
@@ -189,7 +196,12 @@ def _stretched(
 
 
 def _load_student(
-    model: str | None, adapter: str | None, dtype: str, device: str | None, vae: str | None
+    model: str | None,
+    adapter: str | None,
+    subject_adapters: Sequence[str],
+    dtype: str,
+    device: str | None,
+    vae: str | None,
 ) -> OneStepPipeline:
     """What the options name, or the student that comes with wadi."""
     import torch
@@ -202,7 +214,7 @@ def _load_student(
         adapter = str(emoji.student_folder())
     return OneStepPipeline.from_pretrained(
         model or emoji.teacher_folder(),
-        adapter=adapter,
+        adapter=[*([] if adapter is None else [adapter]), *subject_adapters],
         torch_dtype=getattr(torch, dtype),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         vae=vae,
@@ -501,6 +513,7 @@ def export(
     adapter: tyro.conf.Positional[str],
     out: Path,
     model: str | None = None,
+    subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
     """Merge a student's adapter into its teacher; plain diffusers loads the folder, without wadi.
@@ -509,6 +522,7 @@ def export(
         adapter: Folder or hub id of the student's adapter.
         out: Folder to write; replaced if it exists.
         model: Folder or hub id of the teacher; the one that comes with wadi if not given.
+        subject_adapter: Adapter of wadi dreambooth, merged too; may be given several times.
         dtype: Of the written weights.
     """
     import torch
@@ -517,7 +531,8 @@ def export(
     from wadi.onestep import export_pipeline
 
     _hide_loading_bars()
-    export_pipeline(model or emoji.teacher_folder(), adapter, out, dtype=getattr(torch, dtype))
+    adapters = [adapter, *subject_adapter]
+    export_pipeline(model or emoji.teacher_folder(), adapters, out, dtype=getattr(torch, dtype))
     print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
 
 

@@ -97,6 +97,12 @@ class Schedule(torch.nn.Module):
         """x_t = alpha_t x_0 + sigma_t n, for (N, C, H, W) latents and timesteps (N,)."""
         return self.alpha(t) * x0 + self.sigma(t) * noise
 
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network should predict at x_t = alpha_t x_0 + sigma_t n: n, or v_t."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return self.alpha(t) * noise - self.sigma(t) * x0
+
     def epsilon(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noise that a network's prediction at (x_t, t) stands for."""
         if self.prediction_type == "epsilon":

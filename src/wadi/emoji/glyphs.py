@@ -6,6 +6,7 @@ Artwork: Noto Color Emoji (SIL Open Font License 1.1). The font is needed only t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,11 +110,14 @@ EMOJI: dict[str, str] = {
 NAMES: tuple[str, ...] = tuple(EMOJI)
 
 
-def draw_atlas(font_file: str | os.PathLike = FONT_FILE) -> torch.Tensor:
-    """Draw every emoji once.
+def draw_atlas(
+    font_file: str | os.PathLike = FONT_FILE, characters: Sequence[str] = tuple(EMOJI.values())
+) -> torch.Tensor:
+    """Draw every emoji once, or other `characters`.
 
     Returns:
-        uint8 (72, 4, 96, 96), RGBA with premultiplied alpha, each glyph centred, its longer side filled.
+        uint8 (72, 4, 96, 96), or as many as `characters`: RGBA with premultiplied alpha, each glyph centred,
+        its longer side filled.
 
     Raises:
         WadiError: the font is missing or is not the bitmap font.
@@ -127,7 +131,7 @@ def draw_atlas(font_file: str | os.PathLike = FONT_FILE) -> torch.Tensor:
         font = ImageFont.truetype(str(font_file), STRIKE_SIZE)
     except OSError as error:
         raise WadiError(f"{font_file}: not the bitmap build of Noto Color Emoji ({error})") from error
-    return torch.stack([_draw_glyph(font, character) for character in EMOJI.values()])
+    return torch.stack([_draw_glyph(font, character) for character in characters])
 
 
 def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +12,7 @@ from wadi.onestep.pipeline import OneStepPipeline
 
 def export_pipeline(
     teacher: str | os.PathLike,
-    adapter: str | os.PathLike,
+    adapter: str | os.PathLike | Sequence[str | os.PathLike],
     out_folder: str | os.PathLike,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -27,7 +28,7 @@ def export_pipeline(
 
     Args:
         teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.
-        adapter: folder or hub id of the student's adapter.
+        adapter: folder or hub id of the student's adapter, or of it and others to stack on it.
         out_folder: where to write; replaced if it exists.
         dtype: dtype of the written weights; float32 when ``None``.
 

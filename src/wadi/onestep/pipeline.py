@@ -23,8 +23,13 @@ from wadi.onestep.fast import FastPath
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 ONE_STEP_FILE = "one_step.json"
+TEXT_ENCODER_FOLDER = "text_encoder"
+"""Of an adapter folder: the adapter of the text encoder, where it has one."""
 PIXART_TOKENS = 120
 """`max_sequence_length` of `PixArtAlphaPipeline`: what it pads and cuts to."""
+
+Adapters = str | os.PathLike | Sequence[str | os.PathLike] | None
+"""No adapter, one, or several: folders or hub ids."""
 
 
 class OneStepPipeline:
@@ -57,7 +62,7 @@ class OneStepPipeline:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        adapter: str | os.PathLike | None = None,
+        adapter: Adapters = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         vae: str | os.PathLike | None = None,
@@ -67,8 +72,9 @@ class OneStepPipeline:
 
         Args:
             pretrained_model_name_or_path: folder or hub id of a diffusers pipeline.
-            adapter: folder or hub id of a PEFT adapter of its U-Net or transformer. It is merged, so a step
-                costs what the teacher's does. Its `one_step.json`, if any, holds the student's own alpha_T^2.
+            adapter: folder or hub id of a PEFT adapter of its U-Net or transformer, or several, such as a
+                student's and a subject's: see `merge_adapters`. They are merged, so a step costs what the
+                teacher's does. A student's `one_step.json`, if any, holds its own alpha_T^2.
             torch_dtype: dtype of all modules; float32 when ``None``, whatever the files hold.
             device: where to put the modules; ``None`` leaves them on the CPU.
             vae: folder or hub id of another autoencoder, such as a small and quick `AutoencoderTiny`
@@ -78,13 +84,13 @@ class OneStepPipeline:
         Raises:
             WadiError: something is missing, is not safetensors, or does not fit.
         """
-        folder = None if adapter is None else adapter_folder(adapter)
+        folders = [adapter_folder(one) for one in as_list(adapter)]
+        own = {value for folder in folders if (value := read_alpha_T_squared(folder)) is not None}
+        if len(own) > 1:
+            raise WadiError(f"{folders[-1]}: adapters of students of different alpha_T^2 do not go together")
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
-        alpha_T_squared = None
-        if folder is not None:
-            name = "unet" if hasattr(pipeline, "unet") else "transformer"
-            setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
-            alpha_T_squared = read_alpha_T_squared(folder)
+        merge_adapters(pipeline, folders)
+        alpha_T_squared = own.pop() if own else None
         if vae is not None:
             pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
         if device is not None:
@@ -283,9 +289,37 @@ def load_pipeline(
         raise WadiError(f"{name}: could not load the pipeline: {_first_line(error)}") from error
 
 
+def merge_adapters(pipeline: DiffusionPipeline, adapters: Adapters) -> None:
+    """Merge PEFT adapters into a pipeline's U-Net or transformer, and text encoder where one has that too.
+
+    They are merged one after the other, each into what the ones before left. Of LoRaD adapters the order does
+    not matter, because angles add; of others it does.
+
+    Args:
+        pipeline: a stock pipeline; its modules are changed in place.
+        adapters: folder or hub id, or several.
+
+    Raises:
+        WadiError: no such adapter, or it does not fit the pipeline.
+    """
+    name = "unet" if hasattr(pipeline, "unet") else "transformer"
+    for folder in [adapter_folder(one) for one in as_list(adapters)]:
+        setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
+        if (folder / TEXT_ENCODER_FOLDER).is_dir():
+            part = adapter_folder(folder / TEXT_ENCODER_FOLDER)
+            pipeline.text_encoder = _merge(pipeline.text_encoder, part)
+
+
+def as_list(adapters: Adapters) -> list[str | os.PathLike]:
+    """Names of adapters, none, one or several, as a list."""
+    if adapters is None:
+        return []
+    return [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+
+
 def load_for_steps(
     model: str | os.PathLike,
-    adapter: str | os.PathLike | None = None,
+    adapter: Adapters = None,
     num_inference_steps: int = 1,
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -294,7 +328,8 @@ def load_for_steps(
 
     Args:
         model: folder or hub id.
-        adapter: folder or hub id of a student's adapter, merged.
+        adapter: folder or hub id of a student's adapter, merged; or of several adapters, of which the first
+            is the student's.
         num_inference_steps: 1 sets the one-step scheduler.
         torch_dtype: of all modules; float32 when ``None``.
         device: where it works.
@@ -302,7 +337,7 @@ def load_for_steps(
     Raises:
         WadiError: as `load_pipeline` and `OneStepPipeline.from_pretrained`.
     """
-    if adapter is not None or num_inference_steps == 1:
+    if as_list(adapter) or num_inference_steps == 1:
         return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
     return load_pipeline(model, torch_dtype).to(device)
 

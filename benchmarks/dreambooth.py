@@ -1,0 +1,531 @@
+"""A new subject from six pictures: LoRaD against LoRA, on the teacher and on its one-step student.
+
+    python benchmarks/dreambooth.py --draw runs/dreambooth/glyphs.safetensors      # where the emoji font is
+    python benchmarks/dreambooth.py --glyphs runs/dreambooth/glyphs.safetensors    # on a GPU, without it
+    python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md from the JSON
+
+Learning rates are chosen on one subject, as many tried for each method, and three other subjects are
+reported. Both adapters have the same layers and number of parameters, see the same pictures, class pictures,
+noise and number of updates. What a picture shows is read by the judge, and by a recogniser of the subject
+that was fitted to drawn scenes only. Each training leaves one JSON file in --runs; what is there is not run
+again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from wadi.distill import PRESETS, distill
+from wadi.emoji import assets_folder, prompts_file, student_folder, teacher_folder
+from wadi.emoji.captions import stated
+from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeline_generator
+from wadi.emoji.glyphs import load_atlas
+from wadi.emoji.judge import Judge, attributes_right
+from wadi.emoji.subject import (
+    Recogniser,
+    distillation_prompts,
+    draw_subjects,
+    drawn_scenes,
+    example_pictures,
+    subject_captions,
+    subject_figures,
+)
+from wadi.errors import WadiError
+from wadi.files import load_tensors, read_json, replacing_file, save_tensors, write_json, write_text
+from wadi.lorad import student_config
+from wadi.metrics import feature_statistics, frechet_distance
+from wadi.onestep import labelled_grid, load_pipeline
+from wadi.onestep.pipeline import load_for_steps
+from wadi.tasks.dreambooth import (
+    DreamBooth,
+    DreamBoothConfig,
+    class_pictures,
+    class_prompts,
+    load_with_adapters,
+)
+
+CHOSEN_ON = "crab"
+"""The subject on which learning rates are chosen."""
+SUBJECTS = {"crab": "🦀", "hedgehog": "🦔", "flamingo": "🦩", "teapot": "🫖"}
+KNOWN_DECOYS = "🐌🧸🐿🥜🐹🍟🦐"
+"""Emoji that neither teacher nor judge know, among what the recogniser learns to refuse."""
+NEW_DECOYS = "🦥🎃🦫🌰🦝🦞🦢🏺"
+"""The same, which only test it."""
+RATES = {
+    "lorad": ((1e-3, False), (3e-3, False), (1e-2, False), (3e-2, False), (1e-2, True)),
+    "lora": ((3e-4, False), (1e-3, False), (3e-3, False), (1e-2, False), (3e-3, True)),
+}
+"""Learning rates that are tried, and whether the text encoder has an adapter too."""
+NAMES = {"lorad": "LoRaD", "lora": "LoRA"}
+STEPS, GUIDANCE_SCALE = 25, 2.0
+SHOWN = ("a big zwx on a purple background", "a small zwx on the right on a yellow background")
+WAYS = {
+    "teacher": "teacher, 25 steps",
+    "student": "student, 1 step: subject stacked on it",
+    "student_subject_first": "student, 1 step: subject merged first",
+    "distilled": "student, 1 step: distilled on",
+}
+"""How a picture is made."""
+
+
+@dataclass
+class Options:
+    """Teach subjects with both adapters and measure."""
+
+    glyphs: Path | None = None
+    """File of --draw; drawn from the font if not given."""
+    draw: Path | None = None
+    """Only draw the glyphs into this file."""
+    only_rates: bool = False
+    """Stop when the learning rates are chosen."""
+    table: bool = False
+    """Only print the tables of --out."""
+    seeds: tuple[int, ...] = (1, 2)
+    """Of the final trainings; rates are chosen with seed 0."""
+    rank: int = 8
+    """Of LoRaD; LoRA has the rank with as many parameters."""
+    max_train_steps: int = 300
+    """Updates."""
+    train_batch_size: int = 16
+    """Pictures of the subject an update, and as many class pictures."""
+    num_class_images: int = 200
+    """Class pictures."""
+    distill_steps: int = 300
+    """Updates of the shipped student on the customised teacher, of the first seed."""
+    distill_batch_size: int = 64
+    """Samples of each."""
+    subject_samples: int = 150
+    """Captions of the subject."""
+    samples: int = 300
+    """Other captions, of the test set."""
+    scenes: int = 200
+    """Drawn scenes of the subject that its recogniser is fitted to; of each other emoji a tenth."""
+    workers: int = 12
+    """Trainings at once."""
+    runs: Path = Path("runs/dreambooth/benchmark")
+    """Folder of the single trainings."""
+    out: Path = Path("docs/results/dreambooth.json")
+    """JSON file for the figures."""
+    picture: Path = Path("docs/images/dreambooth.png")
+    """Pictures of the final trainings."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+
+    def decides(self) -> dict[str, Any]:
+        """Options that decide the figures."""
+        places = (
+            "glyphs",
+            "draw",
+            "only_rates",
+            "table",
+            "seeds",
+            "workers",
+            "runs",
+            "out",
+            "picture",
+            "device",
+        )
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in places}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    subject: str
+    method: str
+    learning_rate: float
+    train_text_encoder: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        text = "-text" if self.train_text_encoder else ""
+        return f"{self.subject}-{self.method}-{self.learning_rate:.0e}{text}-seed{self.seed}"
+
+
+# --- glyphs ---
+
+
+def draw_glyphs() -> dict[str, torch.Tensor]:
+    """All emoji that the benchmark needs, each uint8 (N, 4, 96, 96)."""
+    return {
+        "atlas": load_atlas(),
+        "subjects": draw_subjects(list(SUBJECTS.values())),
+        "known_decoys": draw_subjects(list(KNOWN_DECOYS)),
+        "new_decoys": draw_subjects(list(NEW_DECOYS)),
+    }
+
+
+def read_glyphs(options: Options) -> dict[str, torch.Tensor]:
+    """From the file, or drawn; on the device, float32 in [0, 1]."""
+    glyphs = draw_glyphs() if options.glyphs is None else load_tensors(options.glyphs)
+    return {name: tensor.to(options.device).float() / 255 for name, tensor in glyphs.items()}
+
+
+def make_recogniser(subject: str, glyphs: dict[str, torch.Tensor], options: Options) -> Recogniser:
+    """Fitted to drawn scenes of the subject, of the 72 and of some decoys."""
+    judge = Judge.load(assets_folder() / "judge.safetensors").to(options.device)
+    own = glyphs["subjects"][[list(SUBJECTS).index(subject)]]
+    others = torch.cat([glyphs["atlas"], glyphs["known_decoys"]])
+    shown, _ = drawn_scenes(own, options.scenes, seed=1)
+    return Recogniser(judge, shown, drawn_scenes(others, max(1, options.scenes // 10), seed=2)[0])
+
+
+def recogniser_figures(
+    recogniser: Recogniser, subject: str, glyphs: dict[str, torch.Tensor], options: Options
+) -> dict[str, float]:
+    """On drawn scenes that it was not fitted to: what it finds, and what it takes for the subject."""
+    own = glyphs["subjects"][[list(SUBJECTS).index(subject)]]
+    few = max(1, options.scenes // 10)
+    return {
+        name: recogniser(drawn_scenes(shown, count, seed=seed, blemished=False)[0]).double().mean().item()
+        for name, shown, count, seed in (
+            ("subject", own, options.scenes, 3),
+            ("the_72", glyphs["atlas"], few, 4),
+            ("new_decoys", glyphs["new_decoys"], few, 5),
+        )
+    }
+
+
+# --- one training ---
+
+
+def config_of(run: Run, options: Options) -> DreamBoothConfig:
+    """Options of a training; the rank is the one with as many parameters as LoRaD's."""
+    unet = load_pipeline(teacher_folder(), without=("text_encoder", "vae")).unet
+    names = set(student_config(unet).target_modules)
+    sizes = [(m.out_features, m.in_features) for name, m in unet.named_modules() if name in names]
+    wanted = options.rank * sum(out + into // 2 for out, into in sizes)
+    rank = options.rank if run.method == "lorad" else round(wanted / sum(out + into for out, into in sizes))
+    return DreamBoothConfig(
+        instance_data_dir=Path(run.subject),
+        output_dir=options.runs / run.name,
+        pretrained_model_name_or_path=str(teacher_folder()),
+        prior_prompts=prompts_file(),
+        num_class_images=options.num_class_images,
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=STEPS,
+        method=run.method,
+        rank=rank,
+        train_text_encoder=run.train_text_encoder,
+        learning_rate=run.learning_rate,
+        train_batch_size=options.train_batch_size,
+        max_train_steps=options.max_train_steps,
+        seed=run.seed,
+        device=options.device,
+    )
+
+
+def painted_before(options: Options, run: Run) -> tuple[DiffusionPipeline, list[Image.Image], list[str]]:
+    """The teacher, its class pictures and their prompts, which all trainings share."""
+    config = dataclasses.replace(config_of(run, options), seed=0)
+    pipeline = load_pipeline(teacher_folder()).to(options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = class_prompts(config)
+    return pipeline, class_pictures(pipeline, prompts, config, options.runs / "class"), prompts
+
+
+def train_and_measure(run: Run, options: Options, final: bool) -> None:
+    """One training, its figures as JSON and a few pictures as safetensors."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    glyphs = read_glyphs(options)
+    recogniser = make_recogniser(run.subject, glyphs, options)
+    config = config_of(run, options)
+    pipeline, painted, prompts = painted_before(options, run)
+    pictures = example_pictures(glyphs["subjects"][list(SUBJECTS).index(run.subject)].cpu(), seed=run.seed)
+    start = time.perf_counter()
+    training = DreamBooth(config, pipeline, pictures, painted, prompts)
+    training.train()
+    seconds = time.perf_counter() - start
+    training.save(config.output_dir)
+    figures, shown = {}, {}
+    for way, steps, made in customised(config.output_dir, run, options, final):
+        figures[way] = measure(made, steps, recogniser, options)
+        shown[way] = generate_in_batches(_generator(made, steps), list(SHOWN), seed=0, batch_size=2)
+    save_tensors(options.runs / f"{run.name}.safetensors", shown)
+    write_json(
+        options.runs / f"{run.name}.json",
+        {
+            **dataclasses.asdict(run),
+            "options": options.decides(),
+            "rank": config.rank,
+            "parameters": sum(p.numel() for p in training.parameters.values()),
+            "seconds": seconds,
+            "figures": figures,
+        },
+    )
+
+
+def customised(folder: Path, run: Run, options: Options, final: bool):
+    """Way, steps and pipeline of everything that one adapter makes pictures with."""
+    adapter, student = folder / "adapter", student_folder()
+    yield "teacher", STEPS, load_with_adapters(str(teacher_folder()), [adapter], device=options.device)
+    yield "student", 1, load_for_steps(teacher_folder(), [student, adapter], device=options.device)
+    if not final:
+        return
+    if run.method == "lora":  # LoRaD's angles add: there is no order
+        pipeline = load_for_steps(teacher_folder(), [adapter, student], device=options.device)
+        yield "student_subject_first", 1, pipeline
+    if run.seed == options.seeds[0]:
+        yield "distilled", 1, load_for_steps(distilled(folder, options), device=options.device)
+
+
+def distilled(folder: Path, options: Options) -> Path:
+    """Train the shipped student on with the customised model as its teacher, on as many captions of each."""
+    write_text(folder / "prompts.txt", "\n".join(distillation_prompts()) + "\n")
+    config = dataclasses.replace(
+        PRESETS["emoji"],
+        pretrained_model_name_or_path=str(folder / "pipeline"),
+        prompts=str(folder / "prompts.txt"),
+        student_adapter=str(student_folder()),
+        embeddings_dir=str(folder / "embeddings"),
+        output_dir=str(folder / "distilled"),
+        train_batch_size=options.distill_batch_size,
+        max_train_steps=options.distill_steps,
+        # gentler than the preset: the student works already, and its fake model begins anew
+        student_learning_rate=1e-3,
+        ema_decay=0.99,
+        validation_steps=0,
+        allow_tf32=True,
+        cuda_graphs=options.device != "cpu",
+        seed=0,
+    )
+    return distill(config) / "pipeline"
+
+
+def _generator(pipeline: DiffusionPipeline, steps: int):
+    return pipeline_generator(pipeline, steps, 1.0 if steps == 1 else GUIDANCE_SCALE)
+
+
+def measure(
+    pipeline: DiffusionPipeline, steps: int, recogniser: Recogniser, options: Options
+) -> dict[str, float]:
+    """Figures of captions of the subject, and of others."""
+    generate = _generator(pipeline, steps)
+    texts, columns = subject_captions(options.subject_samples, "test")
+    images = generate_in_batches(generate, texts, seed=0, batch_size=100)
+    figures = subject_figures(recogniser, images, columns)
+    captions = evaluation_captions("test", options.samples)
+    images = generate_in_batches(generate, [c.text for c in captions], seed=0, batch_size=100)
+    device = options.device
+    columns = {name: column.to(device) for name, column in stated(captions).items()}
+    reading = recogniser.judge.read(images)
+    figures["others"] = attributes_right(reading, columns)["all"].double().mean().item()
+    figures["subject_elsewhere"] = recogniser(images).double().mean().item()
+    if len(images) >= 256:  # of 128 features
+        reference = load_tensors(assets_folder() / "reference.safetensors")
+        own = feature_statistics(reading.features)
+        figures["others_frechet_distance"] = frechet_distance(reference, own)
+    return figures
+
+
+# --- all of them ---
+
+
+def run_all(runs: list[Run], options: Options, final: bool) -> list[dict[str, Any]]:
+    """Results of all runs; those that are missing are made, several at once."""
+    paths = [options.runs / f"{run.name}.json" for run in runs]
+    missing = [run for run, path in zip(runs, paths, strict=True) if not path.exists()]
+    if options.workers == 1:
+        for run in missing:
+            train_and_measure(run, options, final)
+    elif missing:
+        workers = min(options.workers, len(missing))
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for done in [pool.submit(train_and_measure, run, options, final) for run in missing]:
+                done.result()
+    results = [read_json(path) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        if result["options"] != _as_read(options.decides()):
+            raise WadiError(f"{path}: was made with other options; remove it, or name other --runs")
+    return results
+
+
+def _as_read(value: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+
+
+def score(result: dict[str, Any]) -> float:
+    """What a learning rate is chosen by: the subject, and all else, on teacher and stacked student alike."""
+    ways = [result["figures"][way] for way in ("teacher", "student")]
+    return statistics.mean(way[name] for way in ways for name in ("all", "others"))
+
+
+def baselines(options: Options, glyphs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The shipped teacher and student, before any subject; and how good the recognisers are."""
+    found: dict[str, Any] = {}
+    for subject in SUBJECTS:
+        recogniser = make_recogniser(subject, glyphs, options)
+        found[subject] = {"recogniser": recogniser_figures(recogniser, subject, glyphs, options)}
+    for way, steps, adapter in (("teacher", STEPS, None), ("student", 1, student_folder())):
+        pipeline = load_for_steps(teacher_folder(), adapter, steps, device=options.device)
+        found[way] = measure(pipeline, steps, recogniser, options)
+    return found
+
+
+def main(options: Options) -> None:
+    """Train, measure, write JSON and picture, print the tables."""
+    if options.draw is not None:
+        save_tensors(options.draw, draw_glyphs())
+        return
+    if options.table:
+        print(tables(read_json(options.out)))
+        return
+    if any(count < 1 for count in (options.workers, options.scenes, options.subject_samples)):
+        raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
+    start, glyphs = time.perf_counter(), read_glyphs(options)
+    trials = [
+        Run(CHOSEN_ON, method, rate, text, 0) for method, rates in RATES.items() for rate, text in rates
+    ]
+    painted_before(options, trials[0])
+    tried = run_all(trials, options, final=False)
+    best = {m: max((r for r in tried if r["method"] == m), key=score) for m in RATES}
+    chosen = {m: {key: r[key] for key in ("learning_rate", "train_text_encoder")} for m, r in best.items()}
+    if options.only_rates:
+        print(rates_table(tried, chosen))
+        return
+    finals = [
+        Run(subject, method, **chosen[method], seed=seed)
+        for seed in options.seeds
+        for subject in SUBJECTS
+        if subject != CHOSEN_ON
+        for method in RATES
+    ]
+    results = run_all(finals, options, final=True)
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    whole: dict[str, Any] = {
+        "header": f"{device}, torch {torch.__version__}, {date.today()}",
+        "options": _as_read(options.decides()),
+        "seeds": list(options.seeds),
+        "before": baselines(options, glyphs),
+        "learning_rates": tried,
+        "chosen": chosen,
+        "runs": results,
+        "summary": summary(results),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    for row in whole["learning_rates"] + whole["runs"]:
+        row.pop("options", None)
+    write_json(options.out, _rounded(whole))
+    save_picture(finals, options, glyphs)
+    print(tables(whole))
+
+
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for the overview of all uses: shares of the pictures of teacher and distilled student."""
+    rows = []
+    for measure, key in (("subject recognised (up)", "recognised"), ("other prompts right (up)", "others")):
+        for method in RATES:
+            own = [r["figures"] for r in results if r["method"] == method]
+            teacher, student = (
+                statistics.mean(f[way][key] for f in own if way in f) for way in ("teacher", "distilled")
+            )
+            use = f"a new subject from six pictures ({NAMES[method]})"
+            rows.append({"use": use, "measure": measure, "teacher": teacher, "student": student})
+    return [row | {"time_ratio": None} for row in rows]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: v if k == "learning_rate" or k in RATES else _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def save_picture(finals: list[Run], options: Options, glyphs: dict[str, torch.Tensor]) -> None:
+    """A row for each subject and prompt of `SHOWN`; of the first seed."""
+    rows = []
+    for subject in (name for name in SUBJECTS if name != CHOSEN_ON):
+        one = [run for run in finals if run.subject == subject and run.seed == options.seeds[0]]
+        shown = {run.method: load_tensors(options.runs / f"{run.name}.safetensors") for run in one}
+        glyph = glyphs["subjects"][list(SUBJECTS).index(subject)].cpu()
+        real = example_pictures(glyph, seed=options.seeds[0])
+        for i, prompt in enumerate(SHOWN):
+            made = [shown[m][way][i] for way in ("teacher", "student", "distilled") for m in RATES]
+            rows.append((prompt, [*real[2 * i : 2 * i + 2], *map(_image, made)]))
+    headings = ["of the", "six pictures"]
+    for way in ("25 steps", "stacked", "distilled"):
+        headings += [f"{NAMES[m]}, {way}" for m in RATES]
+    with replacing_file(options.picture) as temporary:
+        labelled_grid(rows, headings).save(temporary, format="PNG", optimize=True)
+
+
+def _image(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+# --- tables ---
+
+
+def tables(whole: dict[str, Any]) -> str:
+    """Markdown: the final figures, means over subjects and seeds with the range; and the rates tried."""
+    count = len(whole["runs"]) // len(RATES)
+    lines = [
+        f"Means of {count} trainings each (lowest to highest), distilled on those of the first seed:",
+        "",
+        "| | adapter | subject recognised | and as stated | other prompts right | Frechet distance |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for way in ("teacher", "student"):
+        figures = whole["before"][way]
+        lines.append(_row(f"{WAYS[way].split(':')[0]}, before", "none", [figures]))
+    for way, name in WAYS.items():
+        for method in RATES:
+            rows = [r["figures"][way] for r in whole["runs"] if r["method"] == method and way in r["figures"]]
+            if rows:
+                lines.append(_row(name, NAMES[method], rows))
+    return "\n".join([*lines, "", rates_table(whole["learning_rates"], whole["chosen"])])
+
+
+def rates_table(tried: list[dict[str, Any]], chosen: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what was tried on the subject that is not reported; in bold what was chosen."""
+    lines = [
+        "| adapter | rate | text encoder | subject, teacher | student | others, teacher | student | score |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in tried:
+        mark = "**" if chosen[r["method"]].items() <= r.items() else ""
+        both = [r["figures"][way][name] for name in ("all", "others") for way in ("teacher", "student")]
+        cells = " | ".join(f"{value:.3f}" for value in [*both, score(r)])
+        text = "yes" if r["train_text_encoder"] else "no"
+        lines.append(f"| {NAMES[r['method']]} | {mark}{r['learning_rate']:g}{mark} | {text} | {cells} |")
+    return "\n".join(lines)
+
+
+def _row(name: str, adapter: str, rows: list[dict[str, float]]) -> str:
+    cells = []
+    for key, digits in (("recognised", 3), ("all", 3), ("others", 3), ("others_frechet_distance", 2)):
+        values = [row.get(key, float("nan")) for row in rows]
+        cell = f"{statistics.mean(values):.{digits}f}"
+        if len(values) > 1:
+            cell += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        cells.append(cell)
+    return f"| {name} | {adapter} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main(tyro.cli(Options))
+    except WadiError as error:
+        sys.exit(f"error: {error}")

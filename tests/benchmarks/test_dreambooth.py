@@ -1,0 +1,103 @@
+"""The benchmark of subjects: equal parameters, one whole training on a synthetic glyph, and its tables."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import inject_adapter_in_model
+
+from tests.emoji.cases import synthetic_atlas
+from wadi.distill.methods import method_config
+from wadi.emoji import teacher_folder
+from wadi.files import load_tensors, read_json, save_tensors
+from wadi.lorad import student_config
+from wadi.onestep import load_pipeline
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import dreambooth as benchmark  # noqa: E402
+
+SHAPE = {"subjects": len(benchmark.SUBJECTS), "known_decoys": 1, "new_decoys": 1}
+
+
+@pytest.fixture
+def options(tmp_path):
+    glyphs = {name: torch.full((n, 4, 96, 96), 200, dtype=torch.uint8) for name, n in SHAPE.items()}
+    save_tensors(tmp_path / "glyphs.safetensors", {"atlas": synthetic_atlas(), **glyphs})
+    return benchmark.Options(
+        glyphs=tmp_path / "glyphs.safetensors",
+        rank=4,
+        max_train_steps=1,
+        train_batch_size=1,
+        num_class_images=1,
+        distill_steps=1,
+        distill_batch_size=1,
+        subject_samples=2,
+        samples=2,
+        scenes=2,
+        workers=1,
+        runs=tmp_path / "runs",
+        device="cpu",
+    )
+
+
+def test_one_training_is_measured_in_every_way(options, monkeypatch):
+    monkeypatch.setattr(benchmark, "STEPS", 1)
+    run = benchmark.Run("hedgehog", "lora", 1e-3, False, 1)
+    (result,) = benchmark.run_all([run], options, final=True)
+    assert set(result["figures"]) == set(benchmark.WAYS)
+    for figures in result["figures"].values():
+        assert all(0 <= figures[name] <= 1 for name in ("recognised", "all", "others", "subject_elsewhere"))
+    shown = load_tensors(options.runs / f"{run.name}.safetensors")
+    assert all(shown[way].shape == (2, 3, 64, 64) for way in benchmark.WAYS)
+    written = (options.runs / f"{run.name}.json").stat().st_mtime_ns
+    benchmark.run_all([run], options, final=True)  # what is there is not run again
+    assert (options.runs / f"{run.name}.json").stat().st_mtime_ns == written
+
+
+def test_adapters_have_equally_many_parameters(options):
+    sizes = {}
+    for method in ("lorad", "lora"):
+        run = benchmark.Run("crab", method, 1e-3, False, 0)
+        config = benchmark.config_of(run, dataclasses.replace(options, rank=8))
+        unet = load_pipeline(teacher_folder(), without=("text_encoder", "vae")).unet
+        adapter = method_config(method, student_config(unet, config.rank))
+        inject_adapter_in_model(adapter, unet)
+        sizes[method] = sum(p.numel() for name, p in unet.named_parameters() if f"{method}_" in name)
+    assert sizes["lorad"] == 260_224
+    assert abs(sizes["lora"] / sizes["lorad"] - 1) < 0.03
+
+
+def test_tables():
+    def figures(value):
+        names = ("recognised", "all", "others", "others_frechet_distance")
+        return dict.fromkeys(names, value)
+
+    def row(method, value, rate=1e-3):
+        ways = {way: figures(value) for way in benchmark.WAYS if "first" not in way or method == "lora"}
+        return {"method": method, "learning_rate": rate, "train_text_encoder": False, "figures": ways}
+
+    whole = {
+        "before": {"teacher": figures(0.0), "student": figures(0.25)},
+        "runs": [row("lorad", 0.5), row("lorad", 1.0), row("lora", 0.25), row("lora", 0.25)],
+        "learning_rates": [row("lorad", 0.5), row("lorad", 0.75, 1e-2)],
+        "chosen": {"lorad": {"learning_rate": 1e-2, "train_text_encoder": False}},
+    }
+    shown = benchmark.tables(whole)
+    assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in shown
+    assert "| student, 1 step, before | none | 0.250 |" in shown
+    assert shown.count("subject merged first") == 1
+    assert "| LoRaD | **0.01** | no | 0.750 |" in shown
+    assert benchmark.score(whole["learning_rates"][1]) == 0.75
+
+
+def test_the_results_on_the_page_are_those_of_the_file():
+    page = Path(__file__).parents[2] / "docs" / "uses" / "dreambooth.md"
+    results, text = page.parents[1] / "results" / "dreambooth.json", page.read_text(encoding="utf-8")
+    if not results.exists():
+        assert "have not been measured yet" in text
+        return
+    for line in benchmark.tables(read_json(results)).splitlines():
+        assert line in text
