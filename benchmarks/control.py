@@ -33,8 +33,8 @@ from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.emoji.train_controlnet import open_captions, scene_boxes
 from wadi.errors import WadiError
-from wadi.files import replacing_file, write_json
-from wadi.onestep import labelled_grid
+from wadi.files import write_json
+from wadi.onestep import labelled_grid, save_picture
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import load_controlnet, with_controlnets
 from wadi.tasks.control import canny, edge_agreement, layout_map
@@ -260,7 +260,7 @@ def main(options: Options) -> None:
     write_json(
         options.out, {"header": header, "rows": list(map(rounded, rows)), "pairs": list(map(rounded, pairs))}
     )
-    save_picture(options.picture, prompts, real, maps, pictures)
+    save_pictures(options.picture, prompts, real, maps, pictures)
 
 
 def rounded(row: dict) -> dict:
@@ -307,7 +307,7 @@ def table_of_pairs(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def save_picture(
+def save_pictures(
     path: Path,
     prompts: list[str],
     real: torch.Tensor,
@@ -321,8 +321,7 @@ def save_picture(
         made = [Image.fromarray(pictures[name][i].permute(1, 2, 0).numpy()) for name in names]
         scene = Image.fromarray(real[i].permute(1, 2, 0).numpy())
         rows.append((prompt, [scene, maps[i], *made]))
-    with replacing_file(path) as temporary:
-        labelled_grid(rows, ["scene", "edges", *names]).save(temporary, format="PNG", optimize=True)
+    save_picture(labelled_grid(rows, ["scene", "edges", *names]), path)
 
 
 if __name__ == "__main__":
