@@ -1,6 +1,7 @@
 """ControlNets trained on a multi-step teacher, on its one-step student: agreement, and time.
 
-    python benchmarks/control.py      # the built-in teacher, student and ControlNet: table, JSON, picture
+    python benchmarks/control.py      # the built-in teacher, student and ControlNet: tables, JSON, picture
+    python benchmarks/uses.py         # then: the tables of docs/uses/control.md
 
 Scenes of combinations that no training has shown are drawn; their edges are the condition, and the prompt
 names the objects and, half the time, the background, but neither place nor size. The edges of the results are
@@ -10,7 +11,6 @@ compared with the condition, and what the judge reads in them with the scenes. T
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -25,16 +25,17 @@ import tyro
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
+from uses import control_table, pairs_table
 
-from wadi.emoji import assets_folder, controlnet_folder, student_folder, teacher_folder
+from wadi.emoji import CONTROLNET_SCALE, assets_folder, controlnet_folder, student_folder, teacher_folder
 from wadi.emoji.captions import Caption, stated
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.emoji.train_controlnet import open_captions, scene_boxes
 from wadi.errors import WadiError
-from wadi.files import replacing_file, write_json
-from wadi.onestep import labelled_grid
+from wadi.files import write_json
+from wadi.onestep import check_picture_path, labelled_grid, save_picture
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import load_controlnet, with_controlnets
 from wadi.tasks.control import canny, edge_agreement, layout_map
@@ -76,7 +77,7 @@ class Options:
     """Where the pictures are made."""
     out: Path = Path("docs/results/control.json")
     """Figures."""
-    picture: Path = Path("docs/images/control.png")
+    picture: Path = Path("docs/images/control.jpg")
     """Scenes, edges and results."""
 
 
@@ -237,6 +238,7 @@ def main(options: Options) -> None:
     """Measure, print the table, write JSON and picture."""
     if options.samples < 1 or options.timed < 1 or options.batch_size < 1:
         raise WadiError("--samples, --timed, --batch-size: must be at least 1")
+    check_picture_path(options.picture, "--picture")
     captions, scenes, real = draw(options)
     edges = edges_of(real)
     maps = [Image.fromarray(edge).convert("RGB") for edge in edges.numpy()]
@@ -254,13 +256,12 @@ def main(options: Options) -> None:
         row = {"name": name, "steps": steps, "scale": scale} | figures
         rows.append(row | {"seconds": seconds.get(name)})
     pairs = two_controlnets(options, judge, captions, scenes, edges)
-    print(table(rows), table_of_pairs(pairs), sep="\n\n")
+    print(control_table({"rows": rows}), pairs_table({"pairs": pairs}), sep="\n\n")
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     header = f"{len(prompts)} held-out scenes, {device}, torch {torch.__version__}, {date.today()}"
-    write_json(
-        options.out, {"header": header, "rows": list(map(rounded, rows)), "pairs": list(map(rounded, pairs))}
-    )
-    save_picture(options.picture, prompts, real, maps, pictures)
+    found = {"header": header, "rows": list(map(rounded, rows)), "pairs": list(map(rounded, pairs))}
+    write_json(options.out, found | {"summary": summary(rows)})
+    save_pictures(options.picture, prompts, real, maps, pictures)
 
 
 def rounded(row: dict) -> dict:
@@ -278,36 +279,29 @@ def reconstructed(images: torch.Tensor) -> torch.Tensor:
     return torch.cat(batches)
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: a row for each way, times also as a share of the steered teacher's."""
-    lines = [
-        "| | steps | scale | edges, F1 | objects right | background right | place, px | size, px | time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def summary(rows: list[dict]) -> list[dict]:
+    """Rows of the table of docs/uses.md: teacher at scale 1, student at the scale that the command takes."""
+    found = {row["name"]: row for row in rows}
+    teacher = found["teacher, scale 1"]
+    name = f"student, scale {CONTROLNET_SCALE:g}"
+    student = found.get(name) or [row for row in rows if row["name"].startswith("student")][-1]
+    ratio = round(teacher["seconds"] / student["seconds"], 1)
+    return [
+        {
+            "use": "a condition, by ControlNet",
+            "measure": measure,
+            "teacher": round(teacher[key], 4),
+            "student": round(student[key], 4),
+            "time_ratio": ratio,
+        }
+        for key, measure in (
+            ("edge_f1", "edges of the picture are those of the condition, F1 (up)"),
+            ("objects", "objects of the prompt are there (up)"),
+        )
     ]
-    whole = next((row["seconds"] for row in rows if row["name"] == "teacher, scale 1"), math.nan)
-    for row in rows:
-        name = row["name"].split(",")[0]
-        if row["seconds"] is None:
-            name, duration, how = "the scenes through the autoencoder", "", " | "
-        else:
-            duration = f"{row['seconds']:.3f} s (1/{whole / row['seconds']:.1f})"
-            how = f"{row['steps']} | {row['scale']:g}"
-        shares = f"{row['edge_f1']:.3f} | {row['objects']:.3f} | {row['background']:.3f}"
-        lengths = f"{row['place_error']:.1f} | {row['size_error']:.1f}"
-        lines.append(f"| {name} | {how} | {shares} | {lengths} | {duration} |")
-    return "\n".join(lines)
 
 
-def table_of_pairs(rows: list[dict]) -> str:
-    """Markdown: a row for one ControlNet, and for two."""
-    lines = ["| ControlNets | edges, F1 | objects right | place, px | size, px |", "| --- " * 5 + "|"]
-    for row in rows:
-        figures = f"{row['edge_f1']:.3f} | {row['objects']:.3f} | {row['place_error']:.1f}"
-        lines.append(f"| {row['controlnets']} | {figures} | {row['size_error']:.1f} |")
-    return "\n".join(lines)
-
-
-def save_picture(
+def save_pictures(
     path: Path,
     prompts: list[str],
     real: torch.Tensor,
@@ -321,8 +315,7 @@ def save_picture(
         made = [Image.fromarray(pictures[name][i].permute(1, 2, 0).numpy()) for name in names]
         scene = Image.fromarray(real[i].permute(1, 2, 0).numpy())
         rows.append((prompt, [scene, maps[i], *made]))
-    with replacing_file(path) as temporary:
-        labelled_grid(rows, ["scene", "edges", *names]).save(temporary, format="PNG", optimize=True)
+    save_picture(labelled_grid(rows, ["scene", "edges", *names]), path)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.errors import WadiError
-from wadi.files import load_tensors, replacing_file, write_json
-from wadi.onestep import labelled_grid
+from wadi.files import load_tensors, write_json
+from wadi.onestep import labelled_grid, save_picture
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.editing import CANDIDATES, Sampling, image_to_image, inpaint, seam
 
@@ -447,8 +447,7 @@ def save_pictures(
         (edit.texts[i], [shown(edit.images, i), *(shown(varied_pictures[name], i) for name in names)])
         for i in range(min(SHOWN, len(edit.texts)))
     ]
-    with replacing_file(folder / "image-to-image.jpg") as temporary:
-        labelled_grid(rows, ["picture", *names]).save(temporary, format="JPEG", quality=85)
+    save_picture(labelled_grid(rows, ["picture", *names]), folder / "image-to-image.jpg")
     rows = []
     for kind, edit in edits.items():
         made = repainted_pictures[kind]
@@ -457,8 +456,7 @@ def save_pictures(
             cells = [shown(images, i) for images in (edit.images, masked, *made.values())]
             rows.append((edit.texts[i], cells))
     names = list(repainted_pictures["add"])
-    with replacing_file(folder / "inpainting.jpg") as temporary:
-        labelled_grid(rows, ["picture", "mask", *names]).save(temporary, format="JPEG", quality=85)
+    save_picture(labelled_grid(rows, ["picture", "mask", *names]), folder / "inpainting.jpg")
 
 
 if __name__ == "__main__":

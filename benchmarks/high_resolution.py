@@ -25,8 +25,8 @@ from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.errors import WadiError
-from wadi.files import replacing_file, write_json
-from wadi.onestep import labelled_grid
+from wadi.files import write_json
+from wadi.onestep import check_picture_path, labelled_grid, save_picture
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import growth, redilated
 
@@ -60,7 +60,7 @@ class Options:
     """Where to compute."""
     out: Path = Path("docs/results/high-resolution.json")
     """JSON file for the figures."""
-    picture: Path = Path("docs/images/high-resolution.png")
+    picture: Path = Path("docs/images/high-resolution.jpg")
     """Pictures by the side, plain and re-dilated."""
 
 
@@ -108,6 +108,7 @@ def main(options: Options) -> None:
     """Measure, print, write JSON and picture."""
     if options.samples < 1:
         raise WadiError("--samples: must be at least 1")
+    check_picture_path(options.picture, "--picture")
     pipeline = load_for_steps(teacher_folder(), student_folder(), 1, device=options.device)
     pipeline.set_progress_bar_config(disable=True)
     judge = Judge.load(assets_folder() / "judge.safetensors")
@@ -175,8 +176,7 @@ def save_pictures(pipeline: DiffusionPipeline, options: Options) -> None:
             cells += pipeline.image_processor.postprocess(2 * shown - 1, output_type="pil")
         rows.append((text, cells))
     names = [f"{size} px" + (", re-dilated" if damping is not None else "") for size, damping in cases]
-    with replacing_file(options.picture) as temporary:
-        labelled_grid(rows, names).save(temporary, format="PNG")
+    save_picture(labelled_grid(rows, names), options.picture)
 
 
 if __name__ == "__main__":

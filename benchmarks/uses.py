@@ -13,6 +13,7 @@ A file that is not there yet, or that has no such rows, is named on stderr; its 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +47,12 @@ def uses_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each row of a summary, with a link to its page.
 
     Args:
-        results: contents of the JSON files by name; those without a summary are left out.
+        results: contents of the JSON files by name; those that are no use of `USES`, or have no summary, are
+            left out.
     """
     rows = []
-    for name, found in results.items():
-        for row in found.get("summary", ()):
+    for name in (name for name in USES if name in results):
+        for row in results[name].get("summary", ()):
             figures = [figure(row["teacher"]), figure(row["student"])]
             rows.append(
                 [f"[{row['use']}](uses/{name}.md)", row["measure"], *figures, ratio(row["time_ratio"])]
@@ -92,6 +94,35 @@ def ratio(value: float | None) -> str:
 
 
 # --- tables of single pages ---
+
+
+def control_table(found: Mapping[str, Any]) -> str:
+    """A row for each way; times also as a share of the steered teacher's."""
+    whole = next((row["seconds"] for row in found["rows"] if row["name"] == "teacher, scale 1"), math.nan)
+    rows = []
+    for row in found["rows"]:
+        how, duration = ["the scenes through the autoencoder", "", ""], ""
+        if row["seconds"] is not None:
+            how = [row["name"].split(",")[0], str(row["steps"]), f"{row['scale']:g}"]
+            duration = f"{row['seconds']:.3f} s (1/{whole / row['seconds']:.1f})"
+        shares = [f"{row[part]:.3f}" for part in ("edge_f1", "objects", "background")]
+        lengths = [f"{row[part]:.1f}" for part in ("place_error", "size_error")]
+        rows.append([*how, *shares, *lengths, duration])
+    headings = ("edges, F1", "objects right", "background right", "place, px", "size, px", "time")
+    return markdown(("", "steps", "scale", *headings), rows)
+
+
+def pairs_table(found: Mapping[str, Any]) -> str:
+    """A row for one ControlNet, and for two."""
+    rows = [
+        [
+            str(row["controlnets"]),
+            *(f"{row[part]:.3f}" for part in ("edge_f1", "objects")),
+            *(f"{row[part]:.1f}" for part in ("place_error", "size_error")),
+        ]
+        for row in found["pairs"]
+    ]
+    return markdown(("ControlNets", "edges, F1", "objects right", "place, px", "size, px"), rows)
 
 
 def high_resolution_table(found: Mapping[str, Any]) -> str:
@@ -201,6 +232,8 @@ class Table:
 
 
 TABLES = {
+    "control": Table("uses/control.md", "control", control_table),
+    "control-pairs": Table("uses/control.md", "control-cpu", pairs_table),
     "high-resolution": Table("uses/high-resolution.md", "high-resolution", high_resolution_table),
     "prompts": Table("uses/prompts.md", "prompts", prompts_table),
     "image-to-image": Table("uses/editing.md", "editing", image_to_image_table),
@@ -216,16 +249,16 @@ TABLES = {
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The JSON files of `USES` that are there; tells of the others, and of those without a summary."""
+    """The JSON files of `USES` and `TABLES` that are there; tells what is lacking."""
     results = {}
-    for name in USES:
+    for name in dict.fromkeys((*USES, *(table.source for table in TABLES.values()))):
         path = folder / "results" / f"{name}.json"
         if not path.exists():
             print(f"{path}: is not there yet", file=sys.stderr)
             continue
         results[name] = read_json(path)
         check_summary(path, results[name])
-        if not results[name].get("summary"):
+        if name in USES and not results[name].get("summary"):
             print(f"{path}: has no summary, and no row in the table of uses", file=sys.stderr)
     return results
 

@@ -197,9 +197,14 @@ def test_pictures_of_pictures(student, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_generate_refuses_unknown_kinds_of_pictures(student, tmp_path, capsys):
-    assert run("generate", "a cat", "--model", student / "pipeline", "--out", tmp_path / "x.bmpp") == 2
-    assert ".png" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate",), ("image-to-image", "x.png"), ("inpaint", "x.png", "y.png"), ("control", "x.png")],
+)
+def test_unknown_kinds_of_pictures_are_refused_before_anything_is_read(arguments, tmp_path, capsys):
+    prompt = ["a cat"] if arguments[0] == "generate" else ["--prompt", "a cat"]
+    assert run(*arguments, *prompt, "--model", "nowhere", "--out", tmp_path / "x.bmpp") == 2
+    assert "x.bmpp: unknown kind of picture; use .png, .jpg" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -252,11 +257,12 @@ def test_completion_knows_commands_and_options(tmp_path, capsys):
     script.write_text(capsys.readouterr().out)
     ask = (
         f"source {script}; "
-        "for words in 'wadi gen' 'wadi distill --student-r' 'wadi emoji train-v'; do "
+        "for words in 'wadi gen' 'wadi distill --student-r' 'wadi emoji train-v' 'wadi directions --b' "
+        "'wadi directions sw' 'wadi directions swap --ta'; do "
         "COMP_WORDS=($words); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _tyro_wadi; echo ${COMPREPLY[@]}; done"
     )
     answer = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout
-    assert answer.split() == ["generate", "--student-rank", "train-vae"]
+    assert answer.split() == ["generate", "--student-rank", "train-vae", "--base", "swap", "--take"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])

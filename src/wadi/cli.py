@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import os
 import sys
 import time
@@ -168,6 +169,7 @@ def generate(
     from wadi.onestep import refuse_guidance
 
     refuse_guidance(num_inference_steps, guidance_scale, negative_prompt)
+    _check_out(out)
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
     pipeline = _load_student(model, adapter, subject_adapter, dtype, device, vae)
@@ -222,19 +224,22 @@ def _load_student(
 
 
 def _save_pictures(images: list[Any], seed: int, out: Path) -> None:
-    from wadi.files import replacing_file
-    from wadi.onestep import image_grid
+    from wadi.onestep import image_grid, save_picture
 
-    kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     if out.suffix:
         files = {out: images[0] if len(images) == 1 else image_grid(images)}
     else:
         files = {out / f"seed-{seed + i:06d}.png": image for i, image in enumerate(images)}
     for path, image in files.items():
-        if path.suffix.lower() not in kinds:
-            raise WadiError(f"--out {out}: unknown kind of picture; use {', '.join(kinds)} or a folder")
-        with replacing_file(path) as temporary:
-            image.save(temporary, kinds[path.suffix.lower()])
+        save_picture(image, path)
+
+
+def _check_out(out: Path) -> None:
+    """A wrong kind of picture is told before anything is loaded or made."""
+    from wadi.onestep import check_picture_path
+
+    if out.suffix:
+        check_picture_path(out)
 
 
 def control(
@@ -296,6 +301,7 @@ def control(
 
     if min(num_images, batch_size, num_inference_steps) < 1:
         raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
+    _check_out(out)
     names = controlnet or _own_controlnet(model)
     pictures = [room.open_picture(path) for path in room.one_for_each("IMAGE", image, len(names))]
     kinds = room.one_for_each("--condition", condition or ("canny",), len(names))
@@ -368,6 +374,7 @@ def image_to_image(
 
     if min(num_images, batch_size, num_inference_steps) < 1:
         raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
+    _check_out(out)
     if num_inference_steps == 1:
         _refuse_guidance(guidance_scale, negative_prompt)
     picture = control.open_picture(image)
@@ -437,6 +444,7 @@ def inpaint(
         candidates = editing.CANDIDATES if num_inference_steps == 1 else 1
     if min(num_images, batch_size, num_inference_steps, candidates) < 1:
         raise WadiError("--num-images, --batch-size, --num-inference-steps, --candidates: must be at least 1")
+    _check_out(out)
     if num_inference_steps == 1:
         _refuse_guidance(guidance_scale, negative_prompt)
     picture = control.open_picture(image)
@@ -752,14 +760,39 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> N
         else:
             tree[first] = _distill_options([]).__class__ if first == "distill" else _load(COMMANDS[first][0])
     for group, choices in groups.items():
-        if group in tree:  # a command with commands below it: tyro completes its own options
+        if group in tree:
+            tree[group] = _with_commands(tree[group], choices)
             continue
         # tyro has no group of one: its command stands for it
         alone = _load(COMMANDS[_under(group)[0]][0])
         tree[group] = Union[tuple(choices)] if len(choices) > 1 else alone  # noqa: UP007
-    tyro.extras.subcommand_cli_from_dict(
-        tree, prog="wadi", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    arguments = ["--tyro-print-completion", shell]
+    try:
+        tyro.extras.subcommand_cli_from_dict(tree, prog="wadi", args=arguments, config=config)
+    except ImportError as error:  # tyro writes those of bash and zsh itself
+        raise WadiError(f"completion {shell}: needs shtab; pip install shtab") from error
+
+
+def _with_commands(function: Callable[..., Any], choices: Sequence[Any]) -> Callable[..., Any]:
+    """For completion only: a command that has its own options, and commands below it."""
+
+    def both(**options: Any) -> None:
+        """Never called."""
+
+    # tyro wants a name for "none of them" and completes it too: -h is one that does no harm
+    none = Annotated[None, tyro.conf.subcommand("-h")]
+    below = inspect.Parameter(
+        "command",
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Union[(*choices, none)],
+        default=None,
     )
+    # evaluated here, because they are strings in this module
+    own = inspect.signature(function, eval_str=True).parameters.values()
+    both.__signature__ = inspect.Signature([*own, below])  # type: ignore[attr-defined]
+    both.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, below)}
+    return both
 
 
 def _under(group: str) -> list[str]:

@@ -33,6 +33,23 @@ def test_shows_the_loss_of_every_fiftieth_step(monkeypatch):
     assert shown == ["step 0 loss 0.0000", "step 50 loss 6.2500", "step 100 loss 12.5000"]
 
 
+@pytest.mark.parametrize(("seconds", "max_train_steps"), [(100.0, 10**6), (1e9, 50)])
+def test_the_time_left_is_right_from_the_first_step_on(seconds, max_train_steps, monkeypatch):
+    """100 seconds in steps of two, by the clock or by their number; the bar is made long before."""
+    now = [1000.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    steps, left = TimedSteps(seconds, max_train_steps, "test"), []
+    steps.bar._time = lambda: now[0]
+    now[0] += 500
+    for step, _ in steps:
+        now[0] += 2
+        if step == 0:
+            steps.show(torch.tensor(1.0))
+            shown = steps.bar.format_dict
+            left.append((1 - shown["n"]) * shown["elapsed"] / shown["n"])
+    assert left == [pytest.approx(98.0)]
+
+
 def test_stops_when_the_loss_stays_not_finite():
     """Once may be a batch that was skipped; twice in a row it is the weights."""
     losses = {0: 1.0, 50: float("nan"), 100: 0.5, 150: float("inf"), 200: float("nan")}

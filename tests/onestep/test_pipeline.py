@@ -20,7 +20,15 @@ from PIL import Image
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from wadi import LoRaDConfig, WadiError
-from wadi.onestep import OneStepPipeline, export_pipeline, image_grid, labelled_grid, write_alpha_T_squared
+from wadi.onestep import (
+    OneStepPipeline,
+    export_pipeline,
+    image_grid,
+    labelled_grid,
+    save_picture,
+    write_alpha_T_squared,
+)
+from wadi.onestep.pipeline import load_for_steps
 
 PROMPT = "a red cat"
 
@@ -268,3 +276,22 @@ def test_grids_hold_every_picture_where_it_belongs():
     labelled = labelled_grid([("before", images[:2]), ("after", images[2:4])], headings=["one", "two"])
     assert labelled.width > 2 * 134
     assert np.asarray(labelled)[:, 100:175].min() < 128  # the labels' ink
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("x.png", "PNG"), ("x.JPG", "JPEG"), ("x.jpeg", "JPEG"), ("x.webp", "WEBP")]
+)
+def test_the_suffix_says_what_a_picture_is_written_as(name, kind, tmp_path):
+    save_picture(Image.new("RGB", (9, 5), (200, 30, 40)), tmp_path / name)
+    with Image.open(tmp_path / name) as found:
+        assert (found.format, found.size) == (kind, (9, 5))
+    with pytest.raises(WadiError, match=r"x\.txt: unknown kind of picture; use \.png"):
+        save_picture(Image.new("RGB", (9, 5)), tmp_path / "x.txt")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_student_in_several_steps_is_refused(teacher, adapter):
+    assert isinstance(load_for_steps(teacher, adapter).scheduler, LCMScheduler)
+    assert not isinstance(load_for_steps(teacher, None, 4).scheduler, LCMScheduler)
+    with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4; leave the adapter away"):
+        load_for_steps(teacher, [adapter], 4)

@@ -23,22 +23,28 @@ class TimedSteps:
     def __init__(self, seconds: float, max_train_steps: int, label: str):
         self.seconds, self.max_train_steps = seconds, max_train_steps
         self.done, self.elapsed, self.loss = 0, 0.0, 0.0
+        self.start = time.monotonic()
         self.bar = tqdm(total=1.0, desc=label, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        start = time.monotonic()
+        self.start = time.monotonic()
+        self.bar.reset()  # or its rate would count from when the bar was made
         with self.bar:
             while self.done < self.max_train_steps:
-                self.elapsed = time.monotonic() - start
-                used = max(self.elapsed / self.seconds, self.done / self.max_train_steps)
+                used = self._used(self.done)
                 if used >= 1:
                     break
-                self.bar.n = used
+                self.bar.n = used if self.done else 0.0
                 yield self.done, used
                 self.done += 1
-            self.elapsed = time.monotonic() - start
+            self.elapsed = time.monotonic() - self.start
             self.bar.n = 1.0
             self.bar.refresh()
+
+    def _used(self, steps: int) -> float:
+        """Share of the training that is over after so many steps, now."""
+        self.elapsed = time.monotonic() - self.start
+        return max(self.elapsed / self.seconds, steps / self.max_train_steps)
 
     def show(self, loss: torch.Tensor) -> None:
         """Show the loss of this step; every 50th only, because reading it waits for the device.
@@ -51,6 +57,9 @@ class TimedSteps:
             self.loss = value
             if not (math.isfinite(value) or math.isfinite(before)):
                 raise WadiError(f"step {self.done}: the loss is {value}; lower --learning-rate")
+            # The bar divides its share by the time until now: this step is in both, or the first one's rate
+            # would be next to nothing, and the time left years.
+            self.bar.n = min(1.0, self._used(self.done + 1))
             self.bar.set_postfix_str(f"step {self.done} loss {value:.4f}")
 
 

@@ -3,7 +3,7 @@
 from wadi.onestep.export import export_pipeline
 from wadi.onestep.fast import FastPath
 from wadi.onestep.importing import import_weights
-from wadi.onestep.pictures import image_grid, labelled_grid
+from wadi.onestep.pictures import check_picture_path, image_grid, labelled_grid, save_picture
 from wadi.onestep.pipeline import (
     OneStepPipeline,
     load_pipeline,
@@ -16,6 +16,7 @@ from wadi.onestep.scheduler import one_step_scheduler
 __all__ = [
     "FastPath",
     "OneStepPipeline",
+    "check_picture_path",
     "export_pipeline",
     "image_grid",
     "import_weights",
@@ -24,5 +25,6 @@ __all__ = [
     "one_step_scheduler",
     "read_alpha_T_squared",
     "refuse_guidance",
+    "save_picture",
     "write_alpha_T_squared",
 ]

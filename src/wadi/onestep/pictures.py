@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
+
+from wadi.errors import WadiError
+from wadi.files import replacing_file
+
+KINDS = {
+    ".png": ("PNG", {"optimize": True}),
+    ".jpg": ("JPEG", {"quality": 85}),
+    ".jpeg": ("JPEG", {"quality": 85}),
+    ".webp": ("WEBP", {"quality": 85}),
+}
+"""Suffix of a picture's file -> Pillow's name of its format, and how it is written."""
 
 READABLE = 128
 """Pixels: smaller pictures are enlarged by the smallest whole factor that reaches this width."""
@@ -14,6 +27,32 @@ READABLE = 128
 _GAP = 6
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
+
+
+def check_picture_path(path: str | os.PathLike, option: str = "--out") -> None:
+    """Raise unless pictures can be written under this name; ask before making what takes long.
+
+    Args:
+        path: of the file.
+        option: what the message calls it.
+
+    Raises:
+        WadiError: the suffix is none of `KINDS`.
+    """
+    if Path(path).suffix.lower() not in KINDS:
+        raise WadiError(f"{option} {path}: unknown kind of picture; use {', '.join(KINDS)}")
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write a picture, whole or not at all, in the format that the suffix of `path` names.
+
+    Raises:
+        WadiError: the suffix is none of `KINDS`, or the file could not be written.
+    """
+    check_picture_path(path, "picture")
+    kind, options = KINDS[Path(path).suffix.lower()]
+    with replacing_file(path) as temporary:
+        image.save(temporary, kind, **options)
 
 
 def enlarge(image: Image.Image, width: int = READABLE) -> Image.Image:

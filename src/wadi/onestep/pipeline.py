@@ -324,20 +324,26 @@ def load_for_steps(
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> DiffusionPipeline:
-    """The stock pipeline that makes pictures in so many steps; one step, or an adapter: the student's.
+    """The stock pipeline for so many steps: the student's for one, the teacher's for several.
 
     Args:
         model: folder or hub id.
         adapter: folder or hub id of a student's adapter, merged; or of several adapters, of which the first
             is the student's.
-        num_inference_steps: 1 sets the one-step scheduler.
+        num_inference_steps: 1 sets the one-step scheduler. More are for a model without adapters; one with
+            a subject's alone is loaded by `wadi.tasks.dreambooth.load_with_adapters`.
         torch_dtype: of all modules; float32 when ``None``.
         device: where it works.
 
     Raises:
-        WadiError: as `load_pipeline` and `OneStepPipeline.from_pretrained`.
+        WadiError: an adapter and several steps; and as `load_pipeline` and `OneStepPipeline.from_pretrained`.
     """
-    if as_list(adapter) or num_inference_steps == 1:
+    if (adapters := as_list(adapter)) and num_inference_steps != 1:
+        raise WadiError(
+            f"{adapters[0]}: a one-step student takes 1 step, not {num_inference_steps}; leave the adapter "
+            "away for the multi-step teacher, or ask for 1 step"
+        )
+    if num_inference_steps == 1:
         return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
     return load_pipeline(model, torch_dtype).to(device)
 
