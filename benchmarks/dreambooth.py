@@ -5,7 +5,7 @@
     python benchmarks/dreambooth.py --draw glyphs.safetensors        # where the emoji font is, for
     python benchmarks/dreambooth.py --glyphs glyphs.safetensors      # a machine without it
     python benchmarks/dreambooth.py --distill-on hedgehog --device cpu    # only: the student distilled on
-    python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md from the JSON
+    python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md, from the JSON
 
 Learning rates are chosen on one subject, as many tried for each method, and three other subjects are
 reported. Both adapters have the same layers and number of parameters, see the same pictures, class pictures,
@@ -32,6 +32,7 @@ import torch
 import tyro
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tables import find_tables, markdown, with_tables
 
 from wadi.distill import PRESETS, distill
 from wadi.emoji import assets_folder, prompts_file, student_folder, teacher_folder
@@ -49,7 +50,15 @@ from wadi.emoji.subject import (
     subject_figures,
 )
 from wadi.errors import WadiError
-from wadi.files import load_tensors, read_json, replacing_file, save_tensors, write_json, write_text
+from wadi.files import (
+    explain_os_errors,
+    load_tensors,
+    read_json,
+    replacing_file,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from wadi.lorad import student_config
 from wadi.metrics import feature_statistics, frechet_distance
 from wadi.onestep import labelled_grid, load_pipeline
@@ -83,6 +92,8 @@ WAYS = {
     "student_subject_first": "student, 1 step: subject merged first",
 }
 """How a picture is made."""
+COLUMNS = ("subject recognised", "and as stated", "other prompts right", "Fréchet distance")
+"""Of the tables' figures."""
 DISTILLED = {"student": "subject stacked on the student", "distilled": "student distilled on"}
 """The two that --distill-on compares."""
 
@@ -98,7 +109,7 @@ class Options:
     only_rates: bool = False
     """Stop when the learning rates are chosen."""
     table: bool = False
-    """Only print the tables of --out."""
+    """Only write the tables of --page, from --out."""
     distill_on: tuple[str, ...] = ()
     """Only: teach these subjects with LoRaD and distil the shipped student on with the customised teacher."""
     seeds: tuple[int, ...] = (2,)
@@ -111,7 +122,7 @@ class Options:
     """Pictures of the subject an update, and as many class pictures."""
     num_class_images: int = 200
     """Class pictures."""
-    distill_steps: int = 100
+    distill_steps: int = 60
     """Updates of --distill-on."""
     distill_batch_size: int = 16
     """Samples of each."""
@@ -131,6 +142,8 @@ class Options:
     """JSON file for the figures."""
     picture: Path = Path("docs/images/dreambooth.png")
     """Pictures of the final trainings."""
+    page: Path = Path("docs/uses/dreambooth.md")
+    """Page that has the tables."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
 
@@ -150,6 +163,7 @@ class Options:
             "results",
             "out",
             "picture",
+            "page",
             "device",
         )
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in places}
@@ -455,12 +469,12 @@ def baselines(options: Options) -> dict[str, Any]:
 
 
 def main(options: Options) -> None:
-    """Train, measure, write JSON and picture, print the tables."""
+    """Train, measure, write JSON, picture and tables."""
     if options.draw is not None:
         save_tensors(options.draw, draw_glyphs())
         return
     if options.table:
-        print(tables(read_json(options.out)))
+        write_page(options.page, read_json(options.out))
         return
     if any(count < 1 for count in (options.workers, options.scenes, options.subject_samples)):
         raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
@@ -497,7 +511,7 @@ def main(options: Options) -> None:
         row.pop("options", None)
     write_json(options.out, _rounded(whole))
     save_picture(finals, options)
-    print(tables(whole))
+    write_page(options.page, read_json(options.out))
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -552,82 +566,80 @@ def _image(pixels: torch.Tensor) -> Image.Image:
 # --- tables ---
 
 
-def tables(whole: dict[str, Any]) -> str:
-    """Markdown: the final figures, means over subjects and seeds with the range; each subject; distilled on;
-    and the rates tried."""
+def write_page(page: Path, whole: dict[str, Any]) -> None:
+    """Put the tables into their places in a page."""
+    with explain_os_errors(page, "read the page"):
+        text = page.read_text(encoding="utf-8")
+    blocks = tables(whole)
+    places = find_tables(text, page, tuple(blocks))
+    if lacking := sorted(set(blocks) - set(places)):
+        raise WadiError(f"{page}: has no <!-- table: {lacking[0]} -->; put it where the table shall stand")
+    write_text(page, with_tables(text, places, {name: f"{block}\n" for name, block in blocks.items()}))
+
+
+def tables(whole: dict[str, Any]) -> dict[str, str]:
+    """Markdown of each table by the name in its marker."""
     seeds = ", ".join(map(str, whole["seeds"]))
-    lines = [
-        f"{whole['header']}; seed {seeds}. Means over subjects (lowest to highest). Before: "
-        f"{whole['before']['header']}.",
-        "",
-        "| | adapter | subject recognised | and as stated | other prompts right | Fréchet distance |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    machine = f"{whole['header']}; seed {seeds}."
+    return {
+        "means": f"{means_table(whole)}\n\n{machine} The rows before: {whole['before']['header']}.",
+        "subjects": f"{subjects_table(whole['runs'])}\n\n{machine}",
+        "distilled-on": distilled_table(whole["distilled_on"]),
+        "rates": f"{rates_table(whole['learning_rates'], whole['chosen'])}\n\n{whole['header']}; seed 0.",
+    }
+
+
+def means_table(whole: dict[str, Any]) -> str:
+    """Markdown: means over subjects and seeds with lowest and highest, of everything that makes pictures."""
+    rows = []
     for way in ("teacher", "student"):
         figures = [f for subject, f in whole["before"][way].items() if subject != CHOSEN_ON]
-        lines.append(_row(f"{WAYS[way].split(':')[0]}, before", "none", figures))
+        rows.append([f"{WAYS[way].split(':')[0]}, before", "none", *_cells(figures)])
     for way, name in WAYS.items():
         for method in RATES:
-            rows = [r["figures"][way] for r in whole["runs"] if r["method"] == method and way in r["figures"]]
-            if rows:
-                lines.append(_row(name, NAMES[method], rows))
-    parts = ["\n".join(lines), subjects_table(whole["runs"])]
-    if whole["distilled_on"]:
-        parts.append(distilled_table(whole["distilled_on"]))
-    return "\n\n".join([*parts, rates_table(whole["learning_rates"], whole["chosen"])])
+            own = [r["figures"][way] for r in whole["runs"] if r["method"] == method and way in r["figures"]]
+            if own:
+                rows.append([name, NAMES[method], *_cells(own)])
+    return markdown(("", "adapter", *COLUMNS), rows)
 
 
 def subjects_table(runs: list[dict[str, Any]]) -> str:
     """Markdown: the share of pictures in which each subject is recognised, and of other prompts right."""
-    lines = [
-        "| subject | adapter | recognised, teacher | student | other prompts right, teacher | student |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for r in runs:
         both = [
             r["figures"][way][name] for name in ("recognised", "others") for way in ("teacher", "student")
         ]
-        cells = " | ".join(f"{value:.3f}" for value in both)
-        lines.append(f"| {r['subject']} | {NAMES[r['method']]} | {cells} |")
-    return "\n".join(lines)
+        rows.append([r["subject"], NAMES[r["method"]], *(f"{value:.3f}" for value in both)])
+    headings = ("recognised, teacher", "student", "other prompts right, teacher", "student")
+    return markdown(("subject", "adapter", *headings), rows)
 
 
 def distilled_table(results: list[dict[str, Any]]) -> str:
     """Markdown: one adapter, stacked on the student and distilled into it."""
-    lines = []
+    parts = []
     for r in results:
-        lines += [
-            f"{r['header']}; {r['subject']}, {NAMES[r['method']]}, seed {r['seed']}; "
-            f"{r['distill_steps']} updates of {r['distill_batch_size']}, {r['distill_seconds']:.0f} s:",
-            "",
-            "| 1 step | subject recognised | and as stated | other prompts right | Fréchet distance |",
-            "| --- | --- | --- | --- | --- |",
-            *(f"| {name} | {_cells([r['figures'][way]])} |" for way, name in DISTILLED.items()),
-            "",
-        ]
-    return "\n".join(lines).rstrip()
+        rows = [[name, *_cells([r["figures"][way]])] for way, name in DISTILLED.items()]
+        how = f"{r['distill_steps']} updates of {r['distill_batch_size']}, {r['distill_seconds']:.0f} s"
+        parts.append(markdown(("1 step", *COLUMNS), rows))
+        parts.append(f"{r['header']}; {r['subject']}, {NAMES[r['method']]}, seed {r['seed']}; {how}.")
+    return "\n\n".join(parts) or "Not measured."
 
 
 def rates_table(tried: list[dict[str, Any]], chosen: dict[str, dict[str, Any]]) -> str:
     """Markdown: what was tried on the subject that is not reported; in bold what was chosen."""
-    lines = [
-        "| adapter | rate | text encoder | subject, teacher | student | others, teacher | student | score |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for r in tried:
         mark = "**" if chosen[r["method"]].items() <= r.items() else ""
         both = [r["figures"][way][name] for name in ("all", "others") for way in ("teacher", "student")]
-        cells = " | ".join(f"{value:.3f}" for value in [*both, score(r)])
         text = "yes" if r["train_text_encoder"] else "no"
-        lines.append(f"| {NAMES[r['method']]} | {mark}{r['learning_rate']:g}{mark} | {text} | {cells} |")
-    return "\n".join(lines)
+        figures = [f"{value:.3f}" for value in [*both, score(r)]]
+        rows.append([NAMES[r["method"]], f"{mark}{r['learning_rate']:g}{mark}", text, *figures])
+    headings = ("subject, teacher", "student", "others, teacher", "student", "score")
+    return markdown(("adapter", "rate", "text encoder", *headings), rows)
 
 
-def _row(name: str, adapter: str, rows: list[dict[str, float]]) -> str:
-    return f"| {name} | {adapter} | {_cells(rows)} |"
-
-
-def _cells(rows: list[dict[str, float]]) -> str:
+def _cells(rows: list[dict[str, float]]) -> list[str]:
     cells = []
     for key, digits in (("recognised", 3), ("all", 3), ("others", 3), ("others_frechet_distance", 2)):
         values = [row.get(key, float("nan")) for row in rows]
@@ -635,7 +647,7 @@ def _cells(rows: list[dict[str, float]]) -> str:
         if max(values) > min(values):
             cell += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
         cells.append(cell)
-    return " | ".join(cells)
+    return cells
 
 
 if __name__ == "__main__":

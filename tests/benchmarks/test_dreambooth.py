@@ -80,13 +80,18 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "read_glyphs", train)
     docs = BENCHMARKS.parent / "docs" / "results"
     out = tmp_path / "dreambooth.json"
+    page = tmp_path / "page.md"
+    page.write_text((docs.parent / "uses" / "dreambooth.md").read_text())
     benchmark.main(
         benchmark.Options(
-            results=docs / "dreambooth", out=out, runs=tmp_path, picture=tmp_path / "picture.png"
+            page=page, results=docs / "dreambooth", out=out, runs=tmp_path, picture=tmp_path / "picture.png"
         )
     )
     assert out.read_bytes() == (docs / "dreambooth.json").read_bytes()
     assert "lacks the pictures" in capsys.readouterr().err
+    page.write_text("nothing")
+    with pytest.raises(WadiError, match="has no <!-- table: distilled-on -->"):
+        benchmark.write_page(page, read_json(out))
 
 
 def test_adapters_have_equally_many_parameters(options):
@@ -131,18 +136,22 @@ def test_tables():
         "chosen": {"lorad": {"learning_rate": 1e-2, "train_text_encoder": False}},
     }
     shown = benchmark.tables(whole)
-    assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in shown
-    assert "| student, 1 step, before | none | 0.250 |" in shown
-    assert "| teacher, 25 steps, before | none | 0.000 |" in shown  # the crab is not reported
-    assert "| teapot | LoRaD | 0.500 | 0.500 | 0.500 | 0.500 |" in shown
-    assert shown.startswith("a machine; seed 2. ")
-    assert shown.count("subject merged first") == 1
-    assert "| LoRaD | **0.01** | no | 0.750 |" in shown
+    means = shown["means"]
+    assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in means
+    assert "| student, 1 step, before | none | 0.250 |" in means
+    assert "| teacher, 25 steps, before | none | 0.000 |" in means  # the crab is not reported
+    assert means.count("subject merged first") == 1
+    assert means.endswith("a machine; seed 2. The rows before: another.")
+    assert "| teapot | LoRaD | 0.500 | 0.500 | 0.500 | 0.500 |" in shown["subjects"]
+    assert "| LoRaD | **0.01** | no | 0.750 |" in shown["rates"]
+    assert shown["distilled-on"] == "Not measured."
     assert benchmark.score(whole["learning_rates"][1]) == 0.75
 
 
 def test_the_results_on_the_page_are_those_of_the_file():
-    page = Path(__file__).parents[2] / "docs" / "uses" / "dreambooth.md"
-    results, text = page.parents[1] / "results" / "dreambooth.json", page.read_text(encoding="utf-8")
-    for line in benchmark.tables(read_json(results)).splitlines():
-        assert line in text
+    docs = BENCHMARKS.parent / "docs"
+    page = docs / "uses" / "dreambooth.md"
+    blocks = benchmark.tables(read_json(docs / "results" / "dreambooth.json"))
+    text = page.read_text(encoding="utf-8")
+    places = benchmark.find_tables(text, page, tuple(blocks))
+    assert {name: text[slice(*place)].rstrip() for name, place in places.items()} == blocks
