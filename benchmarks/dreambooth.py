@@ -122,8 +122,10 @@ class Options:
     """Pictures of the subject an update, and as many class pictures."""
     num_class_images: int = 200
     """Class pictures."""
+    distill_train_steps: int = 150
+    """Updates of the subject's training with --distill-on, which a CPU can do."""
     distill_steps: int = 60
-    """Updates of --distill-on."""
+    """Updates of the student with --distill-on."""
     distill_batch_size: int = 16
     """Samples of each."""
     subject_samples: int = 150
@@ -140,8 +142,8 @@ class Options:
     """Folder of the figures of single trainings."""
     out: Path = Path("docs/results/dreambooth.json")
     """JSON file for the figures."""
-    picture: Path = Path("docs/images/dreambooth.png")
-    """Pictures of the final trainings."""
+    picture: Path = Path("docs/images/dreambooth.jpg")
+    """Pictures of the final trainings, JPEG."""
     page: Path = Path("docs/uses/dreambooth.md")
     """Page that has the tables."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,6 +157,7 @@ class Options:
             "only_rates",
             "table",
             "distill_on",
+            "distill_train_steps",
             "distill_steps",
             "distill_batch_size",
             "seeds",
@@ -321,6 +324,7 @@ def customised(folder: Path, run: Run, options: Options, final: bool):
 
 def distill_on(run: Run, options: Options) -> dict[str, Any]:
     """One training and the student distilled on with it, against the same adapter only stacked; as JSON."""
+    options = dataclasses.replace(options, max_train_steps=options.distill_train_steps)
     glyphs = read_glyphs(options)
     facts = train(run, options, glyphs)
     recogniser, folder = make_recogniser(run.subject, glyphs, options), options.runs / run.name
@@ -335,6 +339,11 @@ def distill_on(run: Run, options: Options) -> dict[str, Any]:
         "distilled": load_for_steps(exported, device=options.device),
     }
     facts["figures"] = {way: read(paint(one, 1, options), recogniser) for way, one in made.items()}
+    shown = {way: generate_in_batches(_generator(one, 1), [*SHOWN] * 2, 0, 4) for way, one in made.items()}
+    rows = [(SHOWN[i], [_image(shown[way][i + j]) for way in DISTILLED for j in (0, 2)]) for i in (0, 1)]
+    headings = ["stacked", "", "distilled on", ""]
+    with replacing_file(options.picture.with_stem(f"{options.picture.stem}-{run.subject}")) as temporary:
+        labelled_grid(rows, headings).save(temporary, format="JPEG", quality=90)
     write_json(options.results / "distilled-on" / f"{run.subject}.json", facts)
     return facts
 
@@ -507,7 +516,7 @@ def main(options: Options) -> None:
         "distilled_on": [read_json(p) for p in sorted((options.results / "distilled-on").glob("*.json"))],
         "summary": summary(results),
     }
-    for row in (before, *whole["learning_rates"], *whole["runs"], *whole["distilled_on"]):
+    for row in (before, *whole["learning_rates"], *whole["runs"]):
         row.pop("options", None)
     write_json(options.out, _rounded(whole))
     save_picture(finals, options)
@@ -556,7 +565,7 @@ def save_picture(finals: list[Run], options: Options) -> None:
     for way in ("25 steps", "1 step"):
         headings += [f"{NAMES[m]}, {way}" for m in RATES]
     with replacing_file(options.picture) as temporary:
-        labelled_grid(rows, headings).save(temporary, format="PNG", optimize=True)
+        labelled_grid(rows, headings).save(temporary, format="JPEG", quality=90, optimize=True)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:
@@ -620,7 +629,10 @@ def distilled_table(results: list[dict[str, Any]]) -> str:
     parts = []
     for r in results:
         rows = [[name, *_cells([r["figures"][way]])] for way, name in DISTILLED.items()]
-        how = f"{r['distill_steps']} updates of {r['distill_batch_size']}, {r['distill_seconds']:.0f} s"
+        how = f"{r['options']['max_train_steps']} updates of the subject, {r['seconds']:.0f} s; "
+        how += (
+            f"{r['distill_steps']} of the student, of {r['distill_batch_size']}, {r['distill_seconds']:.0f} s"
+        )
         parts.append(markdown(("1 step", *COLUMNS), rows))
         parts.append(f"{r['header']}; {r['subject']}, {NAMES[r['method']]}, seed {r['seed']}; {how}.")
     return "\n\n".join(parts) or "Not measured."

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import inject_adapter_in_model
+from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
 from wadi.distill.methods import method_config
@@ -33,6 +34,7 @@ def options(tmp_path):
         max_train_steps=1,
         train_batch_size=1,
         num_class_images=1,
+        distill_train_steps=1,
         distill_steps=1,
         distill_batch_size=1,
         subject_samples=2,
@@ -41,6 +43,7 @@ def options(tmp_path):
         workers=1,
         runs=tmp_path / "runs",
         results=tmp_path / "results",
+        picture=tmp_path / "picture.jpg",
         device="cpu",
     )
 
@@ -63,13 +66,14 @@ def test_one_training_is_measured_in_every_way(options, monkeypatch):
         benchmark.run_all([run], dataclasses.replace(options, samples=3), final=True)
 
 
-def test_the_student_is_distilled_on(options, monkeypatch):
+def test_the_student_is_distilled_on(options, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "STEPS", 1)
     run = benchmark.Run("hedgehog", "lorad", 1e-2, True, 2)
     result = benchmark.distill_on(run, options)
     assert result == read_json(options.results / "distilled-on" / "hedgehog.json")
     assert set(result["figures"]) == set(benchmark.DISTILLED)
-    assert "hedgehog, LoRaD, seed 2; 1 updates of 1" in benchmark.distilled_table([result])
+    assert Image.open(tmp_path / "picture-hedgehog.jpg").width > 4 * 128
+    assert "hedgehog, LoRaD, seed 2; 1 updates of the subject" in benchmark.distilled_table([result])
 
 
 def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
