@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wadi.cli:directions_swap",
         "write the student with its teacher's row norms, or row directions",
     ),
+    "invert": ("wadi.invert:run", "learn what pictures share as a new word: a subject, or a relation"),
     "report": ("wadi.cli:report", "write the report of a run again"),
     "prompts encode": (
         "wadi.distill.prompts:encode_to_disk",
@@ -55,6 +56,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
     "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its denoiser and text encoder"),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
+    "emoji relation-examples": (
+        "wadi.emoji.examples:relation_examples",
+        "draw pictures of a relation that no caption names, to learn it from",
+    ),
     "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
     "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),
 }
@@ -121,6 +126,7 @@ def generate(
     redilate: bool = True,
     fast: bool = False,
     vae: str | None = None,
+    embedding: tuple[Path, ...] = (),
 ) -> None:
     """Make pictures in one step; without --model and --adapter, with the student that comes with wadi.
 
@@ -141,10 +147,13 @@ def generate(
         fast: On a GPU, compile the networks and replay them as one CUDA graph; compiling may take minutes, so
             it pays for many pictures. Elsewhere nothing is compiled.
         vae: Another autoencoder, folder or hub id, such as the small and quick madebyollin/taesd.
+        embedding: Files, or folders of wadi invert, of learned words that the prompt uses.
     """
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
     pipeline = _load_student(model, adapter, dtype, device, vae)
+    for path in embedding:
+        pipeline.load_embedding(path)
     with _stretched(pipeline, height, width) if redilate else contextlib.nullcontext():
         if fast:
             batch_size = min(batch_size, num_images)

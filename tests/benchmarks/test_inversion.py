@@ -1,0 +1,53 @@
+"""The benchmark of relations runs, and its words and pairs are what it says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.emoji.cases import synthetic_atlas
+from wadi.emoji.examples import is_held_out_pair
+from wadi.files import read_json, save_tensors
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import inversion  # noqa: E402
+
+TINY = (
+    "--relations below diagonal --ways ReVersion --seeds 1 --exemplars 2 --max-train-steps 1 "
+    "--train-batch-size 1 --rates 0.01 --vectors 1 2 --steering 0.1 --pairs 3 --selection-pairs 1 "
+    "--num-inference-steps 2 --device cpu"
+)
+
+
+def test_figures_and_picture(tmp_path):
+    save_tensors(tmp_path / "atlas.safetensors", {"atlas": synthetic_atlas()})
+    out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    command = [sys.executable, str(BENCHMARKS / "inversion.py"), *TINY.split()]
+    files = ["--atlas", tmp_path / "atlas.safetensors", "--out", out, "--picture", picture]
+    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=True)
+    found = read_json(out)
+    assert len(found["choice"]) == 2
+    assert found["chosen"]["num_vectors"] in (1, 2)
+    ways = {(row["relation"], row["way"]) for row in found["rows"]}
+    assert {("below", "its own words"), ("diagonal", "ReVersion"), ("diagonal", '"and"')} <= ways
+    assert ("diagonal", "its own words") not in ways
+    assert all(0 <= row["student relation"] <= row["student objects"] <= 1 for row in found["rows"])
+    assert "| below | random embedding |" in done.stdout
+    assert Image.open(picture).width > 8 * 128
+
+
+def test_options_are_chosen_on_other_pairs_than_those_reported_all_never_seen():
+    chosen, reported = inversion.pairs_of(inversion.Options())
+    assert not set(chosen) & set(reported)
+    assert all(is_held_out_pair(a, b) for a, b in (*chosen, *reported))
+
+
+def test_means_and_deviations_over_the_seeds():
+    jobs = [inversion.Job("below", "way", seed) for seed in range(2)]
+    figures = {job: {"objects": 0.5, "relation": 0.25 * (1 + job.seed)} for job in jobs}
+    (row,) = inversion.summary({"teacher": figures, "student": figures})
+    assert row["teacher relation"] == 0.375
+    assert row["student deviation"] == pytest.approx(0.25 / 2**0.5, abs=1e-4)
