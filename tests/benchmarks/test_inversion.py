@@ -1,6 +1,6 @@
 """The benchmark of relations runs, and its words and pairs are what it says."""
 
-import subprocess
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,26 +8,34 @@ import pytest
 from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
-from wadi.emoji.examples import is_held_out_pair
+from wadi.emoji.captions import is_held_out_pair
 from wadi.files import read_json, save_tensors
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import inversion  # noqa: E402
 
-TINY = (
-    "--relations below diagonal --ways ReVersion --seeds 1 --exemplars 2 --max-train-steps 1 "
-    "--train-batch-size 1 --rates 0.01 --vectors 1 2 --steering 0.1 --pairs 3 --selection-pairs 1 "
-    "--num-inference-steps 2 --device cpu"
+TINY = inversion.Options(
+    relations=("below", "diagonal"),
+    ways=("ReVersion",),
+    seeds=1,
+    exemplars=2,
+    max_train_steps=1,
+    train_batch_size=1,
+    rates=(0.01,),
+    vectors=(1, 2),
+    steering=(0.1,),
+    pairs=3,
+    selection_pairs=1,
+    num_inference_steps=1,
+    device="cpu",
 )
 
 
-def test_figures_and_picture(tmp_path):
-    save_tensors(tmp_path / "atlas.safetensors", {"atlas": synthetic_atlas()})
-    out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
-    command = [sys.executable, str(BENCHMARKS / "inversion.py"), *TINY.split()]
-    files = ["--atlas", tmp_path / "atlas.safetensors", "--out", out, "--picture", picture]
-    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=True)
+def test_figures_and_picture(tmp_path, capsys):
+    atlas, out, picture = (tmp_path / name for name in ("atlas.safetensors", "figures.json", "picture.png"))
+    save_tensors(atlas, {"atlas": synthetic_atlas()})
+    inversion.main(dataclasses.replace(TINY, atlas=atlas, out=out, picture=picture))
     found = read_json(out)
     assert len(found["choice"]) == 2
     assert found["chosen"]["num_vectors"] in (1, 2)
@@ -35,7 +43,7 @@ def test_figures_and_picture(tmp_path):
     assert {("below", "its own words"), ("diagonal", "ReVersion"), ("diagonal", '"and"')} <= ways
     assert ("diagonal", "its own words") not in ways
     assert all(0 <= row["student relation"] <= row["student objects"] <= 1 for row in found["rows"])
-    assert "| below | random embedding |" in done.stdout
+    assert "| below | random embedding |" in capsys.readouterr().out
     assert Image.open(picture).width > 8 * 128
 
 
