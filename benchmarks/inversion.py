@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -42,18 +42,24 @@ from wadi.onestep.pipeline import load_for_steps, load_pipeline
 from wadi.tasks.exemplars import Exemplars
 from wadi.tasks.inversion import InvertConfig, learn_words
 
-CHOSEN_ON = ("right-of", "diagonal", "on-top")
+CHOSEN_ON = ("right-of", "on-top")
 """Relations on which options are chosen."""
 
 OWN_WORDS = {"below": "above", "right-of": "left of"}
 """What the captions of the training call the reverse: with it, the model can be asked for the relation."""
 
+LEARNED = "learned"
 WAYS = {
-    "ReVersion": {},
+    LEARNED: {},
     "without steering": {"steering_weight": 0.0},
-    "without focal sampling": {"focal_alpha": 0.0},
-    "without both": {"steering_weight": 0.0, "focal_alpha": 0.0},
+    "all noise levels alike": {"focal_alpha": 0.0, "lowest_timestep": 0},
+    "as ReVersion draws them": {"lowest_timestep": 0},
 }
+"""What of the chosen options is changed."""
+
+ABLATED = "right-of"
+"""The relation that is learned in all `WAYS`; the others in the first."""
+
 SHOWN = 3
 """Pairs of each relation in the picture."""
 
@@ -70,15 +76,17 @@ class Options:
     """Of exemplars, of the training and of the pictures."""
     exemplars: int = 16
     """Pictures that a word is learned from."""
-    max_train_steps: int = 400
+    max_train_steps: int = 500
     """Updates."""
     train_batch_size: int = 16
     """Pictures an update."""
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
+    rates: tuple[float, ...] = (0.01, 0.03)
     """Learning rates to choose from."""
-    vectors: tuple[int, ...] = (1, 2)
+    lowest: tuple[int, ...] = (0, 600)
+    """Lowest timesteps to choose from."""
+    vectors: tuple[int, ...] = (1,)
     """Numbers of embeddings of a word to choose from."""
-    steering: tuple[float, ...] = (0.01, 0.1)
+    steering: tuple[float, ...] = (0.01,)
     """Weights of the steering loss to choose from."""
     focal: tuple[float, ...] = (0.5,)
     """Values of alpha of the sampling of timesteps to choose from."""
@@ -123,6 +131,8 @@ class Bench:
     student: StableDiffusionPipeline
     judge: Judge
     atlas: torch.Tensor
+    seconds: dict[bool, float] = field(default_factory=dict)
+    """A picture of the teacher (False) and of the student (True), in the latest batches."""
 
     @classmethod
     def load(cls, options: Options) -> Bench:
@@ -172,10 +182,13 @@ class Bench:
             if student
             else pipeline_generator(self.teacher, options.num_inference_steps, options.guidance_scale)
         )
+        start = time.perf_counter()
         # generate_in_batches numbers seeds itself; here words share them
-        return generate_in_batches(
+        images = generate_in_batches(
             lambda texts, own: generate(texts, [seeds[i] for i in own]), prompts, 0, options.batch_size
         )
+        self.seconds[student] = (time.perf_counter() - start) / len(prompts)
+        return images
 
     def try_words(
         self, words: dict[Job, torch.Tensor], pairs: list[tuple[int, int]], student: bool
@@ -217,8 +230,8 @@ def pairs_of(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, i
 def choose(bench: Bench) -> tuple[tuple[tuple[str, float], ...], list[dict]]:
     """The options with the largest mean share, over relations, teacher and student; and all figures."""
     options, pairs = bench.options, pairs_of(bench.options)[0]
-    names = ("learning_rate", "num_vectors", "steering_weight", "focal_alpha")
-    values = (options.rates, options.vectors, options.steering, options.focal)
+    names = ("learning_rate", "lowest_timestep", "num_vectors", "steering_weight", "focal_alpha")
+    values = (options.rates, options.lowest, options.vectors, options.steering, options.focal)
     grid = [tuple(zip(names, setting, strict=True)) for setting in itertools.product(*values)]
     relations = [relation for relation in options.relations if relation in CHOSEN_ON] or options.relations
     if len(grid) == 1:
@@ -279,6 +292,7 @@ def main(options: Options) -> None:
     jobs = [
         Job(relation, way, seed, tuple((dict(chosen) | WAYS[way]).items()))
         for relation, way, seed in itertools.product(options.relations, options.ways, seeds)
+        if way == LEARNED or relation == ABLATED
     ]
     words = bench.learn(jobs)
     trained = time.perf_counter() - start
@@ -288,7 +302,7 @@ def main(options: Options) -> None:
     for name, student in (("teacher", False), ("student", True)):
         tried = bench.try_words(words, pairs, student)
         figures[name] = {job: found for job, (_, found) in tried.items()} | plain_words(bench, pairs, student)
-        shown[name] = {job.relation: images for job, (images, _) in tried.items() if shows(job, options)}
+        shown[name] = {job.relation: images for job, (images, _) in tried.items() if shows(job)}
     drawn = [Job(relation, "drawn", seed) for relation in options.relations for seed in seeds]
     real = {job: bench.read(job, bench.draw(job.relation, pairs, 50 + job.seed), pairs)[1] for job in drawn}
     rows = summary({name: found | real for name, found in figures.items()})
@@ -301,14 +315,21 @@ def main(options: Options) -> None:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if v is not None}
     write_json(
         options.out,
-        {"header": header, "options": settings, "chosen": dict(chosen), "choice": choice, "rows": rows},
+        {
+            "header": header,
+            "options": settings,
+            "chosen": dict(chosen),
+            "choice": choice,
+            "rows": rows,
+            "summary": headlines(rows, bench.seconds[False] / bench.seconds[True]),
+        },
     )
     save_picture(bench, pairs, shown)
 
 
-def shows(job: Job, options: Options) -> bool:
-    """Whether a word's pictures are shown: the first way, the first seed."""
-    return job.way == options.ways[0] and job.seed == 0
+def shows(job: Job) -> bool:
+    """Whether a word's pictures are shown: those of the first seed."""
+    return job.way == LEARNED and job.seed == 0
 
 
 def summary(figures: dict[str, dict[Job, dict[str, float]]]) -> list[dict]:
@@ -324,6 +345,21 @@ def summary(figures: dict[str, dict[Job, dict[str, float]]]) -> list[dict]:
                 row[f"{name} {what}"] = round(statistics.mean(values), 4)
             row[f"{name} deviation"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
     return list(rows.values())
+
+
+def headlines(rows: list[dict], time_ratio: float) -> list[dict]:
+    """Rows for the table of all uses: the learned words, by whether the training showed their relation."""
+    found = []
+    for shown, use in ((True, "a word for a relation that no caption names"), (False, "one never shown")):
+        chosen = [row for row in rows if row["way"] == LEARNED and row["shown in training"] == shown]
+        if chosen:
+            means = {
+                who: round(statistics.mean(row[f"{who} relation"] for row in chosen), 4)
+                for who in ("teacher", "student")
+            }
+            measure = "judge finds objects and relation, pairs never seen (up)"
+            found.append({"use": use, "measure": measure, **means, "time_ratio": round(time_ratio, 1)})
+    return found
 
 
 def _grouped(found: dict[Job, dict[str, float]]) -> dict[tuple[str, str], list[dict[str, float]]]:

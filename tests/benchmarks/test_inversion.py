@@ -17,13 +17,13 @@ import inversion  # noqa: E402
 
 TINY = inversion.Options(
     relations=("below", "diagonal"),
-    ways=("ReVersion",),
+    ways=("learned",),
     seeds=1,
     exemplars=2,
     max_train_steps=1,
     train_batch_size=1,
     rates=(0.01,),
-    vectors=(1, 2),
+    lowest=(0, 600),
     steering=(0.1,),
     pairs=3,
     selection_pairs=1,
@@ -38,11 +38,12 @@ def test_figures_and_picture(tmp_path, capsys):
     inversion.main(dataclasses.replace(TINY, atlas=atlas, out=out, picture=picture))
     found = read_json(out)
     assert len(found["choice"]) == 2
-    assert found["chosen"]["num_vectors"] in (1, 2)
+    assert found["chosen"]["lowest_timestep"] in (0, 600)
     ways = {(row["relation"], row["way"]) for row in found["rows"]}
-    assert {("below", "its own words"), ("diagonal", "ReVersion"), ("diagonal", '"and"')} <= ways
+    assert {("below", "its own words"), ("diagonal", "learned"), ("diagonal", '"and"')} <= ways
     assert ("diagonal", "its own words") not in ways
     assert all(0 <= row["student relation"] <= row["student objects"] <= 1 for row in found["rows"])
+    assert [row["time_ratio"] > 0 for row in found["summary"]] == [True, True]
     assert "| below | random embedding |" in capsys.readouterr().out
     assert Image.open(picture).width > 8 * 128
 

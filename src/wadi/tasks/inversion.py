@@ -98,6 +98,9 @@ class InvertConfig:
     """Words to steer towards, one token each; a list of English ones if none are given."""
     focal_alpha: float = 0.5
     """How much more often high noise is drawn, 0 (not at all) to 1; for a relation only."""
+    lowest_timestep: int = 0
+    """No timestep below is drawn; for a relation only. What is where is decided at high noise, and a one-step
+    student knows only the last timestep; ReVersion draws all."""
     seed: int = 0
     """Of everything."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -155,7 +158,7 @@ def steering_loss(
     return (torch.cat([attracted, repelled], 1).logsumexp(1) - attracted.logsumexp(1)).mean()
 
 
-def focal_density(num_timesteps: int, alpha: float) -> torch.Tensor:
+def focal_density(num_timesteps: int, alpha: float, lowest: int = 0) -> torch.Tensor:
     r"""Relation-focal importance sampling of ReVersion (arXiv 2303.13495): how often each timestep is drawn.
 
         f(t) = (1 - alpha cos(pi t / T)) / T
@@ -166,12 +169,17 @@ def focal_density(num_timesteps: int, alpha: float) -> torch.Tensor:
     Args:
         num_timesteps: T.
         alpha: 0 draws all alike; 1 never the first.
+        lowest: of the timesteps below none is drawn, of the others as often relative to each other.
 
     Returns:
-        (T,) float64.
+        (T,) float64, of sum one.
     """
     t = torch.arange(num_timesteps, dtype=torch.float64) + 0.5
-    return (1 - alpha * torch.cos(math.pi * t / num_timesteps)) / num_timesteps
+    density = (1 - alpha * torch.cos(math.pi * t / num_timesteps)) / num_timesteps
+    if lowest:
+        density[:lowest] = 0
+        density /= density.sum()
+    return density
 
 
 def invert(config: InvertConfig) -> Inversion:
@@ -248,6 +256,8 @@ def _check(config: InvertConfig) -> None:
             raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     if not 0 <= config.focal_alpha <= 1:
         raise WadiError(f"--focal-alpha {config.focal_alpha}: must be between 0 and 1")
+    if config.lowest_timestep < 0:
+        raise WadiError(f"--lowest-timestep {config.lowest_timestep}: must not be negative")
     for name in ("learning_rate", "steering_temperature"):
         if not 0 < getattr(config, name) < math.inf:
             raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
@@ -313,15 +323,15 @@ def _one_token(pipeline: StableDiffusionPipeline, word: str) -> int | None:
 
 
 def _word(pipeline: StableDiffusionPipeline, word: str, option: str) -> torch.Tensor:
-    """(D,) float32 embedding of a word that is one token."""
+    """(D,) float32 embedding of a word that is one token, on the CPU."""
     index = _one_token(pipeline, word)
     if index is None:
         raise WadiError(f"{option} {word}: is not one token of this model; name another word")
-    return pipeline.text_encoder.get_input_embeddings().weight[index].detach().float()
+    return pipeline.text_encoder.get_input_embeddings().weight[index].detach().float().cpu()
 
 
 def _tokenize(pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
-    """(N, L) int64 on the device, as the pipeline's `encode_prompt` has them."""
+    """(N, L) int64 on the CPU, as the pipeline's `encode_prompt` has them."""
     tokenizer, limit = pipeline.tokenizer, pipeline.tokenizer.model_max_length
     whole = pipeline.maybe_convert_prompt(list(captions), tokenizer)
     for caption, ids in zip(
@@ -331,21 +341,20 @@ def _tokenize(pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> tor
             raise WadiError(
                 f"caption {caption!r}: {len(ids)} tokens, but the model takes {limit}; shorten it"
             )
-    padded = tokenizer(whole, padding="max_length", max_length=limit, return_tensors="pt")
-    return padded.input_ids.to(pipeline.text_encoder.device)
+    return tokenizer(whole, padding="max_length", max_length=limit, return_tensors="pt").input_ids
 
 
 @torch.no_grad()
 def _encode(pipeline: StableDiffusionPipeline, exemplars: Exemplars) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and standard deviations of the pictures' latents, (N, C, h, w) float32 each, scaled."""
+    """Means and deviations of the pictures' latents, (N, C, h, w) float32 each, scaled, on the CPU."""
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     means, deviations = [], []
     for image in exemplars.images:
         pixels = torch.from_numpy(np.array(square(image, side))).permute(2, 0, 1)[None]
         pixels = (pixels.float() / 127.5 - 1).to(pipeline.vae.device, pipeline.vae.dtype)
         latents = pipeline.vae.encode(pixels).latent_dist
-        means.append(latents.mean.float())
-        deviations.append(latents.std.float())
+        means.append(latents.mean.float().cpu())
+        deviations.append(latents.std.float().cpu())
     scale = pipeline.vae.config.scaling_factor
     return torch.cat(means) * scale, torch.cat(deviations) * scale
 
@@ -385,7 +394,7 @@ def _replacing(pipeline: StableDiffusionPipeline, words: Sequence[_Word]) -> Cal
     # `load_textual_inversion` numbers them one after the other, from the end of the vocabulary on
 
     def replace_rows(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor):
-        ids, rows = inputs[0], torch.cat([word.rows for word in words]).to(output.dtype)
+        ids, rows = inputs[0], torch.cat([word.rows for word in words]).to(output)
         return torch.where((ids >= first)[..., None], rows[(ids - first).clamp(min=0)], output)
 
     return replace_rows
@@ -430,12 +439,12 @@ class _Steering:
                 )
             self.positives = torch.stack([_word(pipeline, word, "--prepositions") for word in found])
         left_out = {*UNIMPORTANT, *PREPOSITIONS, *config.prepositions, token.lower()}
-        table = pipeline.text_encoder.get_input_embeddings().weight.detach().float()
+        table = pipeline.text_encoder.get_input_embeddings().weight.detach()
         self.negatives = []
         for caption in captions:
             words = " ".join(word for word in caption.lower().split() if word not in left_out)
             ids = sorted(set(pipeline.tokenizer(words, add_special_tokens=False).input_ids))
-            self.negatives.append(table[torch.tensor(ids, dtype=torch.int64, device=table.device)])
+            self.negatives.append(table[ids].float().cpu())
         self.count, self.temperature = config.num_positives, config.steering_temperature
 
     def __call__(
@@ -449,7 +458,14 @@ class _Steering:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What one update of one word is made of: latents, noise (B, C, h, w), timesteps (B,), captions."""
+    """What one update of one word is made of, on the CPU.
+
+    Attributes:
+        latents: (B, C, h, w) float32.
+        noise: (B, C, h, w) float32.
+        timesteps: (B,) int64.
+        chosen: which captions.
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
@@ -458,7 +474,10 @@ class _Batch:
 
 
 class _Word:
-    """A word that is learned: its embeddings, its exemplars, and what is drawn of them."""
+    """A word that is learned: its embeddings, its exemplars, and what is drawn of them.
+
+    All of it is small and on the CPU; a batch and the embeddings are sent to the device once an update.
+    """
 
     def __init__(
         self,
@@ -471,9 +490,11 @@ class _Word:
         self.kind, self.token = _kind_and_token(config, exemplars)
         self.captions, self.own = _captions(pipeline, exemplars, self.token), exemplars.captions is not None
         relation = self.kind == "relation"
-        self.density = focal_density(
-            pipeline.scheduler.config.num_train_timesteps, config.focal_alpha if relation else 0.0
-        )
+        count = pipeline.scheduler.config.num_train_timesteps
+        if config.lowest_timestep >= count:
+            raise WadiError(f"--lowest-timestep {config.lowest_timestep}: the model has {count} timesteps")
+        focal = (config.focal_alpha, config.lowest_timestep) if relation else (0.0, 0)
+        self.density = focal_density(count, *focal)
         self.steer = None
         if relation and config.steering_weight:
             self.steer = _Steering(pipeline, self.captions, self.token, config)
@@ -483,7 +504,7 @@ class _Word:
         self.means, self.deviations = _encode(pipeline, exemplars)
 
     def draw(self) -> _Batch:
-        """Draw a batch, all of it on the CPU, so that it is the same on every device."""
+        """Draw a batch on the CPU, so that it is the same on every device."""
         size, count = self.config.train_batch_size, len(self.means)
         pictures = torch.randint(count, (size,), generator=self.generator)
         # a subject's templates are for any picture
@@ -491,11 +512,11 @@ class _Word:
             pictures if self.own else torch.randint(len(self.captions), (size,), generator=self.generator)
         )
         shape = (size, *self.means.shape[1:])
-        variation = torch.randn(shape, generator=self.generator).to(self.means.device)
-        noise = torch.randn(shape, generator=self.generator).to(self.means.device)
+        variation = torch.randn(shape, generator=self.generator)
+        noise = torch.randn(shape, generator=self.generator)
         timesteps = torch.multinomial(self.density, size, replacement=True, generator=self.generator)
         latents = self.means[pictures] + self.deviations[pictures] * variation
-        return _Batch(latents, noise, timesteps.to(latents.device), chosen.tolist())
+        return _Batch(latents, noise, timesteps, chosen.tolist())
 
     def loss(self, denoising: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """Denoising loss, and the steering loss of a relation."""
@@ -543,10 +564,12 @@ def _denoising_losses(
     batches: Sequence[_Batch],
 ) -> torch.Tensor:
     """(K,) mean squared error of the prediction for each word's batch; one forward for all."""
+    device = pipeline.unet.device
     latents, noise, t = (
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("latents", "noise", "timesteps")
+        torch.cat([getattr(batch, name) for batch in batches]).to(device)
+        for name in ("latents", "noise", "timesteps")
     )
-    ids = torch.cat([word.ids[batch.chosen] for word, batch in zip(words, batches, strict=True)])
+    ids = torch.cat([word.ids[batch.chosen] for word, batch in zip(words, batches, strict=True)]).to(device)
     states = pipeline.text_encoder(ids)[0]
     noisy = schedule.add_noise(latents, noise, t)
     prediction = pipeline.unet(noisy.to(states.dtype), t, states, return_dict=False)[0]
@@ -554,4 +577,4 @@ def _denoising_losses(
     if schedule.config.prediction_type == "v_prediction":
         target = schedule.get_velocity(latents, noise, t)
     error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
-    return torch.stack([part.mean() for part in error.split([len(batch.latents) for batch in batches])])
+    return torch.stack([part.mean() for part in error.cpu().split([len(batch.latents) for batch in batches])])
