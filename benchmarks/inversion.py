@@ -24,6 +24,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from wadi.emoji import assets_folder, student_folder, teacher_folder
+from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.evaluate import generate_in_batches, pipeline_generator
 from wadi.emoji.examples import (
     RELATIONS,
@@ -33,8 +34,8 @@ from wadi.emoji.examples import (
     relation_scenes,
 )
 from wadi.emoji.glyphs import NAMES, load_atlas
-from wadi.emoji.judge import Judge
-from wadi.emoji.scenes import render
+from wadi.emoji.judge import Judge, attributes_right
+from wadi.emoji.scenes import render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import replacing_file, write_json
 from wadi.onestep import labelled_grid
@@ -90,6 +91,8 @@ class Options:
     """Weights of the steering loss to choose from."""
     focal: tuple[float, ...] = (0.5,)
     """Values of alpha of the sampling of timesteps to choose from."""
+    subjects: tuple[str, ...] = ("penguin", "rocket", "birthday cake")
+    """Emoji that are learned as a word from pictures without captions (textual inversion)."""
     ways: tuple[str, ...] = tuple(WAYS)
     """Of `WAYS`."""
     pairs: int = 200
@@ -114,7 +117,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """A word to learn or to try: its relation, how it came about, and its options."""
+    """A word to learn or to try: its relation or its subject, how it came about, and its options."""
 
     relation: str
     way: str
@@ -150,13 +153,24 @@ class Bench:
         return (255 * render(relation_scenes(relation, pairs, seed), self.atlas)).round().byte()
 
     def exemplars(self, job: Job, word: str) -> Exemplars:
-        """Pictures of pairs that training may have shown, and their captions."""
+        """Pictures of pairs that training may have shown, and their captions; or of a subject, without."""
+        if job.relation in NAMES:
+            return self.of_subject(job)
         pairs = relation_pairs(self.options.exemplars, job.seed, held_out=False)
         images = tuple(
             Image.fromarray(x.permute(1, 2, 0).numpy()) for x in self.draw(job.relation, pairs, job.seed)
         )
         paths = tuple(Path(f"{index:03d}.png") for index in range(len(pairs)))
         return Exemplars(paths, images, tuple(relation_caption(pair, word) for pair in pairs))
+
+    def of_subject(self, job: Job) -> Exemplars:
+        """Pictures of one emoji, each with a place, a size and a background of its own."""
+        caption = Caption(emoji=(NAMES.index(job.relation),))
+        generator = torch.Generator().manual_seed(job.seed)
+        scenes = sample_scenes(stated([caption] * self.options.exemplars), generator)
+        images = (255 * render(scenes, self.atlas)).round().byte().permute(0, 2, 3, 1).numpy()
+        paths = tuple(Path(f"{index:03d}.png") for index in range(len(images)))
+        return Exemplars(paths, tuple(map(Image.fromarray, images)), None)
 
     def learn(self, jobs: Sequence[Job]) -> dict[Job, torch.Tensor]:
         """The embedding of each job, (n, D)."""
@@ -206,6 +220,22 @@ class Bench:
             for job, part in zip(words, images.split(len(pairs)), strict=True)
         }
 
+    def try_subjects(self, words: dict[Job, torch.Tensor], student: bool) -> list[dict]:
+        """Of each subject's word and own name, shares of pictures with it, and with all that is said."""
+        pipeline, rows = self.student if student else self.teacher, []
+        for index, (job, embedding) in enumerate(words.items()):
+            captions = subject_captions(job.relation, self.options.pairs)
+            pipeline.load_textual_inversion({f"<r{index}>": embedding})
+            for way, token in ((LEARNED, f"<r{index}>"), ("its own name", job.relation)):
+                prompts = [caption.text.replace(job.relation, token) for caption in captions]
+                images = self.pictures(prompts, seeds_of([job], captions), student)
+                columns = {k: v.to(self.options.device) for k, v in stated(captions).items()}
+                right = attributes_right(self.judge.read(images), columns)
+                row = {"subject": job.relation, "way": way, "seed": job.seed}
+                rows.append(row | {k: round(right[k].double().mean().item(), 4) for k in ("emoji", "all")})
+            pipeline.unload_textual_inversion()
+        return rows
+
     def read(
         self, job: Job, images: torch.Tensor, pairs: list[tuple[int, int]]
     ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -216,9 +246,16 @@ class Bench:
         return images, {name: value.double().mean().item() for name, value in right.items()}
 
 
-def seeds_of(jobs: Sequence[Job], pairs: list[tuple[int, int]]) -> list[int]:
-    """A seed for each job's picture of each pair: the same for all words of one seed."""
+def seeds_of(jobs: Sequence[Job], pairs: Sequence) -> list[int]:
+    """A seed for each job's picture of each pair or caption: the same for all words of one seed."""
     return [10_000 * job.seed + i for job in jobs for i in range(len(pairs))]
+
+
+def subject_captions(name: str, count: int) -> list[Caption]:
+    """Captions of the test set of one object that state more than its name, with this object."""
+    captions = sample_captions(4 * count, "test")
+    stating = [c for c in captions if len(c.emoji) == 1 and (c.size, c.place, c.background) != (None,) * 3]
+    return [dataclasses.replace(caption, emoji=(NAMES.index(name),)) for caption in stating[:count]]
 
 
 def pairs_of(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -281,6 +318,8 @@ def plain_words(bench: Bench, pairs: list[tuple[int, int]], student: bool) -> di
 
 def main(options: Options) -> None:
     """Choose, learn, measure; print the table, write JSON and picture."""
+    if unknown := {*options.subjects} - {*NAMES}:
+        raise WadiError(f"--subjects {', '.join(unknown)}: not emoji of the small world")
     if unknown := {*options.relations} - {*RELATIONS}:
         raise WadiError(f"--relations {', '.join(unknown)}: choose from {', '.join(RELATIONS)}")
     start = time.perf_counter()
@@ -294,19 +333,23 @@ def main(options: Options) -> None:
         for relation, way, seed in itertools.product(options.relations, options.ways, seeds)
         if way == LEARNED or relation == ABLATED
     ]
-    words = bench.learn(jobs)
+    subjects = [Job(name, LEARNED, 0, chosen) for name in options.subjects]
+    learned = bench.learn([*jobs, *subjects])
+    words = {job: learned[job] for job in jobs}
     trained = time.perf_counter() - start
     lost = [Job(relation, "random embedding", seed) for relation in options.relations for seed in seeds]
     words |= random_words(bench, lost, dict(chosen)["num_vectors"])
-    figures, shown = {}, {}
+    figures, shown, named = {}, {}, {}
     for name, student in (("teacher", False), ("student", True)):
         tried = bench.try_words(words, pairs, student)
         figures[name] = {job: found for job, (_, found) in tried.items()} | plain_words(bench, pairs, student)
+        named[name] = bench.try_subjects({job: learned[job] for job in subjects}, student)
         shown[name] = {job.relation: images for job, (images, _) in tried.items() if shows(job)}
     drawn = [Job(relation, "drawn", seed) for relation in options.relations for seed in seeds]
     real = {job: bench.read(job, bench.draw(job.relation, pairs, 50 + job.seed), pairs)[1] for job in drawn}
     rows = summary({name: found | real for name, found in figures.items()})
     print(table(rows))
+    print(subject_table(named))
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     header = (
         f"{options.pairs} held-out pairs, {options.seeds} seeds, {device}, torch {torch.__version__}, "
@@ -321,7 +364,8 @@ def main(options: Options) -> None:
             "chosen": dict(chosen),
             "choice": choice,
             "rows": rows,
-            "summary": headlines(rows, bench.seconds[False] / bench.seconds[True]),
+            "subjects": named,
+            "summary": headlines(rows, named, bench.seconds[False] / bench.seconds[True]),
         },
     )
     save_picture(bench, pairs, shown)
@@ -347,9 +391,14 @@ def summary(figures: dict[str, dict[Job, dict[str, float]]]) -> list[dict]:
     return list(rows.values())
 
 
-def headlines(rows: list[dict], time_ratio: float) -> list[dict]:
-    """Rows for the table of all uses: the learned words, by whether the training showed their relation."""
+def headlines(rows: list[dict], named: dict[str, list[dict]], time_ratio: float) -> list[dict]:
+    """Rows for the table of all uses: subjects, and relations by whether the training showed them."""
     found = []
+    learned = {who: [r["all"] for r in part if r["way"] == LEARNED] for who, part in named.items()}
+    if all(learned.values()):
+        means = {who: round(statistics.mean(values), 4) for who, values in learned.items()}
+        use, measure = "a word for a subject", "judge finds it, and all else that is said (up)"
+        found.append({"use": use, "measure": measure, **means, "time_ratio": round(time_ratio, 1)})
     for shown, use in ((True, "a word for a relation that no caption names"), (False, "one never shown")):
         chosen = [row for row in rows if row["way"] == LEARNED and row["shown in training"] == shown]
         if chosen:
@@ -379,6 +428,15 @@ def table(rows: list[dict]) -> str:
             spread = "" if deviation is None else f" ± {deviation:.3f}"
             cells.append(f"{row[f'{name} relation']:.3f}{spread} ({row[f'{name} objects']:.3f})")
         lines.append(f"| {row['relation']} | {row['way']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def subject_table(named: dict[str, list[dict]]) -> str:
+    """Markdown: a row for each subject and word, shares with all that is said (with the subject)."""
+    lines = ["| subject | word | teacher, 25 steps | student, 1 step |", "| --- | --- | --- | --- |"]
+    for teacher, student in zip(named["teacher"], named["student"], strict=True):
+        cells = [f"{row['all']:.3f} ({row['emoji']:.3f})" for row in (teacher, student)]
+        lines.append(f"| {teacher['subject']} | {teacher['way']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

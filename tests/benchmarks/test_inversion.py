@@ -18,6 +18,7 @@ import inversion  # noqa: E402
 TINY = inversion.Options(
     relations=("below", "diagonal"),
     ways=("learned",),
+    subjects=("rocket",),
     seeds=1,
     exemplars=2,
     max_train_steps=1,
@@ -43,8 +44,11 @@ def test_figures_and_picture(tmp_path, capsys):
     assert {("below", "its own words"), ("diagonal", "learned"), ("diagonal", '"and"')} <= ways
     assert ("diagonal", "its own words") not in ways
     assert all(0 <= row["student relation"] <= row["student objects"] <= 1 for row in found["rows"])
-    assert [row["time_ratio"] > 0 for row in found["summary"]] == [True, True]
-    assert "| below | random embedding |" in capsys.readouterr().out
+    assert [row["time_ratio"] > 0 for row in found["summary"]] == [True] * 3
+    printed = capsys.readouterr().out
+    assert "| below | random embedding |" in printed
+    assert "| rocket | its own name |" in printed
+    assert [row["way"] for row in found["subjects"]["student"]] == ["learned", "its own name"]
     assert Image.open(picture).width > 8 * 128
 
 
@@ -52,6 +56,13 @@ def test_options_are_chosen_on_other_pairs_than_those_reported_all_never_seen():
     chosen, reported = inversion.pairs_of(inversion.Options())
     assert not set(chosen) & set(reported)
     assert all(is_held_out_pair(a, b) for a, b in (*chosen, *reported))
+
+
+def test_captions_of_a_subject_state_more_than_its_name():
+    captions = inversion.subject_captions("rocket", 20)
+    assert len(captions) == 20
+    assert all("rocket" in caption.text and len(caption.text.split()) > 2 for caption in captions)
+    assert all((c.size, c.place, c.background) != (None, None, None) for c in captions)
 
 
 def test_means_and_deviations_over_the_seeds():
