@@ -81,7 +81,7 @@ class Options:
     """Updates."""
     train_batch_size: int = 16
     """Pictures an update."""
-    rates: tuple[float, ...] = (0.02,)
+    rates: tuple[float, ...] = (0.2,)
     """Learning rates to choose from."""
     lowest: tuple[int, ...] = (600,)
     """Lowest timesteps to choose from."""

@@ -85,9 +85,9 @@ class InvertConfig:
     """Updates."""
     train_batch_size: int = 8
     """Pictures an update."""
-    learning_rate: float = 0.02
-    """Of AdamW, at its peak; falls to zero along a cosine. The embeddings of the model at hand set its scale:
-    see the documentation."""
+    learning_rate: float = 0.2
+    """Of AdamW, at its peak, as a multiple of the root mean square of the numbers of --initializer-token's
+    embedding, which differs between models; falls to zero along a cosine."""
     steering_weight: float = 0.01
     """Of the loss that steers a relation towards prepositions; 0 leaves it away."""
     steering_temperature: float = 0.07
@@ -217,7 +217,7 @@ def learn_words(
 ) -> list[Inversion]:
     """Train several words in one batch, each as `learn_word` would alone, to rounding.
 
-    On a GPU, which a small model alone does not fill, that costs little more than one.
+    That spares a small model the overhead of small batches.
 
     Args:
         pipeline: a multi-step model on its device.
@@ -501,6 +501,7 @@ class _Word:
         initial = _word(pipeline, config.initializer_token or INITIALIZERS[self.kind], "--initializer-token")
         self.ids = torch.zeros(0)  # of the captions, once the pipeline knows the word
         self.rows = torch.nn.Parameter(initial.repeat(config.num_vectors, 1))
+        self.scale = initial.square().mean().sqrt().item()
         self.means, self.deviations = _encode(pipeline, exemplars)
 
     def draw(self) -> _Batch:
@@ -529,7 +530,7 @@ class _Word:
 def _train(pipeline: StableDiffusionPipeline, words: Sequence[_Word], steps: int) -> bool:
     """Update the words' embeddings; returns whether Ctrl-C ended it."""
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    groups = [{"params": [word.rows], "lr": word.config.learning_rate} for word in words]
+    groups = [{"params": [word.rows], "lr": word.config.learning_rate * word.scale} for word in words]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bar = tqdm(range(steps), desc="new word", unit="step")
