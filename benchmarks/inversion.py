@@ -43,7 +43,7 @@ from wadi.onestep.pipeline import load_for_steps, load_pipeline
 from wadi.tasks.exemplars import Exemplars
 from wadi.tasks.inversion import InvertConfig, learn_words
 
-CHOSEN_ON = ("right-of", "on-top")
+CHOSEN_ON = ("beside", "on-top")
 """Relations on which options are chosen."""
 
 OWN_WORDS = {"below": "above", "right-of": "left of"}
@@ -58,7 +58,7 @@ WAYS = {
 }
 """What of the chosen options is changed."""
 
-ABLATED = "right-of"
+ABLATED = "beside"
 """The relation that is learned in all `WAYS`; the others in the first."""
 
 SHOWN = 3

@@ -59,7 +59,7 @@ def test_what_is_drawn_holds_inside_the_picture_whichever_object_is_read_first(r
     assert high < 1.1
 
 
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("relation", [name for name in RELATIONS if name != "beside"])
 def test_the_other_way_round_and_other_objects_do_not_hold(relation):
     scenes = relation_scenes(relation, PAIRS, seed=2)
     right = relation_right(reading(scenes), torch.tensor(PAIRS).flip(1), relation)
@@ -71,7 +71,14 @@ def test_the_other_way_round_and_other_objects_do_not_hold(relation):
 
 @pytest.mark.parametrize(
     ("relation", "low", "high"),
-    [("below", 0.2, 0.3), ("right-of", 0.2, 0.3), ("diagonal", 0, 0), ("on-top", 0, 0.01), ("corner", 0, 0)],
+    [
+        ("beside", 0.4, 0.6),
+        ("below", 0.2, 0.3),
+        ("right-of", 0.2, 0.3),
+        ("diagonal", 0, 0),
+        ("on-top", 0, 0.01),
+        ("corner", 0, 0),
+    ],
 )
 def test_how_often_the_training_shows_a_relation(relation, low, high):
     captions = [Caption(emoji=pair, relation=0) for pair in PAIRS * 10]

@@ -181,7 +181,7 @@ def test_the_first_update_is_the_rate_times_the_size_of_the_word_it_begins_as():
     learned = learn_word(pipeline, PAIRS, replace(CONFIG, max_train_steps=1, learning_rate=0.1))
     # AdamW's first update is the rate in every number, whatever the gradient
     size = 0.1 * initial.square().mean().sqrt()
-    torch.testing.assert_close((learned.embedding[0] - initial).abs(), size.expand(16), rtol=1e-3, atol=0)
+    torch.testing.assert_close((learned.embedding[0] - initial).abs(), size.expand(16), rtol=0.02, atol=0)
 
 
 def test_words_learned_together_are_those_learned_alone():

@@ -66,6 +66,12 @@ def _draw_right(uniform: Uniform) -> Layout:
     return center.flip(2), size, turn
 
 
+def _draw_beside(uniform: Uniform) -> Layout:
+    center, size, turn = _draw_right(uniform)
+    swap = uniform(0.0, 1.0) < 0.5
+    return torch.where(swap[:, None, None], center.flip(1), center), size, turn
+
+
 def _draw_diagonal(uniform: Uniform) -> Layout:
     half = uniform(0.21, 0.25)
     x, y = 0.5 + uniform(-0.03, 0.03), 0.5 + uniform(-0.03, 0.03)
@@ -101,6 +107,11 @@ def _is_right(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return dx > dy.abs()
 
 
+def _is_beside(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    dx, dy = _apart(center)
+    return dx.abs() > dy.abs()
+
+
 def _is_diagonal(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     # in the training the smaller of the two is at most 0.2, and rarely near it
     dx, dy = _apart(center)
@@ -128,6 +139,7 @@ def _is_corner(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
 
 
 RELATIONS: dict[str, Relation] = {
+    "beside": Relation("the two side by side, in either order", True, _draw_beside, _is_beside),
     "below": Relation("the first below the second", True, _draw_below, _is_below),
     "right-of": Relation("the first right of the second", True, _draw_right, _is_right),
     "diagonal": Relation(
@@ -210,7 +222,7 @@ class RelationExamplesConfig:
 
     out: Path
     """Folder to write: pictures and metadata.jsonl; replaced if it exists."""
-    relation: Literal["below", "right-of", "diagonal", "on-top", "corner"] = "diagonal"
+    relation: Literal["beside", "below", "right-of", "diagonal", "on-top", "corner"] = "beside"
     """Where the first object is, seen from the second."""
     count: int = 16
     """Pictures, each of another pair that training may have shown."""
