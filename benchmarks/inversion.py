@@ -53,8 +53,8 @@ LEARNED = "learned"
 WAYS = {
     LEARNED: {},
     "without steering": {"steering_weight": 0.0},
-    "all noise levels alike": {"focal_alpha": 0.0, "lowest_timestep": 0},
-    "as ReVersion draws them": {"lowest_timestep": 0},
+    "all noise levels alike": {"focal_alpha": 0.0},
+    "high noise only": {"lowest_timestep": 600},
 }
 """What of the chosen options is changed."""
 
@@ -77,13 +77,13 @@ class Options:
     """Of exemplars, of the training and of the pictures."""
     exemplars: int = 16
     """Pictures that a word is learned from."""
-    max_train_steps: int = 600
+    max_train_steps: int = 400
     """Updates."""
     train_batch_size: int = 16
     """Pictures an update."""
     rates: tuple[float, ...] = (0.2,)
     """Learning rates to choose from."""
-    lowest: tuple[int, ...] = (600,)
+    lowest: tuple[int, ...] = (0,)
     """Lowest timesteps to choose from."""
     vectors: tuple[int, ...] = (1,)
     """Numbers of embeddings of a word to choose from."""
