@@ -214,6 +214,18 @@ def test_a_strong_steering_loss_brings_the_word_to_the_prepositions():
     assert above > panda  # as which it began
 
 
+def test_checkpointing_and_bfloat16_learn_nearly_the_same():
+    options = replace(CONFIG, max_train_steps=3)
+    plain, twice = (
+        learn_word(words_pipeline(), PAIRS, o)
+        for o in (options, replace(options, gradient_checkpointing=True))
+    )
+    torch.testing.assert_close(plain.embedding, twice.embedding)
+    half = learn_word(words_pipeline().to(torch.bfloat16), PAIRS, options)
+    assert half.embedding.dtype == torch.float32
+    assert half.losses == pytest.approx(plain.losses, rel=0.05)
+
+
 def test_negatives_are_the_objects_of_the_captions():
     pipeline = words_pipeline()
     steer = module._Steering(pipeline, PAIRS.captions, "<R>", CONFIG)
@@ -307,6 +319,22 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("caption", "token", "kind"),
+    [
+        ("a panda <R> a rocket", None, "relation"),
+        ("panda <R> rocket", None, "relation"),
+        ("a panda <x> a rocket", "<x>", "relation"),
+        ("a picture of a <S> on a red background", None, "subject"),
+        ("a picture of <x> on a red background", "<x>", "subject"),
+        ("a small <S>", None, "subject"),
+    ],
+)
+def test_kind_is_told_from_where_the_word_stands(caption, token, kind):
+    found = module._kind_and_token(replace(CONFIG, token=token), exemplars(caption, count=1))
+    assert found == (kind, token or {"relation": "<R>", "subject": "<S>"}[kind])
+
+
+@pytest.mark.parametrize(
     ("options", "shown", "message"),
     [
         ({"num_vectors": 2}, PAIRS, "must be in lower case, as <r>"),
@@ -344,6 +372,8 @@ def test_options_out_of_range_are_told(options, message):
 def test_other_pipelines_are_refused():
     with pytest.raises(WadiError, match="on a StableDiffusionPipeline"):
         learn_words(object(), [])
+    with pytest.raises(WadiError, match="predicts 'sample'"):
+        learn_words(tiny_pipeline("sample"), [])
 
 
 def test_a_model_without_prepositions_is_told():

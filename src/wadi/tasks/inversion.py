@@ -74,7 +74,7 @@ class InvertConfig:
     model: str | None = None
     """Folder or hub id of the multi-step model; the teacher that comes with wadi if not given."""
     kind: Literal["auto", "relation", "subject"] = "auto"
-    """What is learned; auto: a relation if the captions have words before and after the new word."""
+    """What is learned; auto: a relation if the new word stands between two objects in the first caption."""
     token: str | None = None
     """The new word; <R> or <S> if not given."""
     initializer_token: str | None = None
@@ -103,6 +103,8 @@ class InvertConfig:
     student knows only the last timestep; ReVersion draws all."""
     seed: int = 0
     """Of everything."""
+    gradient_checkpointing: bool = False
+    """Compute activations of the U-Net twice instead of keeping them: less memory, more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the networks; the new embeddings are always float32."""
     device: str | None = None
@@ -236,7 +238,13 @@ def learn_words(
     with _known(pipeline, words):
         for word in words:
             word.ids = _tokenize(pipeline, word.captions)
-        interrupted = _train(pipeline, words, jobs[0][1].max_train_steps)
+        if checkpointing := jobs[0][1].gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        try:
+            interrupted = _train(pipeline, words, jobs[0][1].max_train_steps)
+        finally:
+            if checkpointing:
+                pipeline.unet.disable_gradient_checkpointing()
     return [
         Inversion(
             word.token,
@@ -272,14 +280,18 @@ def _check_pipeline(pipeline: Any) -> None:
         )
     if "beta_schedule" not in pipeline.scheduler.config:
         raise WadiError("--model: its scheduler has no betas; name a model with a DDPM-like noise schedule")
+    prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise WadiError(
+            f"--model: predicts {prediction_type!r}; name one that predicts epsilon or v_prediction"
+        )
 
 
 def _kind_and_token(config: InvertConfig, exemplars: Exemplars) -> tuple[str, str]:
     kind, captions = config.kind, exemplars.captions
-    tokens = [config.token] if config.token else list(TOKENS.values())
     if kind == "auto":
-        between = captions is not None and any(_between(captions[0], token) for token in tokens)
-        kind = "relation" if between else "subject"
+        relation = captions is not None and _stands_between(captions[0], config.token or TOKENS["relation"])
+        kind = "relation" if relation else "subject"
     token = config.token or TOKENS[kind]
     if token != token.strip() or not token or " " in token:
         raise WadiError(f"--token {token!r}: must be one word, such as {TOKENS[kind]}")
@@ -301,9 +313,10 @@ def _kind_and_token(config: InvertConfig, exemplars: Exemplars) -> tuple[str, st
     return kind, token
 
 
-def _between(caption: str, token: str) -> bool:
-    words = caption.split()
-    return token in words and 0 < words.index(token) < len(words) - 1
+def _stands_between(caption: str, token: str) -> bool:
+    """Whether the token stands between two objects: "a panda <R> a rocket", not "a photo of a <R> at sea"."""
+    before, found, after = caption.lower().partition(f" {token.lower()} ")
+    return bool(found and after) and before.split()[-1] not in (*UNIMPORTANT, *PREPOSITIONS)
 
 
 def _captions(pipeline: StableDiffusionPipeline, exemplars: Exemplars, token: str) -> list[str]:
@@ -390,8 +403,8 @@ def _known(pipeline: StableDiffusionPipeline, words: Sequence[_Word]) -> Iterato
 
 def _replacing(pipeline: StableDiffusionPipeline, words: Sequence[_Word]) -> Callable:
     """A hook of the table of embeddings that puts `word.rows` where the words are."""
-    first = pipeline.tokenizer.convert_tokens_to_ids(words[0].token)
     # `load_textual_inversion` numbers them one after the other, from the end of the vocabulary on
+    first = pipeline.tokenizer.convert_tokens_to_ids(words[0].token)
 
     def replace_rows(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor):
         ids, rows = inputs[0], torch.cat([word.rows for word in words]).to(output)
