@@ -1,14 +1,17 @@
 """A new subject from six pictures: LoRaD against LoRA, on the teacher and on its one-step student.
 
-    python benchmarks/dreambooth.py --draw runs/dreambooth/glyphs.safetensors      # where the emoji font is
-    python benchmarks/dreambooth.py --glyphs runs/dreambooth/glyphs.safetensors    # on a GPU, without it
-    python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md from the JSON
+    python benchmarks/dreambooth.py                     # what is in docs/results/dreambooth is not run again
+    python benchmarks/dreambooth.py --results new       # everything anew, on a GPU
+    python benchmarks/dreambooth.py --draw glyphs.safetensors        # where the emoji font is, for
+    python benchmarks/dreambooth.py --glyphs glyphs.safetensors      # a machine without it
+    python benchmarks/dreambooth.py --distill-on hedgehog --device cpu    # only: the student distilled on
+    python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md, from the JSON
 
 Learning rates are chosen on one subject, as many tried for each method, and three other subjects are
 reported. Both adapters have the same layers and number of parameters, see the same pictures, class pictures,
 noise and number of updates. What a picture shows is read by the judge, and by a recogniser of the subject
-that was fitted to drawn scenes only. Each training leaves one JSON file in --runs; what is there is not run
-again.
+that was fitted to drawn scenes only. Each training leaves its figures, and the machine that it ran on, in a
+JSON file in --results, and adapter and pictures in --runs. What is in --results is not run again.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 import tyro
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tables import find_tables, markdown, with_tables
 
 from wadi.distill import PRESETS, distill
 from wadi.emoji import assets_folder, prompts_file, student_folder, teacher_folder
@@ -46,7 +50,15 @@ from wadi.emoji.subject import (
     subject_figures,
 )
 from wadi.errors import WadiError
-from wadi.files import load_tensors, read_json, replacing_file, save_tensors, write_json, write_text
+from wadi.files import (
+    explain_os_errors,
+    load_tensors,
+    read_json,
+    replacing_file,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from wadi.lorad import student_config
 from wadi.metrics import feature_statistics, frechet_distance
 from wadi.onestep import labelled_grid, load_pipeline
@@ -78,9 +90,12 @@ WAYS = {
     "teacher": "teacher, 25 steps",
     "student": "student, 1 step: subject stacked on it",
     "student_subject_first": "student, 1 step: subject merged first",
-    "distilled": "student, 1 step: distilled on",
 }
 """How a picture is made."""
+COLUMNS = ("subject recognised", "and as stated", "other prompts right", "Fréchet distance")
+"""Of the tables' figures."""
+DISTILLED = {"student": "subject stacked on the student", "distilled": "student distilled on"}
+"""The two that --distill-on compares."""
 
 
 @dataclass
@@ -94,8 +109,10 @@ class Options:
     only_rates: bool = False
     """Stop when the learning rates are chosen."""
     table: bool = False
-    """Only print the tables of --out."""
-    seeds: tuple[int, ...] = (1, 2)
+    """Only write the tables of --page, from --out."""
+    distill_on: tuple[str, ...] = ()
+    """Only: teach these subjects with LoRaD and distil the shipped student on with the customised teacher."""
+    seeds: tuple[int, ...] = (2,)
     """Of the final trainings; rates are chosen with seed 0."""
     rank: int = 8
     """Of LoRaD; LoRA has the rank with as many parameters."""
@@ -105,9 +122,11 @@ class Options:
     """Pictures of the subject an update, and as many class pictures."""
     num_class_images: int = 200
     """Class pictures."""
-    distill_steps: int = 300
-    """Updates of the shipped student on the customised teacher, of the first seed."""
-    distill_batch_size: int = 64
+    distill_train_steps: int = 150
+    """Updates of the subject's training with --distill-on, which a CPU can do."""
+    distill_steps: int = 60
+    """Updates of the student with --distill-on."""
+    distill_batch_size: int = 16
     """Samples of each."""
     subject_samples: int = 150
     """Captions of the subject."""
@@ -118,26 +137,36 @@ class Options:
     workers: int = 12
     """Trainings at once."""
     runs: Path = Path("runs/dreambooth/benchmark")
-    """Folder of the single trainings."""
+    """Folder of adapters and pictures."""
+    results: Path = Path("docs/results/dreambooth")
+    """Folder of the figures of single trainings."""
     out: Path = Path("docs/results/dreambooth.json")
     """JSON file for the figures."""
-    picture: Path = Path("docs/images/dreambooth.png")
-    """Pictures of the final trainings."""
+    picture: Path = Path("docs/images/dreambooth.jpg")
+    """Pictures of the final trainings, JPEG."""
+    page: Path = Path("docs/uses/dreambooth.md")
+    """Page that has the tables."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
 
     def decides(self) -> dict[str, Any]:
-        """Options that decide the figures."""
+        """Options that decide the figures of a training."""
         places = (
             "glyphs",
             "draw",
             "only_rates",
             "table",
+            "distill_on",
+            "distill_train_steps",
+            "distill_steps",
+            "distill_batch_size",
             "seeds",
             "workers",
             "runs",
+            "results",
             "out",
             "picture",
+            "page",
             "device",
         )
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in places}
@@ -242,13 +271,11 @@ def painted_before(options: Options, run: Run) -> tuple[DiffusionPipeline, list[
     return pipeline, class_pictures(pipeline, prompts, config, options.runs / "class"), prompts
 
 
-def train_and_measure(run: Run, options: Options, final: bool) -> None:
-    """One training, its figures as JSON and a few pictures as safetensors."""
+def train(run: Run, options: Options, glyphs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One training, saved in its folder of --runs; returns what its JSON says of it beside the figures."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if options.device == "cpu":
         torch.set_num_threads(1)
-    glyphs = read_glyphs(options)
-    recogniser = make_recogniser(run.subject, glyphs, options)
     config = config_of(run, options)
     pipeline, painted, prompts = painted_before(options, run)
     pictures = example_pictures(glyphs["subjects"][list(SUBJECTS).index(run.subject)].cpu(), seed=run.seed)
@@ -257,22 +284,32 @@ def train_and_measure(run: Run, options: Options, final: bool) -> None:
     training.train()
     seconds = time.perf_counter() - start
     training.save(config.output_dir)
-    figures, shown = {}, {}
-    for way, steps, made in customised(config.output_dir, run, options, final):
-        figures[way] = measure(made, steps, recogniser, options)
+    return {
+        "header": header(options),
+        **dataclasses.asdict(run),
+        "options": options.decides(),
+        "rank": config.rank,
+        "parameters": sum(p.numel() for p in training.parameters.values()),
+        "seconds": seconds,
+    }
+
+
+def header(options: Options) -> str:
+    """The machine, PyTorch and day of a measurement."""
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    return f"{device}, torch {torch.__version__}, {date.today()}"
+
+
+def train_and_measure(run: Run, options: Options, final: bool) -> None:
+    """One training, its figures as JSON and a few pictures as safetensors."""
+    glyphs = read_glyphs(options)
+    facts = train(run, options, glyphs)
+    recogniser, figures, shown = make_recogniser(run.subject, glyphs, options), {}, {}
+    for way, steps, made in customised(options.runs / run.name, run, options, final):
+        figures[way] = read(paint(made, steps, options), recogniser)
         shown[way] = generate_in_batches(_generator(made, steps), list(SHOWN), seed=0, batch_size=2)
     save_tensors(options.runs / f"{run.name}.safetensors", shown)
-    write_json(
-        options.runs / f"{run.name}.json",
-        {
-            **dataclasses.asdict(run),
-            "options": options.decides(),
-            "rank": config.rank,
-            "parameters": sum(p.numel() for p in training.parameters.values()),
-            "seconds": seconds,
-            "figures": figures,
-        },
-    )
+    write_json(options.results / f"{run.name}.json", {**facts, "figures": figures})
 
 
 def customised(folder: Path, run: Run, options: Options, final: bool):
@@ -280,13 +317,35 @@ def customised(folder: Path, run: Run, options: Options, final: bool):
     adapter, student = folder / "adapter", student_folder()
     yield "teacher", STEPS, load_with_adapters(str(teacher_folder()), [adapter], device=options.device)
     yield "student", 1, load_for_steps(teacher_folder(), [student, adapter], device=options.device)
-    if not final:
-        return
-    if run.method == "lora":  # LoRaD's angles add: there is no order
+    if final and run.method == "lora":  # LoRaD's angles add: there is no order
         pipeline = load_for_steps(teacher_folder(), [adapter, student], device=options.device)
         yield "student_subject_first", 1, pipeline
-    if run.seed == options.seeds[0]:
-        yield "distilled", 1, load_for_steps(distilled(folder, options), device=options.device)
+
+
+def distill_on(run: Run, options: Options) -> dict[str, Any]:
+    """One training and the student distilled on with it, against the same adapter only stacked; as JSON."""
+    options = dataclasses.replace(options, max_train_steps=options.distill_train_steps)
+    glyphs = read_glyphs(options)
+    facts = train(run, options, glyphs)
+    recogniser, folder = make_recogniser(run.subject, glyphs, options), options.runs / run.name
+    start = time.perf_counter()
+    exported = distilled(folder, options)
+    facts |= {"distill_steps": options.distill_steps, "distill_batch_size": options.distill_batch_size}
+    facts["distill_seconds"] = time.perf_counter() - start
+    made = {
+        "student": load_for_steps(
+            teacher_folder(), [student_folder(), folder / "adapter"], device=options.device
+        ),
+        "distilled": load_for_steps(exported, device=options.device),
+    }
+    facts["figures"] = {way: read(paint(one, 1, options), recogniser) for way, one in made.items()}
+    shown = {way: generate_in_batches(_generator(one, 1), [*SHOWN] * 2, 0, 4) for way, one in made.items()}
+    rows = [(SHOWN[i], [_image(shown[way][i + j]) for way in DISTILLED for j in (0, 2)]) for i in (0, 1)]
+    headings = ["stacked", "", "distilled on", ""]
+    with replacing_file(options.picture.with_stem(f"{options.picture.stem}-{run.subject}")) as temporary:
+        labelled_grid(rows, headings).save(temporary, format="JPEG", quality=90)
+    write_json(options.results / "distilled-on" / f"{run.subject}.json", facts)
+    return facts
 
 
 def distilled(folder: Path, options: Options) -> Path:
@@ -303,7 +362,7 @@ def distilled(folder: Path, options: Options) -> Path:
         max_train_steps=options.distill_steps,
         # gentler than the preset: the student works already, and its fake model begins anew
         student_learning_rate=1e-3,
-        ema_decay=0.99,
+        ema_decay=max(0.0, 1 - 3 / options.distill_steps),
         validation_steps=0,
         allow_tf32=True,
         cuda_graphs=options.device != "cpu",
@@ -316,25 +375,37 @@ def _generator(pipeline: DiffusionPipeline, steps: int):
     return pipeline_generator(pipeline, steps, 1.0 if steps == 1 else GUIDANCE_SCALE)
 
 
-def measure(
-    pipeline: DiffusionPipeline, steps: int, recogniser: Recogniser, options: Options
-) -> dict[str, float]:
-    """Figures of captions of the subject, and of others."""
+@dataclass(frozen=True)
+class Painted:
+    """Pictures (N, 3, 64, 64) uint8 of captions of the subject and of others, and what these state."""
+
+    subject: torch.Tensor
+    subject_columns: dict[str, torch.Tensor]
+    others: torch.Tensor
+    others_columns: dict[str, torch.Tensor]
+
+
+def paint(pipeline: DiffusionPipeline, steps: int, options: Options) -> Painted:
+    """What is measured of a pipeline."""
     generate = _generator(pipeline, steps)
     texts, columns = subject_captions(options.subject_samples, "test")
-    images = generate_in_batches(generate, texts, seed=0, batch_size=100)
-    figures = subject_figures(recogniser, images, columns)
+    subject = generate_in_batches(generate, texts, seed=0, batch_size=100)
     captions = evaluation_captions("test", options.samples)
-    images = generate_in_batches(generate, [c.text for c in captions], seed=0, batch_size=100)
-    device = options.device
-    columns = {name: column.to(device) for name, column in stated(captions).items()}
-    reading = recogniser.judge.read(images)
-    figures["others"] = attributes_right(reading, columns)["all"].double().mean().item()
-    figures["subject_elsewhere"] = recogniser(images).double().mean().item()
-    if len(images) >= 256:  # of 128 features
+    others = generate_in_batches(generate, [c.text for c in captions], seed=0, batch_size=100)
+    of_others = {name: column.to(options.device) for name, column in stated(captions).items()}
+    return Painted(subject, columns, others, of_others)
+
+
+def read(painted: Painted, recogniser: Recogniser) -> dict[str, float]:
+    """Figures of captions of the subject, and of others."""
+    figures = subject_figures(recogniser, painted.subject, painted.subject_columns)
+    reading = recogniser.judge.read(painted.others)
+    right = attributes_right(reading, painted.others_columns)["all"]
+    figures["others"] = right.double().mean().item()
+    figures["subject_elsewhere"] = recogniser(painted.others).double().mean().item()
+    if len(painted.others) >= 256:  # of 128 features
         reference = load_tensors(assets_folder() / "reference.safetensors")
-        own = feature_statistics(reading.features)
-        figures["others_frechet_distance"] = frechet_distance(reference, own)
+        figures["others_frechet_distance"] = frechet_distance(reference, feature_statistics(reading.features))
     return figures
 
 
@@ -343,8 +414,10 @@ def measure(
 
 def run_all(runs: list[Run], options: Options, final: bool) -> list[dict[str, Any]]:
     """Results of all runs; those that are missing are made, several at once."""
-    paths = [options.runs / f"{run.name}.json" for run in runs]
+    paths = [options.results / f"{run.name}.json" for run in runs]
     missing = [run for run, path in zip(runs, paths, strict=True) if not path.exists()]
+    if missing:
+        painted_before(options, missing[0])
     if options.workers == 1:
         for run in missing:
             train_and_measure(run, options, final)
@@ -356,7 +429,7 @@ def run_all(runs: list[Run], options: Options, final: bool) -> list[dict[str, An
     results = [read_json(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
         if result["options"] != _as_read(options.decides()):
-            raise WadiError(f"{path}: was made with other options; remove it, or name other --runs")
+            raise WadiError(f"{path}: was made with other options; remove it, or name other --results")
     return results
 
 
@@ -370,38 +443,59 @@ def score(result: dict[str, Any]) -> float:
     return statistics.mean(way[name] for way in ways for name in ("all", "others"))
 
 
-def baselines(options: Options, glyphs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The shipped teacher and student, before any subject; and how good the recognisers are."""
-    found: dict[str, Any] = {}
-    for subject in SUBJECTS:
-        recogniser = make_recogniser(subject, glyphs, options)
-        found[subject] = {"recogniser": recogniser_figures(recogniser, subject, glyphs, options)}
+def choose(options: Options) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Results of all learning rates, and for each method the one with the best score."""
+    trials = [
+        Run(CHOSEN_ON, method, rate, text, 0) for method, rates in RATES.items() for rate, text in rates
+    ]
+    tried = run_all(trials, options, final=False)
+    best = {m: max((r for r in tried if r["method"] == m), key=score) for m in RATES}
+    keys = ("learning_rate", "train_text_encoder")
+    return tried, {method: {key: result[key] for key in keys} for method, result in best.items()}
+
+
+def baselines(options: Options) -> dict[str, Any]:
+    """The shipped teacher and student before any subject, and how good the recognisers are; kept as JSON."""
+    path = options.results / "before.json"
+    if path.exists():
+        found = read_json(path)
+        if found["options"] != _as_read(options.decides()):
+            raise WadiError(f"{path}: was made with other options; remove it, or name other --results")
+        return found
+    glyphs = read_glyphs(options)
+    recognisers = {subject: make_recogniser(subject, glyphs, options) for subject in SUBJECTS}
+    found = {"header": header(options), "options": _as_read(options.decides())}
+    found["recognisers"] = {
+        subject: recogniser_figures(recogniser, subject, glyphs, options)
+        for subject, recogniser in recognisers.items()
+    }
     for way, steps, adapter in (("teacher", STEPS, None), ("student", 1, student_folder())):
         pipeline = load_for_steps(teacher_folder(), adapter, steps, device=options.device)
-        found[way] = measure(pipeline, steps, recogniser, options)
+        painted = paint(pipeline, steps, options)
+        found[way] = {subject: read(painted, recogniser) for subject, recogniser in recognisers.items()}
+    write_json(path, found)
     return found
 
 
 def main(options: Options) -> None:
-    """Train, measure, write JSON and picture, print the tables."""
+    """Train, measure, write JSON, picture and tables."""
     if options.draw is not None:
         save_tensors(options.draw, draw_glyphs())
         return
     if options.table:
-        print(tables(read_json(options.out)))
+        write_page(options.page, read_json(options.out))
         return
     if any(count < 1 for count in (options.workers, options.scenes, options.subject_samples)):
         raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
-    start, glyphs = time.perf_counter(), read_glyphs(options)
-    trials = [
-        Run(CHOSEN_ON, method, rate, text, 0) for method, rates in RATES.items() for rate, text in rates
-    ]
-    painted_before(options, trials[0])
-    tried = run_all(trials, options, final=False)
-    best = {m: max((r for r in tried if r["method"] == m), key=score) for m in RATES}
-    chosen = {m: {key: r[key] for key in ("learning_rate", "train_text_encoder")} for m, r in best.items()}
+    tried, chosen = choose(options)
     if options.only_rates:
         print(rates_table(tried, chosen))
+        return
+    if options.distill_on:
+        runs = [
+            Run(subject, "lorad", **chosen["lorad"], seed=options.seeds[0]) for subject in options.distill_on
+        ]
+        print(distilled_table([distill_on(run, options) for run in runs]))
         return
     finals = [
         Run(subject, method, **chosen[method], seed=seed)
@@ -410,35 +504,32 @@ def main(options: Options) -> None:
         if subject != CHOSEN_ON
         for method in RATES
     ]
-    results = run_all(finals, options, final=True)
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    results, before = run_all(finals, options, final=True), baselines(options)
     whole: dict[str, Any] = {
-        "header": f"{device}, torch {torch.__version__}, {date.today()}",
+        "header": "; ".join(sorted({r["header"] for r in tried + results})),
         "options": _as_read(options.decides()),
         "seeds": list(options.seeds),
-        "before": baselines(options, glyphs),
+        "before": before,
         "learning_rates": tried,
         "chosen": chosen,
         "runs": results,
+        "distilled_on": [read_json(p) for p in sorted((options.results / "distilled-on").glob("*.json"))],
         "summary": summary(results),
-        "seconds": round(time.perf_counter() - start, 1),
     }
-    for row in whole["learning_rates"] + whole["runs"]:
+    for row in (before, *whole["learning_rates"], *whole["runs"]):
         row.pop("options", None)
     write_json(options.out, _rounded(whole))
-    save_picture(finals, options, glyphs)
-    print(tables(whole))
+    save_picture(finals, options)
+    write_page(options.page, read_json(options.out))
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for the overview of all uses: shares of the pictures of teacher and distilled student."""
+    """Rows for the overview of all uses: shares of the pictures of teacher and student, LoRaD and LoRA."""
     rows = []
     for measure, key in (("subject recognised (up)", "recognised"), ("other prompts right (up)", "others")):
         for method in RATES:
             own = [r["figures"] for r in results if r["method"] == method]
-            teacher, student = (
-                statistics.mean(f[way][key] for f in own if way in f) for way in ("teacher", "distilled")
-            )
+            teacher, student = (statistics.mean(f[way][key] for f in own) for way in ("teacher", "student"))
             use = f"a new subject from six pictures ({NAMES[method]})"
             rows.append({"use": use, "measure": measure, "teacher": teacher, "student": student})
     return [row | {"time_ratio": None} for row in rows]
@@ -452,22 +543,29 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def save_picture(finals: list[Run], options: Options, glyphs: dict[str, torch.Tensor]) -> None:
-    """A row for each subject and prompt of `SHOWN`; of the first seed."""
-    rows = []
+def save_picture(finals: list[Run], options: Options) -> None:
+    """A row for each subject and prompt of `SHOWN`, of the first seed; nothing where pictures are missing."""
+    finals = [run for run in finals if run.seed == options.seeds[0]]
+    missing = [run.name for run in finals if not (options.runs / f"{run.name}.safetensors").exists()]
+    if missing:
+        print(
+            f"{options.picture} stays: {options.runs} lacks the pictures of {', '.join(missing)}",
+            file=sys.stderr,
+        )
+        return
+    subjects, rows = read_glyphs(options)["subjects"].cpu(), []
     for subject in (name for name in SUBJECTS if name != CHOSEN_ON):
-        one = [run for run in finals if run.subject == subject and run.seed == options.seeds[0]]
+        one = [run for run in finals if run.subject == subject]
         shown = {run.method: load_tensors(options.runs / f"{run.name}.safetensors") for run in one}
-        glyph = glyphs["subjects"][list(SUBJECTS).index(subject)].cpu()
-        real = example_pictures(glyph, seed=options.seeds[0])
+        real = example_pictures(subjects[list(SUBJECTS).index(subject)], seed=options.seeds[0])
         for i, prompt in enumerate(SHOWN):
-            made = [shown[m][way][i] for way in ("teacher", "student", "distilled") for m in RATES]
+            made = [shown[m][way][i] for way in ("teacher", "student") for m in RATES]
             rows.append((prompt, [*real[2 * i : 2 * i + 2], *map(_image, made)]))
     headings = ["of the", "six pictures"]
-    for way in ("25 steps", "stacked", "distilled"):
+    for way in ("25 steps", "1 step"):
         headings += [f"{NAMES[m]}, {way}" for m in RATES]
     with replacing_file(options.picture) as temporary:
-        labelled_grid(rows, headings).save(temporary, format="PNG", optimize=True)
+        labelled_grid(rows, headings).save(temporary, format="JPEG", quality=90, optimize=True)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:
@@ -477,50 +575,91 @@ def _image(pixels: torch.Tensor) -> Image.Image:
 # --- tables ---
 
 
-def tables(whole: dict[str, Any]) -> str:
-    """Markdown: the final figures, means over subjects and seeds with the range; and the rates tried."""
-    count = len(whole["runs"]) // len(RATES)
-    lines = [
-        f"Means of {count} trainings each (lowest to highest), distilled on those of the first seed:",
-        "",
-        "| | adapter | subject recognised | and as stated | other prompts right | Frechet distance |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def write_page(page: Path, whole: dict[str, Any]) -> None:
+    """Put the tables into their places in a page."""
+    with explain_os_errors(page, "read the page"):
+        text = page.read_text(encoding="utf-8")
+    blocks = tables(whole)
+    places = find_tables(text, page, tuple(blocks))
+    if lacking := sorted(set(blocks) - set(places)):
+        raise WadiError(f"{page}: has no <!-- table: {lacking[0]} -->; put it where the table shall stand")
+    write_text(page, with_tables(text, places, {name: f"{block}\n" for name, block in blocks.items()}))
+
+
+def tables(whole: dict[str, Any]) -> dict[str, str]:
+    """Markdown of each table by the name in its marker."""
+    seeds = ", ".join(map(str, whole["seeds"]))
+    machine = f"{whole['header']}; seed {seeds}."
+    return {
+        "means": f"{means_table(whole)}\n\n{machine} The rows before: {whole['before']['header']}.",
+        "subjects": f"{subjects_table(whole['runs'])}\n\n{machine}",
+        "distilled-on": distilled_table(whole["distilled_on"]),
+        "rates": f"{rates_table(whole['learning_rates'], whole['chosen'])}\n\n{whole['header']}; seed 0.",
+    }
+
+
+def means_table(whole: dict[str, Any]) -> str:
+    """Markdown: means over subjects and seeds with lowest and highest, of everything that makes pictures."""
+    rows = []
     for way in ("teacher", "student"):
-        figures = whole["before"][way]
-        lines.append(_row(f"{WAYS[way].split(':')[0]}, before", "none", [figures]))
+        figures = [f for subject, f in whole["before"][way].items() if subject != CHOSEN_ON]
+        rows.append([f"{WAYS[way].split(':')[0]}, before", "none", *_cells(figures)])
     for way, name in WAYS.items():
         for method in RATES:
-            rows = [r["figures"][way] for r in whole["runs"] if r["method"] == method and way in r["figures"]]
-            if rows:
-                lines.append(_row(name, NAMES[method], rows))
-    return "\n".join([*lines, "", rates_table(whole["learning_rates"], whole["chosen"])])
+            own = [r["figures"][way] for r in whole["runs"] if r["method"] == method and way in r["figures"]]
+            if own:
+                rows.append([name, NAMES[method], *_cells(own)])
+    return markdown(("", "adapter", *COLUMNS), rows)
+
+
+def subjects_table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: the share of pictures in which each subject is recognised, and of other prompts right."""
+    rows = []
+    for r in runs:
+        both = [
+            r["figures"][way][name] for name in ("recognised", "others") for way in ("teacher", "student")
+        ]
+        rows.append([r["subject"], NAMES[r["method"]], *(f"{value:.3f}" for value in both)])
+    headings = ("recognised, teacher", "student", "other prompts right, teacher", "student")
+    return markdown(("subject", "adapter", *headings), rows)
+
+
+def distilled_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one adapter, stacked on the student and distilled into it."""
+    parts = []
+    for r in results:
+        rows = [[name, *_cells([r["figures"][way]])] for way, name in DISTILLED.items()]
+        how = f"{r['options']['max_train_steps']} updates of the subject, {r['seconds']:.0f} s; "
+        how += (
+            f"{r['distill_steps']} of the student, of {r['distill_batch_size']}, {r['distill_seconds']:.0f} s"
+        )
+        parts.append(markdown(("1 step", *COLUMNS), rows))
+        parts.append(f"{r['header']}; {r['subject']}, {NAMES[r['method']]}, seed {r['seed']}; {how}.")
+    return "\n\n".join(parts) or "Not measured."
 
 
 def rates_table(tried: list[dict[str, Any]], chosen: dict[str, dict[str, Any]]) -> str:
     """Markdown: what was tried on the subject that is not reported; in bold what was chosen."""
-    lines = [
-        "| adapter | rate | text encoder | subject, teacher | student | others, teacher | student | score |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for r in tried:
         mark = "**" if chosen[r["method"]].items() <= r.items() else ""
         both = [r["figures"][way][name] for name in ("all", "others") for way in ("teacher", "student")]
-        cells = " | ".join(f"{value:.3f}" for value in [*both, score(r)])
         text = "yes" if r["train_text_encoder"] else "no"
-        lines.append(f"| {NAMES[r['method']]} | {mark}{r['learning_rate']:g}{mark} | {text} | {cells} |")
-    return "\n".join(lines)
+        figures = [f"{value:.3f}" for value in [*both, score(r)]]
+        rows.append([NAMES[r["method"]], f"{mark}{r['learning_rate']:g}{mark}", text, *figures])
+    headings = ("subject, teacher", "student", "others, teacher", "student", "score")
+    return markdown(("adapter", "rate", "text encoder", *headings), rows)
 
 
-def _row(name: str, adapter: str, rows: list[dict[str, float]]) -> str:
+def _cells(rows: list[dict[str, float]]) -> list[str]:
     cells = []
     for key, digits in (("recognised", 3), ("all", 3), ("others", 3), ("others_frechet_distance", 2)):
         values = [row.get(key, float("nan")) for row in rows]
         cell = f"{statistics.mean(values):.{digits}f}"
-        if len(values) > 1:
+        if max(values) > min(values):
             cell += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
         cells.append(cell)
-    return f"| {name} | {adapter} | {' | '.join(cells)} |"
+    return cells
 
 
 if __name__ == "__main__":

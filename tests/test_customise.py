@@ -1,6 +1,7 @@
 """`wadi dreambooth` on the built-in model, and what it makes used by the other commands."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from wadi import customise, emoji
 from wadi.cli import main
-from wadi.customise import SubjectConfig, of_resumed_model, with_built_in, word_of
+from wadi.customise import SubjectConfig, of_resumed_run, with_built_in, word_of
 from wadi.emoji.subject import examples_folder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
@@ -74,9 +75,31 @@ def test_a_finished_run_is_not_replaced(run, capsys):
 def test_a_resumed_run_has_its_own_model(tmp_path):
     write_json(tmp_path / "config.json", {"pretrained_model_name_or_path": "mine"})
     resumed = SubjectConfig(examples_folder(), tmp_path, resume=True)
-    assert of_resumed_model(resumed).pretrained_model_name_or_path == "mine"
+    assert of_resumed_run(resumed).pretrained_model_name_or_path == "mine"
     write_json(tmp_path / "config.json", {"pretrained_model_name_or_path": str(emoji.teacher_folder())})
-    assert of_resumed_model(resumed).pretrained_model_name_or_path is None
+    assert of_resumed_run(resumed).pretrained_model_name_or_path is None
+
+
+def test_a_resumed_run_has_its_own_options_where_none_are_given(tmp_path):
+    first = SubjectConfig(
+        examples_folder(),
+        tmp_path,
+        method="lora",
+        learning_rate=1e-3,
+        guidance_scale=1.5,
+        train_text_encoder=False,
+        instance_prompt="a blick",
+    )
+    write_json(
+        tmp_path / "config.json",
+        {
+            k: v if v is None or isinstance(v, str | int | float | tuple) else str(v)
+            for k, v in dataclasses.asdict(with_built_in(first)).items()
+        },
+    )
+    again = with_built_in(of_resumed_run(SubjectConfig(examples_folder(), tmp_path, resume=True)))
+    assert again.fingerprint() == with_built_in(first).fingerprint()
+    assert (again.train_text_encoder, again.learning_rate, again.instance_prompt) == (False, 1e-3, "a blick")
 
 
 def test_options_that_are_given_stay():
@@ -89,6 +112,16 @@ def test_options_that_are_given_stay():
     assert "a big zwx on a purple background" in plain.validation_prompts
     assert plain.fingerprint() == dataclasses.replace(plain, samples=3).fingerprint()
     assert plain.fingerprint() != filled.fingerprint()
+    assert (plain.learning_rate, plain.train_text_encoder) == (1e-2, True)
+    assert not with_built_in(SubjectConfig(examples_folder(), train_text_encoder=False)).train_text_encoder
+
+
+@pytest.mark.parametrize("method", ["lorad", "lora"])
+def test_defaults_are_those_that_the_benchmark_chose(method):
+    results = Path(__file__).parents[1] / "docs" / "results" / "dreambooth.json"
+    chosen = read_json(results)["chosen"][method]
+    filled = with_built_in(SubjectConfig(examples_folder(), method=method))
+    assert {name: getattr(filled, name) for name in chosen} == chosen
 
 
 @pytest.mark.parametrize(("prompt", "word"), [("a zwx", "zwx"), ("an odd zwx", "odd zwx")])

@@ -54,6 +54,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "write the student with its teacher's row norms, or row directions",
     ),
     "dreambooth": ("wadi.customise:dreambooth", "teach a model a new subject from a few pictures"),
+    "invert": ("wadi.invert:run", "learn what pictures share as a new word: a subject, or a relation"),
     "report": ("wadi.cli:report", "write the report of a run again"),
     "prompts encode": (
         "wadi.distill.prompts:encode_to_disk",
@@ -67,6 +68,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train a ControlNet for it",
     ),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
+    "emoji relation-examples": (
+        "wadi.emoji.examples:relation_examples",
+        "draw pictures of a relation that no caption names, to learn it from",
+    ),
     "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
     "emoji subject-examples": (
         "wadi.emoji.subject:subject_examples",
@@ -141,6 +146,7 @@ def generate(
     num_inference_steps: int = 1,
     guidance_scale: float = 1.0,
     negative_prompt: str | None = None,
+    embedding: tuple[Path, ...] = (),
 ) -> None:
     """Make pictures in one step; without --model and --adapter, with the student that comes with wadi.
 
@@ -165,6 +171,7 @@ def generate(
         num_inference_steps: Only 1; it is here to say so.
         guidance_scale: Only 1; guidance was built into a one-step student by distillation.
         negative_prompt: None, for the same reason.
+        embedding: Files, or folders of wadi invert, of learned words that the prompt uses.
     """
     from wadi.onestep import refuse_guidance
 
@@ -173,6 +180,8 @@ def generate(
     if num_images < 1 or batch_size < 1:
         raise WadiError("--num-images, --batch-size: must be at least 1")
     pipeline = _load_student(model, adapter, subject_adapter, dtype, device, vae)
+    for path in embedding:
+        pipeline.load_embedding(path)
     with _stretched(pipeline, height, width) if redilate else contextlib.nullcontext():
         if fast:
             batch_size = min(batch_size, num_images)

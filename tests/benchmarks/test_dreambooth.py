@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import inject_adapter_in_model
+from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
 from wadi.distill.methods import method_config
 from wadi.emoji import teacher_folder
+from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, save_tensors
 from wadi.lorad import student_config
 from wadi.onestep import load_pipeline
@@ -32,6 +34,7 @@ def options(tmp_path):
         max_train_steps=1,
         train_batch_size=1,
         num_class_images=1,
+        distill_train_steps=1,
         distill_steps=1,
         distill_batch_size=1,
         subject_samples=2,
@@ -39,6 +42,8 @@ def options(tmp_path):
         scenes=2,
         workers=1,
         runs=tmp_path / "runs",
+        results=tmp_path / "results",
+        picture=tmp_path / "picture.jpg",
         device="cpu",
     )
 
@@ -52,9 +57,45 @@ def test_one_training_is_measured_in_every_way(options, monkeypatch):
         assert all(0 <= figures[name] <= 1 for name in ("recognised", "all", "others", "subject_elsewhere"))
     shown = load_tensors(options.runs / f"{run.name}.safetensors")
     assert all(shown[way].shape == (2, 3, 64, 64) for way in benchmark.WAYS)
-    written = (options.runs / f"{run.name}.json").stat().st_mtime_ns
+    written = options.results / f"{run.name}.json"
+    assert read_json(written)["header"].startswith("CPU, torch ")
+    before = written.stat().st_mtime_ns
     benchmark.run_all([run], options, final=True)  # what is there is not run again
-    assert (options.runs / f"{run.name}.json").stat().st_mtime_ns == written
+    assert written.stat().st_mtime_ns == before
+    with pytest.raises(WadiError, match="with other options"):
+        benchmark.run_all([run], dataclasses.replace(options, samples=3), final=True)
+
+
+def test_the_student_is_distilled_on(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "STEPS", 1)
+    run = benchmark.Run("hedgehog", "lorad", 1e-2, True, 2)
+    result = benchmark.distill_on(run, options)
+    assert result == read_json(options.results / "distilled-on" / "hedgehog.json")
+    assert set(result["figures"]) == set(benchmark.DISTILLED)
+    assert Image.open(tmp_path / "picture-hedgehog.jpg").width > 4 * 128
+    assert "hedgehog, LoRaD, seed 2; 1 updates of the subject" in benchmark.distilled_table([result])
+
+
+def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
+    def train(*_):
+        raise AssertionError("something was trained again")
+
+    monkeypatch.setattr(benchmark, "train", train)
+    monkeypatch.setattr(benchmark, "read_glyphs", train)
+    docs = BENCHMARKS.parent / "docs" / "results"
+    out = tmp_path / "dreambooth.json"
+    page = tmp_path / "page.md"
+    page.write_text((docs.parent / "uses" / "dreambooth.md").read_text())
+    benchmark.main(
+        benchmark.Options(
+            page=page, results=docs / "dreambooth", out=out, runs=tmp_path, picture=tmp_path / "picture.png"
+        )
+    )
+    assert out.read_bytes() == (docs / "dreambooth.json").read_bytes()
+    assert "lacks the pictures" in capsys.readouterr().err
+    page.write_text("nothing")
+    with pytest.raises(WadiError, match="has no <!-- table: distilled-on -->"):
+        benchmark.write_page(page, read_json(out))
 
 
 def test_adapters_have_equally_many_parameters(options):
@@ -77,27 +118,44 @@ def test_tables():
 
     def row(method, value, rate=1e-3):
         ways = {way: figures(value) for way in benchmark.WAYS if "first" not in way or method == "lora"}
-        return {"method": method, "learning_rate": rate, "train_text_encoder": False, "figures": ways}
+        return {
+            "subject": "teapot",
+            "method": method,
+            "learning_rate": rate,
+            "train_text_encoder": False,
+            "figures": ways,
+        }
 
     whole = {
-        "before": {"teacher": figures(0.0), "student": figures(0.25)},
+        "header": "a machine",
+        "seeds": [2],
+        "before": {
+            "header": "another",
+            "teacher": {"crab": figures(0.5), "teapot": figures(0.0)},
+            "student": {"teapot": figures(0.25)},
+        },
         "runs": [row("lorad", 0.5), row("lorad", 1.0), row("lora", 0.25), row("lora", 0.25)],
+        "distilled_on": [],
         "learning_rates": [row("lorad", 0.5), row("lorad", 0.75, 1e-2)],
         "chosen": {"lorad": {"learning_rate": 1e-2, "train_text_encoder": False}},
     }
     shown = benchmark.tables(whole)
-    assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in shown
-    assert "| student, 1 step, before | none | 0.250 |" in shown
-    assert shown.count("subject merged first") == 1
-    assert "| LoRaD | **0.01** | no | 0.750 |" in shown
+    means = shown["means"]
+    assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in means
+    assert "| student, 1 step, before | none | 0.250 |" in means
+    assert "| teacher, 25 steps, before | none | 0.000 |" in means  # the crab is not reported
+    assert means.count("subject merged first") == 1
+    assert means.endswith("a machine; seed 2. The rows before: another.")
+    assert "| teapot | LoRaD | 0.500 | 0.500 | 0.500 | 0.500 |" in shown["subjects"]
+    assert "| LoRaD | **0.01** | no | 0.750 |" in shown["rates"]
+    assert shown["distilled-on"] == "Not measured."
     assert benchmark.score(whole["learning_rates"][1]) == 0.75
 
 
 def test_the_results_on_the_page_are_those_of_the_file():
-    page = Path(__file__).parents[2] / "docs" / "uses" / "dreambooth.md"
-    results, text = page.parents[1] / "results" / "dreambooth.json", page.read_text(encoding="utf-8")
-    if not results.exists():
-        assert "have not been measured yet" in text
-        return
-    for line in benchmark.tables(read_json(results)).splitlines():
-        assert line in text
+    docs = BENCHMARKS.parent / "docs"
+    page = docs / "uses" / "dreambooth.md"
+    blocks = benchmark.tables(read_json(docs / "results" / "dreambooth.json"))
+    text = page.read_text(encoding="utf-8")
+    places = benchmark.find_tables(text, page, tuple(blocks))
+    assert {name: text[slice(*place)].rstrip() for name, place in places.items()} == blocks

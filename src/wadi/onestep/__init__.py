@@ -6,6 +6,7 @@ from wadi.onestep.importing import import_weights
 from wadi.onestep.pictures import check_picture_path, image_grid, labelled_grid, save_picture
 from wadi.onestep.pipeline import (
     OneStepPipeline,
+    load_embedding,
     load_pipeline,
     read_alpha_T_squared,
     refuse_guidance,
@@ -21,6 +22,7 @@ __all__ = [
     "image_grid",
     "import_weights",
     "labelled_grid",
+    "load_embedding",
     "load_pipeline",
     "one_step_scheduler",
     "read_alpha_T_squared",

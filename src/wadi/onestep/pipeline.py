@@ -14,6 +14,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME_SAFE
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -177,6 +179,16 @@ class OneStepPipeline:
             **options,
         ).images
 
+    def load_embedding(self, path: str | os.PathLike) -> str:
+        """Teach the pipeline a word that was learned by textual inversion; returns it. See `load_embedding`.
+
+        Raises:
+            WadiError: as there, or `compile` came before, whose kept embeddings of prompts may lack the word.
+        """
+        if self.fast is not None:
+            raise WadiError(f"{path}: load embeddings before compile()")
+        return load_embedding(self.pipeline, path)
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
@@ -199,7 +211,10 @@ class OneStepPipeline:
             return
         tokenizer, limit = self.pipeline.tokenizer, prompt_limit(self.pipeline)
         for prompt in prompts:
-            length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            whole = prompt
+            if isinstance(self.pipeline, TextualInversionLoaderMixin):
+                whole = self.pipeline.maybe_convert_prompt(prompt, tokenizer)
+            length = len(tokenizer(whole, truncation=False, verbose=False).input_ids)
             if length > limit:
                 raise WadiError(
                     f"prompt: {prompt[:40]!r}... has {length} tokens and the model takes {limit}; shorten it"
@@ -315,6 +330,40 @@ def as_list(adapters: Adapters) -> list[str | os.PathLike]:
     if adapters is None:
         return []
     return [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+
+
+def load_embedding(pipeline: DiffusionPipeline, path: str | os.PathLike) -> str:
+    """Teach a pipeline a word of a file, with diffusers' `load_textual_inversion`.
+
+    Args:
+        pipeline: one with a CLIP text encoder.
+        path: a safetensors file with one entry, (n, D) under the word's name, or a folder that holds
+            `learned_embeds.safetensors`.
+
+    Returns:
+        The word.
+
+    Raises:
+        WadiError: no such file, not of this form or of another model, or the pipeline has the word already.
+    """
+    if not isinstance(pipeline, TextualInversionLoaderMixin):
+        raise WadiError(f"{path}: a {type(pipeline).__name__} cannot take a learned word")
+    file = Path(path) / TEXT_INVERSION_NAME_SAFE if Path(path).is_dir() else Path(path)
+    tensors = load_tensors(file)
+    if len(tensors) != 1 or next(iter(tensors.values())).ndim not in (1, 2):
+        raise WadiError(f"{file}: not one learned word; name a file that wadi invert or diffusers wrote")
+    ((word, embedding),) = tensors.items()
+    width = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+    if embedding.shape[-1] != width:
+        raise WadiError(
+            f"{file}: {word} has {embedding.shape[-1]} numbers and the model's words have {width}; it was "
+            "learned on another model"
+        )
+    try:
+        pipeline.load_textual_inversion({word: embedding})
+    except ValueError as error:
+        raise WadiError(f"{file}: {_first_line(error)}") from error
+    return word
 
 
 def load_for_steps(
