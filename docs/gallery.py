@@ -162,6 +162,20 @@ ENTRIES = (
         module="cv2",
         extra="control",
     ),
+    Entry(
+        "dreambooth",
+        "A new subject, from six pictures",
+        "Emoji that the models never saw. The teacher in 25 steps learns most of them, in the places and on the "
+        "grounds of the prompt; on the student, in one step, the colours and the place are right and the shape "
+        "is hardly: [a new subject](uses/dreambooth.md).",
+        (
+            "wadi emoji subject-examples --out hedgehog",
+            "wadi dreambooth hedgehog --out runs/hedgehog",
+            'wadi generate "a big zwx on a purple background" --subject-adapter runs/hedgehog/adapter -n 4 '
+            "--out zwx.jpg",
+        ),
+        made_by="python benchmarks/dreambooth.py",
+    ),
 )
 """The gallery, in order."""
 
