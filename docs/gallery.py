@@ -165,9 +165,9 @@ ENTRIES = (
     Entry(
         "dreambooth",
         "A new subject, from six pictures",
-        "Emoji that the models never saw. The teacher in 25 steps learns most of them, in the places and on the "
-        "grounds of the prompt; on the student, in one step, the colours and the place are right and the shape "
-        "is hardly: [a new subject](uses/dreambooth.md).",
+        "Emoji that the models never saw. The teacher mostly learns them in 25 steps, in the places and on the "
+        "grounds of the prompt. The student in one step gets colours and place right, and hardly the shape: "
+        "[a new subject](uses/dreambooth.md).",
         (
             "wadi emoji subject-examples --out hedgehog",
             "wadi dreambooth hedgehog --out runs/hedgehog",
