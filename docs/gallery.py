@@ -165,7 +165,7 @@ ENTRIES = (
     Entry(
         "dreambooth",
         "A new subject, from six pictures",
-        "Emoji that the models never saw. The teacher mostly learns them in 25 steps, in the places and on the "
+        "Emoji that the models never saw. The teacher mostly learns them (25 steps), in places and on "
         "grounds of the prompt. The student in one step gets colours and place right, and hardly the shape: "
         "[a new subject](uses/dreambooth.md).",
         (
