@@ -88,8 +88,8 @@ class InvertConfig:
     """Pictures an update."""
     learning_rate: float | None = None
     """Of AdamW, at its peak, as a multiple of the root mean square of the numbers of --initializer-token's
-    embedding, which differs between models; falls to zero along a cosine. If not given, 0.2 for a relation and
-    0.6 for a subject, whose word has to go further."""
+    embedding, which differs between models; falls to zero along a cosine. 0.2 for a relation and 0.6 for a
+    subject, whose word has to go further, if not given."""
     steering_weight: float = 0.01
     """Of the loss that steers a relation towards prepositions; 0 leaves it away."""
     steering_temperature: float = 0.07
