@@ -380,7 +380,7 @@ def main(options: Options) -> None:
         f"{options.pairs} held-out pairs, {options.seeds} seeds, {device}, torch {torch.__version__}, "
         f"{date.today()}; {time.perf_counter() - start:.0f} s, of them {trained:.0f} s to choose and to learn"
     )
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if v is not None}
+    settings = {k: v for k, v in vars(options).items() if k not in ("atlas", "out", "picture", "device")}
     write_json(
         options.out,
         {
@@ -426,7 +426,10 @@ def headlines(rows: list[dict], named: dict[str, list[dict]], time_ratio: float)
         means = {who: round(statistics.mean(values), 4) for who, values in learned.items()}
         use, measure = "a word for a subject", "judge finds it, and all else that is said (up)"
         found.append({"use": use, "measure": measure, **means, "time_ratio": round(time_ratio, 1)})
-    for shown, use in ((True, "a word for a relation that no caption names"), (False, "one never shown")):
+    for shown, use in (
+        (True, "a word for a relation that no caption names"),
+        (False, "a word for a relation never shown"),
+    ):
         chosen = [row for row in rows if row["way"] == LEARNED and row["shown in training"] == shown]
         if chosen:
             means = {
