@@ -43,9 +43,9 @@ class Entry:
         words: what there is to see, and which page has more.
         commands: command lines; the last one writes the picture.
         needs: names of entries whose pictures the commands read.
-        made_by: of what trains for minutes: the benchmark that made docs/images/NAME.jpg. That picture is
-            shown, the commands are not run, and the page says so.
-        suffix: of the picture's file; .png for one that commands read.
+        made_by: of what trains for minutes: the benchmark that made the picture in docs/images. That one
+            is shown, the commands are not run, and the page says so.
+        suffix: of the picture's file.
         module: what the commands import beyond what wadi always needs. Where it is not installed they are not
             run: the entry keeps the picture that is there, or is left out.
         extra: of wadi, that installs the module.
@@ -161,6 +161,20 @@ ENTRIES = (
         ("panda",),
         module="cv2",
         extra="control",
+    ),
+    Entry(
+        "inversion",
+        "A relation, from pictures, as a new word",
+        'One word for what pairs of objects have in common. "Side by side, in either order" is learned; '
+        "which of the two is where hardly, and what training never showed not at all: "
+        "[a new word](uses/inversion.md).",
+        (
+            "wadi emoji relation-examples --out pictures",
+            "wadi invert pictures --out runs/word",
+            'wadi generate "a panda <R> a rocket" --embedding runs/word -n 8 --out word.jpg',
+        ),
+        made_by="python benchmarks/inversion.py",
+        suffix=".png",
     ),
     Entry(
         "dreambooth",
