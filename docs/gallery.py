@@ -1,6 +1,6 @@
 """Make the gallery: docs/gallery.md, and its pictures, each by the command lines that the page shows.
 
-    python docs/gallery.py                             # all of it; two cores, less than a minute
+    python docs/gallery.py                             # all of it; two cores, about a minute
     python docs/gallery.py --only inpaint --out runs/gallery   # a part of it, elsewhere
 
 The commands run one after the other in one empty folder, so that a picture of one is there for the next.
@@ -9,6 +9,7 @@ Another entry is another line of `ENTRIES`. What a command says when it fails is
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -37,13 +38,17 @@ class Entry:
     """A picture of the gallery.
 
     Attributes:
-        name: of the picture's file, without .png.
+        name: of the picture's file, without its suffix.
         title: heading.
         words: what there is to see, and which page has more.
-        commands: command lines; the last one writes NAME.png.
+        commands: command lines; the last one writes the picture.
         needs: names of entries whose pictures the commands read.
-        made_by: of what trains for minutes: the benchmark that made docs/images/NAME.png. That picture is
+        made_by: of what trains for minutes: the benchmark that made docs/images/NAME.jpg. That picture is
             shown, the commands are not run, and the page says so.
+        suffix: of the picture's file; .png for one that commands read.
+        module: what the commands import beyond what wadi always needs. Where it is not installed they are not
+            run: the entry keeps the picture that is there, or is left out.
+        extra: of wadi, that installs the module.
     """
 
     name: str
@@ -52,11 +57,24 @@ class Entry:
     commands: tuple[str, ...]
     needs: tuple[str, ...] = ()
     made_by: str = ""
+    suffix: str = ".jpg"
+    module: str = ""
+    extra: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of the picture."""
+        return self.name + self.suffix
 
     @property
     def picture(self) -> str:
         """Of the page: where the picture is."""
-        return f"images/{self.name}.png" if self.made_by else f"images/gallery/{self.name}.png"
+        return f"images/{self.file}" if self.made_by else f"images/gallery/{self.file}"
+
+    @property
+    def runs(self) -> bool:
+        """Whether its commands are run here."""
+        return not self.made_by and not (self.module and importlib.util.find_spec(self.module) is None)
 
 
 ENTRIES = (
@@ -64,13 +82,13 @@ ENTRIES = (
         "generate",
         "A prompt, eight pictures, one step each",
         "What the prompt leaves free (place, size, angle) differs from picture to picture.",
-        ('wadi generate "a unicorn on a yellow background" -n 8 --out generate.png',),
+        ('wadi generate "a unicorn on a yellow background" -n 8 --out generate.jpg',),
     ),
     Entry(
         "two-objects",
         "Two objects, and where they are",
         "Training showed no picture of these two together: [prompts of several things](uses/prompts.md).",
-        ('wadi generate "a penguin left of a sunflower" -n 8 --out two-objects.png',),
+        ('wadi generate "a penguin left of a sunflower" -n 8 --out two-objects.jpg',),
     ),
     Entry(
         "plain-large",
@@ -78,27 +96,28 @@ ENTRIES = (
         "A student of 64 px asked for 128: the object repeats, or grows out of shape.",
         (
             'wadi generate "a rocket on a blue background" --height 128 --width 128 --no-redilate -n 4 '
-            "--out plain-large.png",
+            "--out plain-large.jpg",
         ),
     ),
     Entry(
         "large",
         "Twice as high and wide: re-dilated",
         "The same noise, with the inner convolutions stretched, as `wadi generate` does unless told not to: "
-        "[larger pictures](uses/high-resolution.md).",
-        ('wadi generate "a rocket on a blue background" --height 128 --width 128 -n 4 --out large.png',),
+        "one object each, its surface rough ([larger pictures](uses/high-resolution.md)).",
+        ('wadi generate "a rocket on a blue background" --height 128 --width 128 -n 4 --out large.jpg',),
     ),
     Entry(
         "panda",
         "A picture to start from",
         "It is the input of what follows.",
         ('wadi generate "a big panda on the left on a red background" --seed 3 --out panda.png',),
+        suffix=".png",
     ),
     Entry(
         "image-to-image",
         "Image to image, in one step",
         "Another object in the place of the first, on its ground: [pictures of pictures](uses/editing.md).",
-        ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.png',),
+        ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.jpg',),
         ("panda",),
     ),
     Entry(
@@ -107,7 +126,7 @@ ENTRIES = (
         "The same with the multi-step model.",
         (
             'wadi image-to-image panda.png --prompt "a tiger" --num-inference-steps 25 --guidance-scale 2 '
-            "--out image-to-image-teacher.png",
+            "--out image-to-image-teacher.jpg",
         ),
         ("panda",),
     ),
@@ -118,7 +137,7 @@ ENTRIES = (
         "shows least ([pictures of pictures](uses/editing.md)).",
         (
             f'python -c "{MASK}"',
-            'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --out inpaint.png',
+            'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --out inpaint.jpg',
         ),
         ("panda",),
     ),
@@ -129,9 +148,33 @@ ENTRIES = (
         (
             f'python -c "{MASK}"',
             'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --num-inference-steps 25 '
-            "--guidance-scale 2 --out inpaint-teacher.png",
+            "--guidance-scale 2 --out inpaint-teacher.jpg",
         ),
         ("panda",),
+    ),
+    Entry(
+        "control",
+        "A ControlNet of the teacher, on the student",
+        "The edges of the panda, and pictures that keep to them: [control](uses/control.md). Edges take "
+        'OpenCV (`pip install "wadi[control]"`); without it the command says so.',
+        ('wadi control panda.png --prompt "a panda on a green background" --out control.jpg',),
+        ("panda",),
+        module="cv2",
+        extra="control",
+    ),
+    Entry(
+        "dreambooth",
+        "A new subject, from six pictures",
+        "Emoji that the models never saw. The teacher mostly learns them in 25 steps, in the places and on the "
+        "grounds of the prompt. The student in one step gets colours and place right, and hardly the shape: "
+        "[a new subject](uses/dreambooth.md).",
+        (
+            "wadi emoji subject-examples --out hedgehog",
+            "wadi dreambooth hedgehog --out runs/hedgehog",
+            'wadi generate "a big zwx on a purple background" --subject-adapter runs/hedgehog/adapter -n 4 '
+            "--out zwx.jpg",
+        ),
+        made_by="python benchmarks/dreambooth.py",
     ),
 )
 """The gallery, in order."""
@@ -198,26 +241,37 @@ def page(entries: Sequence[Entry]) -> str:
     return "\n".join(parts)
 
 
+def told_if_left_out(entry: Entry, out: Path) -> bool:
+    """Whether the page has the entry; says what is missing if its commands cannot be run here."""
+    if entry.made_by or entry.runs:
+        return True
+    kept = (out / entry.picture).exists()
+    does = "its picture is left as it is" if kept else "it is left out"
+    print(f'{entry.name}: needs {entry.module} (pip install "wadi[{entry.extra}]"); {does}', file=sys.stderr)
+    return kept
+
+
 def main(options: Options) -> None:
     """Run the commands, then write pictures and page."""
     entries, out, start = chosen(options.only), options.out.resolve(), Path.cwd()
     for entry in entries:
         if entry.made_by and not (out / entry.picture).exists():
             raise WadiError(f"{options.out / entry.picture}: is missing; run {entry.made_by}")
-    own = [entry for entry in entries if not entry.made_by]
+    entries = [entry for entry in entries if told_if_left_out(entry, out)]
+    own = [entry for entry in entries if entry.runs]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
             for entry in own:
                 for command in entry.commands:
                     run(command)
-                if not Path(f"{entry.name}.png").exists():
-                    raise WadiError(f"{entry.name}: its commands wrote no {entry.name}.png")
+                if not Path(entry.file).exists():
+                    raise WadiError(f"{entry.name}: its commands wrote no {entry.file}")
         finally:
             os.chdir(start)
         for entry in own:
             with replacing_file(out / entry.picture) as temporary:
-                shutil.copyfile(Path(folder) / f"{entry.name}.png", temporary)
+                shutil.copyfile(Path(folder) / entry.file, temporary)
     write_text(out / "gallery.md", page(entries))
     print(f"{options.out / 'gallery.md'}: {len(entries)} pictures")
 

@@ -34,7 +34,7 @@ def test_entries_write_their_own_pictures(gallery):
     names = [entry.name for entry in gallery.ENTRIES]
     assert len(set(names)) == len(names)
     for number, entry in enumerate(gallery.ENTRIES):
-        assert entry.made_by or entry.commands[-1].endswith(f"--out {entry.name}.png")
+        assert entry.made_by or entry.commands[-1].endswith(f"--out {entry.file}")
         assert set(entry.needs) <= set(names[:number])
 
 
@@ -55,14 +55,30 @@ def test_a_part_of_it(gallery, tmp_path):
 def test_what_trains_is_shown_and_not_run(gallery, tmp_path, monkeypatch):
     trained = gallery.Entry("trained", "T", "Words.", ("wadi no-such",), made_by="python benchmarks/t.py")
     monkeypatch.setattr(gallery, "ENTRIES", (trained,))
-    with pytest.raises(WadiError, match=r"trained\.png: is missing; run python benchmarks/t\.py"):
+    with pytest.raises(WadiError, match=r"trained\.jpg: is missing; run python benchmarks/t\.py"):
         gallery.main(gallery.Options(out=tmp_path))
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "trained.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "trained.jpg")
     gallery.main(gallery.Options(out=tmp_path))
     page = (tmp_path / "gallery.md").read_text()
     assert "the gallery did not run it; the picture is by `python benchmarks/t.py`" in page
-    assert "![T.](images/trained.png)" in page
+    assert "![T.](images/trained.jpg)" in page
+
+
+def test_without_an_optional_library_the_picture_stays_or_is_left_out(gallery, tmp_path, monkeypatch, capsys):
+    cv = gallery.Entry("cv", "C", "W.", ("wadi no-such",), module="no_such_module", extra="control")
+    monkeypatch.setattr(gallery, "ENTRIES", (cv,))
+    gallery.main(gallery.Options(out=tmp_path))
+    told = 'cv: needs no_such_module (pip install "wadi[control]"); '
+    assert capsys.readouterr().err == told + "it is left out\n"
+    assert "images/gallery" not in (tmp_path / "gallery.md").read_text()
+    kept = tmp_path / "images" / "gallery" / "cv.jpg"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"as it was")
+    gallery.main(gallery.Options(out=tmp_path))
+    assert capsys.readouterr().err == told + "its picture is left as it is\n"
+    assert "![C.](images/gallery/cv.jpg)" in (tmp_path / "gallery.md").read_text()
+    assert kept.read_bytes() == b"as it was"
 
 
 def test_a_command_that_fails_writes_nothing(gallery, tmp_path, monkeypatch):
@@ -75,7 +91,7 @@ def test_a_command_that_fails_writes_nothing(gallery, tmp_path, monkeypatch):
     assert Path.cwd() == start
     other = gallery.Entry("other", "", "", ("python -c pass",))
     monkeypatch.setattr(gallery, "ENTRIES", (other,))
-    with pytest.raises(WadiError, match=r"other: its commands wrote no other\.png"):
+    with pytest.raises(WadiError, match=r"other: its commands wrote no other\.jpg"):
         gallery.main(gallery.Options(out=tmp_path))
     with pytest.raises(WadiError, match="--only: no entry 'panda'; known are other"):
         gallery.chosen(["panda"])
