@@ -35,7 +35,7 @@ def test_a_word_of_any_stable_diffusion_and_its_files(folder, teacher_folder, tm
     assert f'wadi generate "o <R> y" --embedding {out}' in shown
     assert load_tensors(out / "learned_embeds.safetensors")["<R>"].shape == (1, 16)
     facts = read_json(out / "inversion.json")
-    assert (facts["updates"], facts["options"]["learning_rate"]) == (2, invert.InvertConfig.learning_rate)
+    assert (facts["updates"], facts["options"]["focal_alpha"]) == (2, 0.5)
     # exemplars, and two new pairs; no student
     assert Image.open(out / "pictures.png").height > 3 * READABLE
 

@@ -24,6 +24,7 @@ TINY = inversion.Options(
     max_train_steps=1,
     train_batch_size=1,
     rates=(0.1,),
+    subject_rates=(0.1,),
     lowest=(0, 600),
     steering=(0.1,),
     pairs=3,
@@ -56,6 +57,23 @@ def test_options_are_chosen_on_other_pairs_than_those_reported_all_never_seen():
     chosen, reported = inversion.pairs_of(inversion.Options())
     assert not set(chosen) & set(reported)
     assert all(is_held_out_pair(a, b) for a, b in (*chosen, *reported))
+
+
+def test_the_rate_of_subjects_is_the_best_over_teacher_and_student():
+    shares = {0.1: 0.5, 0.2: 0.75, 0.4: 0.25}
+
+    class Bench:
+        options = inversion.Options(subject_rates=tuple(shares))
+
+        def learn(self, jobs):
+            return dict.fromkeys(jobs)
+
+        def try_subjects(self, words, student):
+            return [{"way": "learned", "all": shares[dict(job.options)["learning_rate"]]} for job in words]
+
+    rate, rows = inversion.choose_subject_rate(Bench())
+    assert rate == 0.2
+    assert len(rows) == 2 * 3 * len(inversion.SUBJECTS_CHOSEN_ON)
 
 
 def test_captions_of_a_subject_state_more_than_its_name():

@@ -60,6 +60,7 @@ TEMPLATES = (
 
 TOKENS = {"relation": "<R>", "subject": "<S>"}
 INITIALIZERS = {"relation": "and", "subject": "picture"}
+LEARNING_RATES = {"relation": 0.2, "subject": 0.6}
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class InvertConfig:
     """Updates."""
     train_batch_size: int = 8
     """Pictures an update."""
-    learning_rate: float = 0.2
+    learning_rate: float | None = None
     """Of AdamW, at its peak, as a multiple of the root mean square of the numbers of --initializer-token's
-    embedding, which differs between models; falls to zero along a cosine."""
+    embedding, which differs between models; falls to zero along a cosine. 0.2 for a relation and 0.6 for a
+    subject, whose word has to go further, if not given."""
     steering_weight: float = 0.01
     """Of the loss that steers a relation towards prepositions; 0 leaves it away."""
     steering_temperature: float = 0.07
@@ -267,8 +269,9 @@ def _check(config: InvertConfig) -> None:
     if config.lowest_timestep < 0:
         raise WadiError(f"--lowest-timestep {config.lowest_timestep}: must not be negative")
     for name in ("learning_rate", "steering_temperature"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise WadiError(f"--{name.replace('_', '-')} {value}: must be positive")
     if not 0 <= config.steering_weight < math.inf:
         raise WadiError(f"--steering-weight {config.steering_weight}: must not be negative")
 
@@ -514,7 +517,8 @@ class _Word:
         initial = _word(pipeline, config.initializer_token or INITIALIZERS[self.kind], "--initializer-token")
         self.ids = torch.zeros(0)  # of the captions, once the pipeline knows the word
         self.rows = torch.nn.Parameter(initial.repeat(config.num_vectors, 1))
-        self.scale = initial.square().mean().sqrt().item()
+        scale = initial.square().mean().sqrt().item()
+        self.learning_rate = scale * (config.learning_rate or LEARNING_RATES[self.kind])
         self.means, self.deviations = _encode(pipeline, exemplars)
 
     def draw(self) -> _Batch:
@@ -543,7 +547,7 @@ class _Word:
 def _train(pipeline: StableDiffusionPipeline, words: Sequence[_Word], steps: int) -> bool:
     """Update the words' embeddings; returns whether Ctrl-C ended it."""
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    groups = [{"params": [word.rows], "lr": word.config.learning_rate * word.scale} for word in words]
+    groups = [{"params": [word.rows], "lr": word.learning_rate} for word in words]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bar = tqdm(range(steps), desc="new word", unit="step")
