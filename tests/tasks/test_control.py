@@ -298,7 +298,7 @@ def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--controlnet: name a ControlNet of"),
+        ([], "--controlnet: name one of"),
         (["--controlnet", "nowhere"], "nowhere: no such folder"),
         (["--controlnet", "first", "-n", "0"], "must be at least 1"),
         (["--controlnet", "first", "--guidance-scale", "2"], "cannot be guided"),

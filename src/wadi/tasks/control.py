@@ -225,6 +225,7 @@ def steer(
     batch_size: int = 8,
     num_inference_steps: int = 1,
     guidance_scale: float = 1.0,
+    negative_prompt: str | None = None,
 ) -> list[Image.Image]:
     """Make pictures that keep to condition maps.
 
@@ -238,6 +239,7 @@ def steer(
         batch_size: how many at once.
         num_inference_steps: 1 for a student.
         guidance_scale: of a multi-step model.
+        negative_prompt: likewise.
 
     Raises:
         WadiError: guidance in one step, or the prompt is too long for the tokenizer.
@@ -247,6 +249,7 @@ def steer(
         "image": maps[0] if alone else list(maps),
         "controlnet_conditioning_scale": float(conditioning_scale[0]) if alone else list(conditioning_scale),
         "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
     }
     images = []
     for first in range(0, num_images, batch_size):
