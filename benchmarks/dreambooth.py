@@ -112,6 +112,8 @@ class Options:
     """Only write the tables of --page, from --out."""
     distill_on: tuple[str, ...] = ()
     """Only: teach these subjects with LoRaD and distil the shipped student on with the customised teacher."""
+    teacher_before: bool = False
+    """Measure the shipped teacher before any subject too: minutes on a CPU."""
     seeds: tuple[int, ...] = (2,)
     """Of the final trainings; rates are chosen with seed 0."""
     rank: int = 8
@@ -156,6 +158,7 @@ class Options:
             "draw",
             "only_rates",
             "table",
+            "teacher_before",
             "distill_on",
             "distill_train_steps",
             "distill_steps",
@@ -455,7 +458,7 @@ def choose(options: Options) -> tuple[list[dict[str, Any]], dict[str, dict[str, 
 
 
 def baselines(options: Options) -> dict[str, Any]:
-    """The shipped teacher and student before any subject, and how good the recognisers are; kept as JSON."""
+    """The shipped student before any subject, perhaps the teacher, and how good the recognisers are; kept."""
     path = options.results / "before.json"
     if path.exists():
         found = read_json(path)
@@ -463,13 +466,14 @@ def baselines(options: Options) -> dict[str, Any]:
             raise WadiError(f"{path}: was made with other options; remove it, or name other --results")
         return found
     glyphs = read_glyphs(options)
-    recognisers = {subject: make_recogniser(subject, glyphs, options) for subject in SUBJECTS}
+    recognisers = {name: make_recogniser(name, glyphs, options) for name in SUBJECTS if name != CHOSEN_ON}
     found = {"header": header(options), "options": _as_read(options.decides())}
     found["recognisers"] = {
         subject: recogniser_figures(recogniser, subject, glyphs, options)
         for subject, recogniser in recognisers.items()
     }
-    for way, steps, adapter in (("teacher", STEPS, None), ("student", 1, student_folder())):
+    ways = {"student": (1, student_folder())} | ({"teacher": (STEPS, None)} if options.teacher_before else {})
+    for way, (steps, adapter) in ways.items():
         pipeline = load_for_steps(teacher_folder(), adapter, steps, device=options.device)
         painted = paint(pipeline, steps, options)
         found[way] = {subject: read(painted, recogniser) for subject, recogniser in recognisers.items()}
@@ -593,6 +597,7 @@ def tables(whole: dict[str, Any]) -> dict[str, str]:
     return {
         "means": f"{means_table(whole)}\n\n{machine} The rows before: {whole['before']['header']}.",
         "subjects": f"{subjects_table(whole['runs'])}\n\n{machine}",
+        "recognisers": recognisers_table(whole["before"]),
         "distilled-on": distilled_table(whole["distilled_on"]),
         "rates": f"{rates_table(whole['learning_rates'], whole['chosen'])}\n\n{whole['header']}; seed 0.",
     }
@@ -601,9 +606,9 @@ def tables(whole: dict[str, Any]) -> dict[str, str]:
 def means_table(whole: dict[str, Any]) -> str:
     """Markdown: means over subjects and seeds with lowest and highest, of everything that makes pictures."""
     rows = []
-    for way in ("teacher", "student"):
-        figures = [f for subject, f in whole["before"][way].items() if subject != CHOSEN_ON]
-        rows.append([f"{WAYS[way].split(':')[0]}, before", "none", *_cells(figures)])
+    for way in (way for way in ("teacher", "student") if way in whole["before"]):
+        name = f"{WAYS[way].split(':')[0]}, before"
+        rows.append([name, "none", *_cells(list(whole["before"][way].values()))])
     for way, name in WAYS.items():
         for method in RATES:
             own = [r["figures"][way] for r in whole["runs"] if r["method"] == method and way in r["figures"]]
@@ -624,15 +629,23 @@ def subjects_table(runs: list[dict[str, Any]]) -> str:
     return markdown(("subject", "adapter", *headings), rows)
 
 
+def recognisers_table(before: dict[str, Any]) -> str:
+    """Markdown: the share of drawn scenes that each recogniser takes for its subject."""
+    kinds = {"subject": "the subject", "the_72": "the 72 known emoji", "new_decoys": "8 other unknown emoji"}
+    rows = [
+        [subject, *(f"{figures[kind]:.3f}" for kind in kinds)]
+        for subject, figures in before["recognisers"].items()
+    ]
+    return f"{markdown(('recogniser of', *kinds.values()), rows)}\n\n{before['header']}."
+
+
 def distilled_table(results: list[dict[str, Any]]) -> str:
     """Markdown: one adapter, stacked on the student and distilled into it."""
     parts = []
     for r in results:
         rows = [[name, *_cells([r["figures"][way]])] for way, name in DISTILLED.items()]
-        how = f"{r['options']['max_train_steps']} updates of the subject, {r['seconds']:.0f} s; "
-        how += (
-            f"{r['distill_steps']} of the student, of {r['distill_batch_size']}, {r['distill_seconds']:.0f} s"
-        )
+        how = f"{r['options']['max_train_steps']} updates of the subject; "
+        how += f"{r['distill_steps']} of the student, of {r['distill_batch_size']} samples each"
         parts.append(markdown(("1 step", *COLUMNS), rows))
         parts.append(f"{r['header']}; {r['subject']}, {NAMES[r['method']]}, seed {r['seed']}; {how}.")
     return "\n\n".join(parts) or "Not measured."

@@ -483,9 +483,9 @@ def save_picture(
             for picture in shown[name][relation][:SHOWN]
         ]
         rows.append((RELATIONS[relation].meaning, examples + cells))
-    blank = [""] * (SHOWN - 1)
+    told = [", ".join(NAMES[emoji] for emoji in pair) for pair in pairs[:SHOWN]]
     steps = f"{bench.options.num_inference_steps} steps"
-    headings = ["exemplars", "", steps, *blank, "1 step", *blank]
+    headings = ["exemplar", "exemplar", *(f"{n}: {pair}" for n in (steps, "1 step") for pair in told)]
     with replacing_file(bench.options.picture) as temporary:
         # a palette: a third of the size, and no difference to the eye
         labelled_grid(rows, headings).quantize(256).save(temporary, format="PNG", optimize=True)

@@ -276,6 +276,10 @@ def test_grids_hold_every_picture_where_it_belongs():
     labelled = labelled_grid([("before", images[:2]), ("after", images[2:4])], headings=["one", "two"])
     assert labelled.width > 2 * 134
     assert np.asarray(labelled)[:, 100:175].min() < 128  # the labels' ink
+    # a long heading stays within its column, on more lines
+    long = labelled_grid([("", images[:2])], headings=["a heading of some more words", ""])
+    assert long.height > labelled_grid([("", images[:2])], headings=["one", ""]).height
+    assert np.asarray(long)[: long.height - 134, 144:].min() == 255
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def labelled_grid(
 
     Args:
         rows: label and pictures of each row; an empty label everywhere leaves the column of labels away.
-        headings: words above the columns; they may be fewer than the columns.
+        headings: words above the columns, on several lines where they are wide; they may be fewer than the
+            columns.
 
     Returns:
         An RGB picture on white.
@@ -85,14 +86,17 @@ def labelled_grid(
     width, height = rows[0][1][0].size
     font = ImageFont.load_default(size=max(13, height // 10))
     left = int(1.4 * width) if any(label for label, _ in rows) else 0
-    top = int(1.8 * font.size) if any(headings) else 0
+    # a heading is no wider than its column; 0.55: the width of a letter
+    headings = ["\n".join(wrap(heading, max(8, int(width / (0.55 * font.size))))) for heading in headings]
+    lines = 1 + max((heading.count("\n") for heading in headings), default=0)
+    top = int((0.6 + 1.2 * lines) * font.size) if any(headings) else 0
     columns = max(len(images) for _, images in rows)
     size = (_GAP + left + columns * (width + _GAP), _GAP + top + len(rows) * (height + _GAP))
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
         x = _GAP + left + column * (width + _GAP) + width // 2
-        draw.text((x, _GAP + top // 2), heading, _INK, font, anchor="mm")
+        draw.multiline_text((x, _GAP + top // 2), heading, _INK, font, anchor="mm", align="center")
     for row, (label, images) in enumerate(rows):
         y = _GAP + top + row * (height + _GAP)
         characters = max(8, int(left / (0.55 * font.size)))
