@@ -1,13 +1,14 @@
 """Many students trained as one network with a batch for each: what benchmarks/ablation.py does on a GPU.
 
-A network as small as the emoji teacher's keeps a GPU waiting for its kernels, whoever else shares the card.
 Students with adapters differ in their Linear layers alone, so all of them go through convolutions, norms and
 attention as one batch, and an adapted layer multiplies every student's samples by that student's own weight:
 
     x (K n, ..., in), W' (K, out, in)  ->  y[k] = x[k] W'[k]^T + bias
 
 Each student keeps its `Trainer`, with its own parameters, optimizers, average, rates and randomness; what is
-trained is what each would train alone, rounding aside (tests/benchmarks/test_stacked.py).
+trained is what each would train alone, rounding aside (tests/benchmarks/test_stacked.py). Five students as one
+do 30 updates of 64 samples a second on one H100, where the traffic of float32 activations bounds them; twelve
+on streams of their own did 29 on one H200, whose memory is faster. The two were not timed on one card.
 """
 
 from __future__ import annotations
@@ -231,8 +232,7 @@ class Stack:
     """
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
-        order = {id(t): (t.config.student_method, t.config.student_rank) for t in trainers}
-        self.trainers = sorted(trainers, key=lambda t: order[id(t)])
+        self.trainers = sorted(trainers, key=lambda t: (t.config.student_method, t.config.student_rank))
         first = self.trainers[0]
         self.backbone, self.schedule, self.teacher = first.backbone, first.schedule, first.teacher
         self.student, self.fake = stacked(self.trainers, "student"), stacked(self.trainers, "fake")
