@@ -491,6 +491,8 @@ def main(options: Options) -> None:
         return
     if any(count < 1 for count in (options.workers, options.scenes, options.subject_samples)):
         raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
+    if unknown := set(options.distill_on) - set(SUBJECTS):
+        raise WadiError(f"--distill-on {min(unknown)}: known are {', '.join(SUBJECTS)}")
     tried, chosen = choose(options)
     if options.only_rates:
         print(rates_table(tried, chosen))
@@ -534,7 +536,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for method in RATES:
             own = [r["figures"] for r in results if r["method"] == method]
             teacher, student = (statistics.mean(f[way][key] for f in own) for way in ("teacher", "student"))
-            use = f"a new subject from six pictures ({NAMES[method]})"
+            use = f"a new subject from six pictures ({NAMES[method]}, stacked on the student)"
             rows.append({"use": use, "measure": measure, "teacher": teacher, "student": student})
     return [row | {"time_ratio": None} for row in rows]
 
