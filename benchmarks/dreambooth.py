@@ -491,6 +491,8 @@ def main(options: Options) -> None:
         return
     if any(count < 1 for count in (options.workers, options.scenes, options.subject_samples)):
         raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
+    if unknown := set(options.distill_on) - set(SUBJECTS):
+        raise WadiError(f"--distill-on {min(unknown)}: known are {', '.join(SUBJECTS)}")
     tried, chosen = choose(options)
     if options.only_rates:
         print(rates_table(tried, chosen))
@@ -528,15 +530,15 @@ def main(options: Options) -> None:
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for the overview of all uses: shares of the pictures of teacher and student, LoRaD and LoRA."""
+    """Rows for the overview of all uses: means of LoRaD, the default; on the student it is stacked."""
     rows = []
+    own = [r["figures"] for r in results if r["method"] == "lorad"]
     for measure, key in (("subject recognised (up)", "recognised"), ("other prompts right (up)", "others")):
-        for method in RATES:
-            own = [r["figures"] for r in results if r["method"] == method]
-            teacher, student = (statistics.mean(f[way][key] for f in own) for way in ("teacher", "student"))
-            use = f"a new subject from six pictures ({NAMES[method]})"
-            rows.append({"use": use, "measure": measure, "teacher": teacher, "student": student})
-    return [row | {"time_ratio": None} for row in rows]
+        teacher, student = (statistics.mean(f[way][key] for f in own) for way in ("teacher", "student"))
+        use = "a new subject from six pictures, stacked on the student"
+        row = {"use": use, "measure": measure, "teacher": teacher, "student": student}
+        rows.append(row | {"time_ratio": None})
+    return rows
 
 
 def _rounded(value: Any) -> Any:

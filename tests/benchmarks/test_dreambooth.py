@@ -74,6 +74,8 @@ def test_the_student_is_distilled_on(options, monkeypatch, tmp_path):
     assert set(result["figures"]) == set(benchmark.DISTILLED)
     assert Image.open(tmp_path / "picture-hedgehog.jpg").width > 4 * 128
     assert "hedgehog, LoRaD, seed 2; 1 updates of the subject" in benchmark.distilled_table([result])
+    with pytest.raises(WadiError, match="--distill-on dodo: known are crab"):
+        benchmark.main(dataclasses.replace(options, distill_on=("dodo",)))
 
 
 def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
