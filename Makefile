@@ -39,7 +39,7 @@ demo: setup
 
 test: setup
 	@echo "test: pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 
 lint: setup
 	@echo "lint: ruff"
