@@ -7,8 +7,8 @@ attention as one batch, and an adapted layer multiplies every student's samples 
 
 Each student keeps its `Trainer`, with its own parameters, optimizers, average, rates and randomness; what is
 trained is what each would train alone, rounding aside (tests/benchmarks/test_stacked.py). Five students as
-one do 30 updates of 64 samples a second on one H100, where the traffic of float32 activations bounds them;
-twelve on streams of their own did 29 on one H200, whose memory is faster. They were not timed on one card.
+one did 30 updates of 64 samples a second on one H100, twelve on streams of their own 29 on one H200; they
+were not timed on one card.
 """
 
 from __future__ import annotations
