@@ -243,17 +243,45 @@ def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
         "guidance 2, the same, 4 updates, rate 3e-3",
         {"student_learning_rate": 3e-3, "fake_rank": large, "fake_updates": 4, "guidance_scale": 2.0},
     )
-    pairs = {"teacher_samples": TEACHER_SAMPLES}
     for weight in (0.03, 0.1, 0.3, 1.0):
-        yield f"regression-{weight:g}", f"regression {weight:g}", pairs | {"regression_weight": weight}
-    both = pairs | {"regression_weight": 0.3}
+        yield f"regression-{weight:g}", f"regression {weight:g}", _pairs(regression_weight=weight)
+    both = _pairs(regression_weight=0.3)
     yield "regression-rate-3e-3", "regression 0.3, rate 3e-3", both | {"student_learning_rate": 3e-3}
     yield "regression-guidance-2", "regression 0.3, guidance 2", both | {"guidance_scale": 2.0}
     for weight in (0.003, 0.03):
-        yield f"adversarial-{weight:g}", f"adversarial {weight:g}", pairs | {"adversarial_weight": weight}
+        yield f"adversarial-{weight:g}", f"adversarial {weight:g}", _pairs(adversarial_weight=weight)
     # far from the data SiD's weight sigma_t / alpha_t is large
     changes = {"score_identity_weight": 0.03, "max_timestep": 0.8}
     yield "identity-0.03", "score identity 0.03, timesteps to 0.8", changes
+    yield from _strong(large)
+
+
+def _strong(large: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """With the fake model that kept up best, what else helps."""
+    strong = {"fake_rank": large, "fake_learning_rate": 1e-2}
+    yield "strong", "strong fake model (twice the rank, rate 1e-2)", strong
+    strong |= {"student_learning_rate": 3e-3}
+    for name, label, changes in (
+        ("rate-3e-3", "rate 3e-3", {}),
+        ("rate-6e-3", "rate 6e-3", {"student_learning_rate": 6e-3}),
+        ("guidance-2", "rate 3e-3, guidance 2", {"guidance_scale": 2.0}),
+        ("guidance-3", "rate 3e-3, guidance 3", {"guidance_scale": 3.0}),
+        ("beta1-0.5", "rate 3e-3, beta1 0.5", {"adam_beta1": 0.5}),
+        ("lowest", "rate 3e-3, lowest timestep 0.3", {"min_timestep": 0.3}),
+        ("regression-0.1", "rate 3e-3, regression 0.1", _pairs(regression_weight=0.1)),
+        ("x4", "rate 3e-3, 4 updates", {"fake_updates": 4}),
+        ("x4-rate-6e-3", "rate 6e-3, 4 updates", {"fake_updates": 4, "student_learning_rate": 6e-3}),
+        ("x4-guidance-3", "rate 3e-3, 4 updates, guidance 3", {"fake_updates": 4, "guidance_scale": 3.0}),
+        ("normalized", "rate 3e-3, DMD's weighting", {"weighting": "normalized"}),
+        ("unweighted-fake", "rate 3e-3, fake model's loss unweighted", {"fake_weighting": "none"}),
+        ("adversarial-0.01", "rate 3e-3, adversarial 0.01", _pairs(adversarial_weight=0.01)),
+    ):
+        yield f"strong-{name}", f"strong fake model, {label}", strong | changes
+
+
+def _pairs(**weights: float) -> dict[str, Any]:
+    """Terms that need teacher pairs."""
+    return {"teacher_samples": TEACHER_SAMPLES, **weights}
 
 
 TEACHER_SAMPLES = 5000

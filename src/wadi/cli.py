@@ -63,6 +63,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train a ControlNet for it",
     ),
     "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
+    "emoji prompts": ("wadi.emoji.captions:write_prompts", "write captions to distil on"),
     "emoji relation-examples": (
         "wadi.emoji.examples:relation_examples",
         "draw pictures of a relation that no caption names, to learn it from",

@@ -13,12 +13,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from wadi.emoji.glyphs import NAMES
 from wadi.errors import WadiError
+from wadi.files import write_text
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "white")
 SIZES = ("small", "big")
@@ -27,6 +29,10 @@ RELATIONS = ("and", "left of", "above")
 LEADS = ("", "a picture of ", "an image of ", "a drawing of ")
 
 Split = Literal["train", "held-out"]
+PAIR_SHARE = 0.25
+"""Probability of two emoji in a caption."""
+EVALUATED = ("selection", "test")
+"""Seeds of captions that students are judged on."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,14 @@ def is_held_out(caption: Caption) -> bool:
     )
 
 
-def sample_caption(rng: random.Random, split: Split = "train") -> Caption:
-    """Draw one caption: a quarter with two emoji, every attribute stated half the time.
+def sample_caption(rng: random.Random, split: Split = "train", pair_share: float = PAIR_SHARE) -> Caption:
+    """Draw one caption: two emoji with probability `pair_share`, every attribute stated half the time.
 
-    ``train`` never states a held-out combination; ``held-out`` always does.
+    ``train`` never states a held-out combination; ``held-out`` always does. As what is of the wrong split is
+    drawn again, a little fewer captions of ``train`` have two emoji: 22 % of them by default.
     """
     while True:
-        pair = rng.random() < 0.25
+        pair = rng.random() < pair_share
         emoji = tuple(rng.sample(range(len(NAMES)), 2)) if pair else (rng.randrange(len(NAMES)),)
         caption = Caption(
             emoji=emoji,
@@ -114,10 +121,43 @@ def sample_caption(rng: random.Random, split: Split = "train") -> Caption:
             return caption
 
 
-def sample_captions(count: int, seed: int | str, split: Split = "train") -> list[Caption]:
+def sample_captions(
+    count: int, seed: int | str, split: Split = "train", pair_share: float = PAIR_SHARE
+) -> list[Caption]:
     """Draw `count` captions; a seed gives the same list everywhere."""
     rng = random.Random(f"wadi-emoji-{split}-{seed}")
-    return [sample_caption(rng, split) for _ in range(count)]
+    return [sample_caption(rng, split, pair_share) for _ in range(count)]
+
+
+@dataclass
+class PromptsConfig:
+    """Write training prompts: captions of the emoji world, none with a held-out combination."""
+
+    out: Path
+    """Text file to write, a caption a line."""
+    num_prompts: int = 20_000
+    """Captions."""
+    pair_share: float = PAIR_SHARE
+    """Probability of two emoji in a caption. A student takes longer to learn pairs than single objects."""
+    seed: str = "distill"
+    """A seed gives the same captions everywhere; with the defaults they are those of the package. `selection`
+    and `test` are for evaluation."""
+
+
+def write_prompts(config: PromptsConfig) -> None:
+    """Write the captions that a configuration asks for.
+
+    Raises:
+        WadiError: an option is out of its range, or the file cannot be written.
+    """
+    if config.num_prompts < 1:
+        raise WadiError(f"--num-prompts: must be at least 1, but is {config.num_prompts}")
+    if not 0 <= config.pair_share <= 1:
+        raise WadiError(f"--pair-share: must be between 0 and 1, but is {config.pair_share}")
+    if config.seed in EVALUATED:
+        raise WadiError(f"--seed: {config.seed} makes the captions of the evaluation; take another seed")
+    captions = sample_captions(config.num_prompts, config.seed, pair_share=config.pair_share)
+    write_text(config.out, "".join(f"{caption.text}\n" for caption in captions))
 
 
 _NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
