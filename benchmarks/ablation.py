@@ -269,6 +269,7 @@ def _strong(large: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("beta1-0.5", "rate 3e-3, beta1 0.5", {"adam_beta1": 0.5}),
         ("lowest", "rate 3e-3, lowest timestep 0.3", {"min_timestep": 0.3}),
         ("regression-0.1", "rate 3e-3, regression 0.1", _pairs(regression_weight=0.1)),
+        *_intervals(),
         ("x4", "rate 3e-3, 4 updates", {"fake_updates": 4}),
         ("x4-rate-6e-3", "rate 6e-3, 4 updates", {"fake_updates": 4, "student_learning_rate": 6e-3}),
         ("x4-guidance-3", "rate 3e-3, 4 updates, guidance 3", {"fake_updates": 4, "guidance_scale": 3.0}),
@@ -277,6 +278,24 @@ def _strong(large: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("adversarial-0.01", "rate 3e-3, adversarial 0.01", _pairs(adversarial_weight=0.01)),
     ):
         yield f"strong-{name}", f"strong fake model, {label}", strong | changes
+
+
+def _intervals() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """More guidance where the object is decided than where its place is."""
+    for scale, highest, above in (
+        (2, 0.7, 1.5),
+        (3, 0.7, 1.5),
+        (3, 0.7, 1),
+        (3, 0.5, 1.5),
+        (5, 0.5, 1.5),
+        (3, 0.85, 1.5),
+    ):
+        changes = {"guidance_scale": scale, "guidance_max_timestep": highest, "guidance_scale_above": above}
+        label = f"rate 3e-3, guidance {scale} up to timestep {highest}, then {above}"
+        yield f"interval-{scale}-{highest:g}-{above:g}", label, changes
+    for highest in (0.9, 0.8):
+        changes = {"max_timestep": highest}
+        yield f"highest-{highest:g}", f"rate 3e-3, highest timestep {highest}", changes
 
 
 def _pairs(**weights: float) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from torch import nn
 
 from wadi.distill import DistillConfig, Trainer
 from wadi.distill.condition import Condition, choose, concatenate, repeat
-from wadi.distill.losses import fake_loss, generator_loss, guided, regression_loss, vsd_gradient
+from wadi.distill.losses import (
+    fake_loss,
+    generator_loss,
+    guided,
+    interval_scale,
+    regression_loss,
+    vsd_gradient,
+)
 from wadi.distill.roles import view
 from wadi.distill.trainer import WARMUP_ITERATIONS, StepInputs
 from wadi.lorad import rotation
@@ -246,6 +253,8 @@ class Stack:
         self.guidance = [self._on_device(trainer.guidance_scale) for trainer in self.trainers]
         self.fake_guidance = [self._on_device(t.config.fake_guidance_scale) for t in self.trainers]
         self.fake_is_guided = any(t.config.fake_guidance_scale != 1 for t in self.trainers)
+        self.above = [self._on_device(trainer.config.guidance_scale_above) for trainer in self.trainers]
+        self.highest_guided = [self._on_device(trainer.highest_guided) for trainer in self.trainers]
 
     def _on_device(self, scale: float | torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(scale, dtype=torch.float32, device=self.device)
@@ -342,9 +351,11 @@ class Stack:
     ) -> torch.Tensor:
         schedule = self.schedule
         x_t = schedule.add_noise(x0, noise, t)
-        teacher = self._guided(self.teacher, x_t, t, condition, self.guidance)
+        each = self._each_sample
+        scale = interval_scale(each(self.guidance), each(self.above), t, each(self.highest_guided))
+        teacher = self._guided(self.teacher, x_t, t, condition, scale)
         if self.fake_is_guided:
-            fake = self._guided(self.fake, x_t, t, condition, self.fake_guidance)
+            fake = self._guided(self.fake, x_t, t, condition, each(self.fake_guidance))
         else:
             fake = self.backbone.predict(self.fake, x_t, t, condition)
         return vsd_gradient(
@@ -370,15 +381,20 @@ class Stack:
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
 
+    def _each_sample(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(K n,) from one of each student."""
+        return torch.stack(list(values)).repeat_interleave(
+            self.samples, output_size=len(values) * self.samples
+        )
+
     def _guided(
         self,
         network: nn.Module,
         x_t: torch.Tensor,
         t: torch.Tensor,
         condition: Condition,
-        scales: Sequence[torch.Tensor],
+        scale: torch.Tensor,
     ) -> torch.Tensor:
-        scale = torch.stack(list(scales)).repeat_interleave(self.samples, output_size=len(t))
         both = concatenate([repeat(self.trainers[0].null, len(t)), condition])
         prediction = self.backbone.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
         return guided(*prediction.chunk(2), scale.view(-1, 1, 1, 1))

@@ -17,9 +17,11 @@ from wadi.distill.config import DistillConfig
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import stacked
 
+# not 1 above: before the first update teacher and fake model are the same, and their difference is rounding
+INTERVAL = {"guidance_scale": 1.5, "guidance_max_timestep": 0.5, "guidance_scale_above": 3.0}
 STUDENTS = (
     {"student_method": "lora", "student_rank": 3, "guidance_scale": 2.0},
-    {"student_rank": 2, "seed": 1, "student_learning_rate": 3e-2},
+    {"student_rank": 2, "seed": 1, "student_learning_rate": 3e-2, **INTERVAL},
     {"student_method": "dora", "student_rank": 3, "seed": 2, "fake_rank": 3},
     {"student_rank": 2, "seed": 3, "fake_method": "lora"},
     {"student_method": "oft", "student_rank": 4, "seed": 4},

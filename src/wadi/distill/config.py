@@ -121,6 +121,13 @@ class DistillConfig:
     """Guidance of the teacher at the last step: it goes there linearly from --guidance-scale. Without it, the
     guidance stays."""
 
+    guidance_max_timestep: float = 1.0
+    """Highest timestep, as a fraction of all, at which the teacher is guided (Kynkaanniemi et al., 2024): what
+    is decided at more noise, such as where things are, then stays as varied as the teacher has it."""
+
+    guidance_scale_above: float = 1.0
+    """Guidance of the teacher above --guidance-max-timestep."""
+
     fake_guidance_scale: float = 1.5
     """Classifier-free guidance of the fake model in the distillation gradient; 1 is none."""
 
@@ -346,6 +353,8 @@ among processes and micro-batches.)"""
 LATER = frozenset(
     {
         "guidance_scale_end",
+        "guidance_max_timestep",
+        "guidance_scale_above",
         "max_timestep_end",
         "teacher_samples",
         "teacher_sampling_steps",
@@ -426,6 +435,7 @@ _RULES = (
         (
             "guidance_scale",
             "guidance_scale_end",
+            "guidance_scale_above",
             "fake_guidance_scale",
             "adam_weight_decay",
             "regression_weight",
@@ -438,7 +448,14 @@ _RULES = (
         "zero or more",
     ),
     (
-        ("min_timestep", "max_timestep", "max_timestep_end", "null_prompt_probability", "lr_decay_fraction"),
+        (
+            "min_timestep",
+            "max_timestep",
+            "max_timestep_end",
+            "guidance_max_timestep",
+            "null_prompt_probability",
+            "lr_decay_fraction",
+        ),
         lambda v: 0 <= v <= 1,
         "between 0 and 1",
     ),

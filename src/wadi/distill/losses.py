@@ -10,8 +10,19 @@ import torch.nn.functional as F
 
 
 def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is 0-dimensional."""
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is () or (N, 1, 1, 1)."""
     return null + scale * (cond - null)
+
+
+def interval_scale(
+    scale: float | torch.Tensor, above: float | torch.Tensor, t: torch.Tensor, highest: int | torch.Tensor
+) -> torch.Tensor:
+    """Guidance at the timesteps t (N,): `scale` up to `highest`, `above` beyond it.
+
+    As of "Applying Guidance in a Limited Interval" (Kynkaanniemi et al., arXiv 2404.07724, eq. 6), without
+    its lower end. Everything but t may be of shape (N,) too.
+    """
+    return torch.where(t <= highest, scale, above)
 
 
 def vsd_gradient(eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: torch.Tensor) -> torch.Tensor:

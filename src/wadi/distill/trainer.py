@@ -31,6 +31,7 @@ from wadi.distill.losses import (
     fake_loss,
     generator_loss,
     guided,
+    interval_scale,
     normalized_vsd_gradient,
     regression_loss,
     score_identity_loss,
@@ -246,7 +247,8 @@ class Trainer:
 
         def predict(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
             # the backbone's own network: another size of batch would be compiled anew
-            return self._guided(self.backbone.network, x_t, t, condition, self.config.last_guidance_scale)
+            scale = self._teacher_scale(self.config.last_guidance_scale, t)
+            return self._guided(self.backbone.network, x_t, t, condition, scale)
 
         shape, embeddings = self.backbone.latent_shape, self.prompts.embeddings
         with self.on_stream():
@@ -377,7 +379,8 @@ class Trainer:
         with torch.set_grad_enabled(through), frozen(self.fake_parameters.values() if through else ()):
             # p = p_null + s (p_cond - p_null), for teacher and fake model alike
             x_t = schedule.add_noise(leaf, noise, t)
-            eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, self.guidance_scale)
+            scale = self._teacher_scale(self.guidance_scale, t)
+            eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, scale)
             eps_fake = self._guided_epsilon(self.fake_network, x_t, t, condition, config.fake_guidance_scale)
             if not through:
                 return eps_teacher, eps_fake, None
@@ -459,6 +462,18 @@ class Trainer:
             losses.append(loss.detach())
         norm = self._optimize(self.fake_optimizer, self.fake_parameters)
         return {"fake_loss": torch.stack(losses).sum(), "fake_grad_norm": norm}
+
+    def _teacher_scale(self, scale: float | torch.Tensor, t: torch.Tensor) -> float | torch.Tensor:
+        """`scale` itself, or (N, 1, 1, 1) what it is at the timesteps (N,) where it is not the same at all."""
+        config = self.config
+        if config.guidance_max_timestep == 1:
+            return scale
+        return interval_scale(scale, config.guidance_scale_above, t, self.highest_guided).view(-1, 1, 1, 1)
+
+    @property
+    def highest_guided(self) -> int:
+        """The highest timestep at which the teacher is guided."""
+        return round(self.config.guidance_max_timestep * self.schedule.num_train_timesteps)
 
     def _guided_epsilon(
         self,
