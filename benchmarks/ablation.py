@@ -491,7 +491,8 @@ class Student:
         if self.step % 100 == 0 or self.step in self.points or self.done:
             values = torch.stack(list(losses.values())).tolist()
             row = {"step": self.step, **dict(zip(losses, values, strict=True))}
-            self.finite = all(math.isfinite(value) for value in values)
+            in_a_row = self.trainer.skipped[1].item()
+            self.finite = all(map(math.isfinite, values)) and in_a_row < self.config.max_skipped_steps
             if self.finite:
                 self.losses.append({k: _rounded(v) for k, v in row.items() if not k.endswith("norm")})
         if self.step in self.points and self.finite:
