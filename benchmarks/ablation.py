@@ -465,6 +465,8 @@ def run_config(run: Run, options: Options) -> DistillConfig:
     common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
     common |= {"cuda_graphs": options.device.startswith("cuda"), "allow_tf32": True, "ema_decay": 0.99}
     common |= {"keep_rotated": options.keep_rotated, "compile": options.compile}
+    # a fake model as large as the student, and as fast
+    common |= {"fake_rank": preset.student_rank, "fake_learning_rate": 3e-3}
     return dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
 
 
