@@ -237,10 +237,11 @@ def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"fake-rate-{rate:.0e}", f"fake model's rate {rate:.0e}", {"fake_learning_rate": rate}
     for rate in (1e-3, 3e-3):
         changes = {"student_learning_rate": rate, "fake_rank": large, "fake_updates": 4}
-        yield f"large-fake-x4-{rate:.0e}", f"the same, 4 updates, rate {rate:.0e}", changes
+        label = f"fake model of twice the rank, 4 updates, rate {rate:.0e}"
+        yield f"large-fake-x4-{rate:.0e}", label, changes
     yield (
         "guidance-2-x4",
-        "guidance 2, the same, 4 updates, rate 3e-3",
+        "fake model of twice the rank, 4 updates, rate 3e-03, guidance 2",
         {"student_learning_rate": 3e-3, "fake_rank": large, "fake_updates": 4, "guidance_scale": 2.0},
     )
     for weight in (0.03, 0.1, 0.3, 1.0):

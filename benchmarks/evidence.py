@@ -553,9 +553,10 @@ def directions_table(runs: Sequence[Run]) -> str:
             for name in _SWAPS
         ]
         pairs = [f"{moved[name]:.1e} ({moved[f'null_{name}']:.1e})" for name in ("norm", "angle")]
-        # a method that keeps norms has no ratio
+        # a method that keeps norms, rounding aside, has no ratio
+        keeps = moved["norm"] < 0.01 * moved["null_norm"]
         ratios = [
-            f"{moved[f'{null}angle'] / moved[f'{null}norm']:.1f}" if moved[f"{null}norm"] > 1e-6 else "-"
+            "-" if keeps and not null else f"{moved[f'{null}angle'] / moved[f'{null}norm']:.1f}"
             for null in ("", "null_")
         ]
         energy = f"{100 * moved['energy']:.1f} % ({100 * moved['null_energy']:.1f} %)"
@@ -587,7 +588,7 @@ def ranks_table(runs: Sequence[Run]) -> str:
         for group in _by_rank(runs)
     ]
     headings = ("method", "rank", "trained", "of network", "seeds", *(HEADINGS[name] for name in names))
-    return f"{markdown(headings, rows)}\n\n{_ranges(runs)}"
+    return f"{markdown(headings, rows)}\n\n{_ranges(_by_rank(runs))}"
 
 
 def _by_rank(runs: Sequence[Run]) -> list[Group]:
@@ -608,7 +609,7 @@ def fake_table(runs: Sequence[Run]) -> str:
         for group in _by_fake(runs)
     ]
     headings = ("fake model", "trained", "of network", "seeds", *(HEADINGS[name] for name in names))
-    return f"{markdown(headings, rows)}\n\n{_ranges(runs)}"
+    return f"{markdown(headings, rows)}\n\n{_ranges(_by_fake(runs))}"
 
 
 def _by_fake(runs: Sequence[Run]) -> list[Group]:
@@ -625,19 +626,20 @@ def guidance_table(runs: Sequence[Run]) -> str:
     check_alike(runs)
     scales = ("fake_guidance_scale", "guidance_scale")
     ordered = sorted(runs, key=lambda run: [run.config[name] for name in scales])
+    groups = grouped(ordered, lambda run: tuple(run.config[name] for name in scales))
     rows = [
         [f"{group.first.config[name]:g}" for name in reversed(scales)]
         + [group.count, *(with_range(group, name) for name in MAIN)]
-        for group in grouped(ordered, lambda run: tuple(run.config[name] for name in scales))
+        for group in groups
     ]
     headings = ("guidance of teacher", "of fake model", "seeds", *(HEADINGS[name] for name in MAIN))
-    return f"{markdown(headings, rows)}\n\n{_ranges(runs)}"
+    return f"{markdown(headings, rows)}\n\n{_ranges(groups)}"
 
 
 def students_table(runs: Sequence[Run]) -> str:
     """Students by their label, which may have been trained for longer than others."""
     check_alike(runs, ())
-    names = (*MAIN, *_ENTROPIES[1:])
+    names, groups = (*MAIN, *_ENTROPIES[1:]), grouped(runs)
     rows = [
         [
             group.label,
@@ -645,14 +647,15 @@ def students_table(runs: Sequence[Run]) -> str:
             group.count,
             *(with_range(group, name) for name in names),
         ]
-        for group in grouped(runs)
+        for group in groups
     ]
     headings = ("student", "updates x batch", "seeds", *(HEADINGS[name] for name in names))
-    return f"{markdown(headings, rows)}\n\n{_ranges(runs)}"
+    return f"{markdown(headings, rows)}\n\n{_ranges(groups)}"
 
 
-def _ranges(runs: Sequence[Run]) -> str:
-    several = len({run.config["seed"] for run in runs}) > 1
+def _ranges(groups: Sequence[Group]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    several = len(runs) > len(groups)
     return f"{'Means over seeds (lowest to highest). ' if several else ''}{described(runs)}"
 
 

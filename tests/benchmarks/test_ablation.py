@@ -158,6 +158,26 @@ def test_runs_share_the_teachers_pairs(monkeypatch):
     assert math.isfinite(losses["discriminator_loss"])
 
 
+def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):
+    """Skipped updates leave finite losses behind, of the untrained student."""
+    every = ablation.read_prompts
+    monkeypatch.setattr(ablation, "read_prompts", lambda source: every(source)[:8])
+    world = ablation.World(teacher_folder(), "cpu", 256)
+    options = ablation.Options(device="cpu", train_batch_size=2, max_train_steps=1000)
+    run = ablation.Run("gap", "x", "x", ablation.student("dora", 1e-3, 4))
+    student = ablation.Student(run, world, options)
+    with torch.no_grad():
+        next(iter(student.trainer.student_parameters.values())).fill_(math.nan)
+    losses, limit = student.trainer.step(0), student.config.max_skipped_steps
+    assert student.trainer.skipped.tolist() == [1, 1]
+    finite = dict.fromkeys(losses, torch.zeros(()))
+    for in_a_row, done in ((limit - 1, False), (limit, True)):
+        student.step, student.trainer.skipped[1] = 199, in_a_row
+        student.look(finite)
+        assert student.done == done
+    assert student.result()["status"] == "not finite"
+
+
 def test_what_cannot_be_is_one_line(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--device", "cpu", "--out", str(tmp_path)]
     for options, line in (

@@ -34,6 +34,8 @@ ADVERSARIAL = {"teacher_samples": 5, "teacher_sampling_steps": 4, "adversarial_w
 EVERYTHING = REGRESSION | {
     "guidance_scale": 3.0,
     "guidance_scale_end": 1.5,
+    "guidance_max_timestep": 0.6,
+    "guidance_scale_above": 2.0,
     "max_timestep_end": 0.5,
     "regression_loss_type": "huber",
     "adversarial_weight": 0.3,
@@ -100,6 +102,43 @@ def test_annealed_guidance_is_the_fixed_one_of_each_step():
         assert same(snapshot(trainer), snapshot(other))
         seen.append(float(trainer.guidance_scale))
     assert seen == [3.0, 2.5, 2.0, 1.5]
+
+
+@pytest.mark.parametrize("end", [None, 1.5])
+def test_guidance_of_an_interval_is_each_timesteps_own(end):
+    """A batch on both sides of the limit: the teacher's noise is that of the one or of the other guidance."""
+    interval = {"guidance_scale": 3.0, "guidance_max_timestep": 0.4, "guidance_scale_above": 2.0}
+    trainer = make(**interval, guidance_scale_end=end, max_train_steps=2, train_batch_size=4)
+    last = 0 if end is None else 1
+    trainer._set_rates(last)
+    inputs = trainer.draw(0)
+    t = torch.tensor([100, 400, 401, 900])
+    z, condition = inputs.z, inputs.condition
+    with torch.no_grad():
+        found = trainer._scores(z, inputs.noise, t, condition)[0]
+    for scale, own in ((3.0 if end is None else end, slice(0, 2)), (2.0, slice(2, 4))):
+        plain = twin(trainer, guidance_scale=scale, max_train_steps=2, train_batch_size=4)
+        with torch.no_grad():
+            expected = plain._scores(z, inputs.noise, t, condition)[0]
+        torch.testing.assert_close(found[own], expected[own])
+        assert float((found - expected).abs().max()) > 1e-4  # the others have the other guidance
+
+
+def test_guidance_of_an_interval_that_is_everything_changes_no_bit():
+    trainer = make(guidance_scale=3.0, max_train_steps=2)
+    other = twin(trainer, guidance_scale=3.0, guidance_scale_above=7.0, max_train_steps=2)
+    for step in range(2):
+        trainer.step(step), other.step(step)
+    assert same(snapshot(trainer), snapshot(other))
+
+
+def test_pairs_have_the_guidance_of_the_interval():
+    """No timestep is within: the pairs are those of the guidance above."""
+    pairs = REGRESSION | {"teacher_sampling_steps": 3}
+    trainer = make(guidance_scale=5.0, guidance_max_timestep=0.0, guidance_scale_above=2.0, **pairs)
+    plain = make(guidance_scale=2.0, **pairs)
+    trainer.sample_teacher(), plain.sample_teacher()
+    torch.testing.assert_close(trainer.pairs.x0, plain.pairs.x0)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +622,8 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
     ("options", "message"),
     [
         ({"guidance_scale_end": -1.0}, "--guidance-scale-end: must be zero or more"),
+        ({"guidance_scale_above": -1.0}, "--guidance-scale-above: must be zero or more"),
+        ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be between 0 and 1"),
         ({"distillation_weight": -1.0}, "--distillation-weight: must be zero or more"),
         (
             {"distillation_weight": 0.0},
@@ -624,7 +665,8 @@ def test_more_sampling_steps_than_timesteps_get_one_line():
 def test_fingerprint_of_the_defaults_is_as_before_these_options():
     """So that checkpoints of before can be gone on with; set, they count."""
     assert DistillConfig().fingerprint() == "86b81627ee828bf7"
-    for name, value in {"guidance_scale_end": 2.0, "max_timestep_end": 0.5}.items():
+    set_ones = {"guidance_scale_end": 2.0, "max_timestep_end": 0.5, "guidance_max_timestep": 0.5}
+    for name, value in set_ones.items():
         assert dataclasses.replace(CONFIG, **{name: value}).fingerprint() != CONFIG.fingerprint()
 
 

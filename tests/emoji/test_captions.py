@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 
 from tests.emoji.cases import captions
+from wadi import cli
 from wadi.emoji import prompts_file
 from wadi.emoji.captions import (
     COLOURS,
@@ -124,3 +125,32 @@ def test_stated_marks_what_is_left_free():
         "relation": [-1, 2],
         "background": [9, -1],
     }
+
+
+def test_the_command_writes_the_shipped_prompts_or_more_pairs(tmp_path):
+    path = tmp_path / "prompts.txt"
+    assert cli.main(["emoji", "prompts", "--out", str(path)]) == 0
+    assert path.read_text() == prompts_file().read_text()
+    options = ["--num-prompts", "4000", "--pair-share", "0.6", "--seed", "more"]
+    assert cli.main(["emoji", "prompts", "--out", str(path), *options]) == 0
+    written = [parse_caption(line) for line in path.read_text().splitlines()]
+    assert len(written) == 4000
+    assert not any(map(is_held_out, written))
+    # a pair is drawn again where it, or the background with either, is held out: with 0.1 + 0.9 / 2 * 0.19,
+    # a single object with 0.1 / 2; so 0.6 of pairs become 0.6 * 0.8145 / (0.6 * 0.8145 + 0.4 * 0.95)
+    share = sum(len(caption.emoji) == 2 for caption in written) / 4000
+    assert share == pytest.approx(0.5626, abs=0.025)  # three standard deviations
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--num-prompts", "0"], "--num-prompts: must be at least 1, but is 0"),
+        (["--pair-share", "1.5"], "--pair-share: must be between 0 and 1, but is 1.5"),
+        (["--seed", "test"], "--seed: test makes the captions of the evaluation; take another seed"),
+    ],
+)
+def test_bad_options_write_nothing(tmp_path, capsys, options, line):
+    assert cli.main(["emoji", "prompts", "--out", str(tmp_path / "p.txt"), *options]) == 2
+    assert line in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

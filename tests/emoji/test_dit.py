@@ -127,6 +127,13 @@ def test_a_new_transformer_predicts_nothing():
     torch.testing.assert_close(training.loss, training.noise.square().mean())
 
 
+def test_rows_that_nobody_reads_are_not_zero():
+    """DoRA divides by the norms of rows, so with a row of zeros its student is NaN at once."""
+    norms = new_transformer().proj_out.weight.detach().unflatten(0, (4, 8)).norm(dim=-1)
+    assert (norms[:, :4] == 0).all()
+    assert (norms[:, 4:] > 0).all()
+
+
 def test_one_training_step():
     transformer, text_encoder = networks()
     before = copy.deepcopy((transformer, text_encoder))

@@ -122,8 +122,8 @@ class DistillConfig:
     guidance stays."""
 
     guidance_max_timestep: float = 1.0
-    """Highest timestep, as a fraction of all, at which the teacher is guided (Kynkaanniemi et al., 2024): what
-    is decided at more noise, such as where things are, then stays as varied as the teacher has it."""
+    """Highest timestep, as a fraction of all, at which the teacher is guided (arXiv 2404.07724). What is
+    decided at more noise, such as where things are, then stays as varied as the teacher has it."""
 
     guidance_scale_above: float = 1.0
     """Guidance of the teacher above --guidance-max-timestep."""
@@ -556,5 +556,5 @@ PRESETS: dict[str, DistillConfig] = {
     ),
 }
 """Starting points by name: the emoji teacher (the first part of how its shipped student was made on a GPU, in
-minutes on a CPU, and in the paper's proportions), the emoji transformer (train its teacher first) and the authors' settings for
-Stable Diffusion and PixArt-alpha."""
+minutes on a CPU, and in the paper's proportions), the emoji transformer (train its teacher first) and the
+authors' settings for Stable Diffusion and PixArt-alpha."""

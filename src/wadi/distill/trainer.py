@@ -464,7 +464,7 @@ class Trainer:
         return {"fake_loss": torch.stack(losses).sum(), "fake_grad_norm": norm}
 
     def _teacher_scale(self, scale: float | torch.Tensor, t: torch.Tensor) -> float | torch.Tensor:
-        """`scale` itself, or (N, 1, 1, 1) what it is at the timesteps (N,) where it is not the same at all."""
+        """`scale` itself, or (N, 1, 1, 1), the scale of each of the timesteps (N,) where they differ."""
         config = self.config
         if config.guidance_max_timestep == 1:
             return scale

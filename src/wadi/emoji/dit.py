@@ -30,8 +30,8 @@ def new_transformer() -> PixArtTransformer2DModel:
         caption_channels=TEXT_WIDTH,
         norm_type="ada_norm_single",
     )
-    # of a patch's rows the first half is noise; nobody reads the other, the variance. That one is not zero: DoRA
-    # divides by the norms of rows
+    # Of a patch's rows the first half is noise, and nobody reads the other, the variance. It is not zero all
+    # the same: DoRA divides by the norms of rows.
     torch.nn.init.zeros_(transformer.proj_out.weight.data.unflatten(0, (-1, 8))[:, :4])
     torch.nn.init.zeros_(transformer.proj_out.bias)
     return transformer
