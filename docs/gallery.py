@@ -180,7 +180,7 @@ ENTRIES = (
         "dreambooth",
         "A new subject, from six pictures",
         "Emoji that the models never saw. The teacher mostly learns them (25 steps), in places and on "
-        "grounds of the prompt. The student in one step gets colours and place right, and hardly the shape: "
+        "grounds of the prompt. The student in one step gets place and ground right, and hardly the shape: "
         "[a new subject](uses/dreambooth.md).",
         (
             "wadi emoji subject-examples --out hedgehog",
