@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +46,7 @@ from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
+from wadi.interrupt import catch_interrupt
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.once import rotated_once
 from wadi.lorad.presets import fake_config, student_config
@@ -669,7 +669,7 @@ class Trainer:
         self.sample_teacher()
         main = self.accelerator.is_main_process
         bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
-        with bar, _catch_interrupt(self.accelerator) as interrupted:
+        with bar, self._catch_interrupt() as interrupted:
             while self.global_step < config.max_train_steps:
                 losses = self.step(self.global_step)
                 self.global_step += 1
@@ -686,6 +686,9 @@ class Trainer:
                 if stop:
                     return end
         return True
+
+    def _catch_interrupt(self) -> contextlib.AbstractContextManager[threading.Event]:
+        return catch_interrupt(self.accelerator.num_processes == 1, self.accelerator.is_main_process)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.global_step % every == 0
@@ -904,30 +907,3 @@ def _moments(
     return {
         f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()
     }
-
-
-@contextlib.contextmanager
-def _catch_interrupt(accelerator: Accelerator) -> Iterator[threading.Event]:
-    """Set an event on the first Ctrl-C; a second one interrupts at once.
-
-    Of several processes none is interrupted at once: terminal and launcher both send the signal, and the
-    launcher ends those that do not stop in time.
-    """
-    interrupted, alone = threading.Event(), accelerator.num_processes == 1
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def handle(signum: int, frame: object) -> None:
-        if accelerator.is_main_process and not interrupted.is_set():
-            again = "; press again to stop at once" if alone else ""
-            tqdm.write(f"Ctrl-C: finishing this step, then saving{again}")
-        interrupted.set()
-        if alone:
-            signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -12,16 +12,13 @@ or the velocity, as the model predicts. The adapter stacks on a one-step student
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +50,7 @@ from wadi.files import (
     save_tensors,
     write_json,
 )
+from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.pipeline import (
@@ -321,7 +319,7 @@ class DreamBooth:
         """
         config = self.config
         bar = tqdm(total=config.max_train_steps, initial=self.global_step, unit="step", desc="subject")
-        with bar, _catch_interrupt() as interrupted:
+        with bar, catch_interrupt() as interrupted:
             while self.global_step < config.max_train_steps:
                 loss = self.step(self.global_step)
                 self.global_step += 1
@@ -644,23 +642,3 @@ def _as_json(config: DreamBoothConfig) -> dict[str, object]:
 
 def _option(name: str) -> str:
     return name.replace("_", "-")
-
-
-@contextlib.contextmanager
-def _catch_interrupt() -> Iterator[threading.Event]:
-    """Set an event on the first Ctrl-C; a second one interrupts at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def handle(signum: int, frame: object) -> None:
-        tqdm.write("Ctrl-C: finishing this step, then saving; press again to stop at once")
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
