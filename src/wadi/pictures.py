@@ -311,9 +311,9 @@ class InpaintConfig(Common):
     """The picture. What does not fit the shape of the result is cut off."""
     mask: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MASK")]
     """A picture of the same size: white is repainted, black is kept."""
-    strength: float = 0.8
-    """How much changes within the mask, more than 0 and at most 1. Lower keeps to the place and the ground of
-    what was there; for an object where nothing was, stay at 0.8 or above."""
+    strength: float = 0.9
+    """How much changes within the mask, more than 0 and at most 1. Lower, such as 0.8, keeps to the place and
+    the ground of what was there; for an object where nothing was, stay at 0.9 or above."""
     candidates: int | None = None
     """Of so many repaintings the one whose edges show least is kept; 8 in one step, 1 in several, if not
     given. Picture i is made of the noises from seed + i * candidates on."""

@@ -60,7 +60,7 @@ TEMPLATES = (
 
 TOKENS = {"relation": "<R>", "subject": "<S>"}
 INITIALIZERS = {"relation": "and", "subject": "picture"}
-LEARNING_RATES = {"relation": 0.2, "subject": 0.6}
+LEARNING_RATES = {"relation": 0.2, "subject": 0.4}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class InvertConfig:
     """Pictures an update."""
     learning_rate: float | None = None
     """Of AdamW, at its peak, as a multiple of the root mean square of the numbers of --initializer-token's
-    embedding, which differs between models; falls to zero along a cosine. 0.2 for a relation and 0.6 for a
+    embedding, which differs between models; falls to zero along a cosine. 0.2 for a relation and 0.4 for a
     subject, whose word has to go further, if not given."""
     steering_weight: float = 0.01
     """Of the loss that steers a relation towards prepositions; 0 leaves it away."""
