@@ -432,8 +432,8 @@ class World:
         config = trainer.config
         if not config.teacher_samples:
             return
-        scale = config.last_guidance_scale
-        key = config.teacher_samples, config.teacher_sampling_steps, scale, config.seed
+        guidance = config.last_guidance_scale, config.guidance_max_timestep, config.guidance_scale_above
+        key = config.teacher_samples, config.teacher_sampling_steps, *guidance, config.seed
         if key in self.pairs:
             trainer.pairs = self.pairs[key]
             return

@@ -57,9 +57,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
     assert names(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.parametrize("broken", ["replace", "mkdir"])
+@pytest.mark.parametrize("broken", ["os.replace", "pathlib.Path.mkdir"])
 def test_failing_system_calls_are_one_line(tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(os, broken, full_disk)
+    monkeypatch.setattr(broken, full_disk)
     with pytest.raises(WadiError, match=r"new/a\.txt: could not write the file: No space left") as caught:
         write_text(tmp_path / "new" / "a.txt", "text")
     monkeypatch.undo()

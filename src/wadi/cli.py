@@ -290,7 +290,7 @@ def report(run: tyro.conf.Positional[Path], steps: int = 25, guidance_scale: flo
     Args:
         run: Run folder of wadi distill.
         steps: Of the teacher's pictures.
-        guidance_scale: Of the teacher's pictures; that of the distillation if not given.
+        guidance_scale: Of the teacher's pictures, throughout; that of the distillation's end if not given.
     """
     from wadi.distill.report import report as write
 

@@ -126,7 +126,8 @@ def test_guidance_of_an_interval_is_each_timesteps_own(end):
 
 def test_guidance_of_an_interval_that_is_everything_changes_no_bit():
     trainer = make(guidance_scale=3.0, max_train_steps=2)
-    other = twin(trainer, guidance_scale=3.0, guidance_scale_above=7.0, max_train_steps=2)
+    whole = {"guidance_max_timestep": 0.9999, "guidance_scale_above": 7.0}
+    other = twin(trainer, guidance_scale=3.0, max_train_steps=2, **whole)
     for step in range(2):
         trainer.step(step), other.step(step)
     assert same(snapshot(trainer), snapshot(other))
@@ -135,7 +136,8 @@ def test_guidance_of_an_interval_that_is_everything_changes_no_bit():
 def test_pairs_have_the_guidance_of_the_interval():
     """No timestep is within: the pairs are those of the guidance above."""
     pairs = REGRESSION | {"teacher_sampling_steps": 3}
-    trainer = make(guidance_scale=5.0, guidance_max_timestep=0.0, guidance_scale_above=2.0, **pairs)
+    within = {"guidance_scale": 5.0, "min_timestep": 0.0, "guidance_max_timestep": 0.0}
+    trainer = make(guidance_scale_above=2.0, **within, **pairs)
     plain = make(guidance_scale=2.0, **pairs)
     trainer.sample_teacher(), plain.sample_teacher()
     torch.testing.assert_close(trainer.pairs.x0, plain.pairs.x0)
@@ -623,6 +625,11 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
     [
         ({"guidance_scale_end": -1.0}, "--guidance-scale-end: must be zero or more"),
         ({"guidance_scale_above": -1.0}, "--guidance-scale-above: must be zero or more"),
+        (
+            {"guidance_scale_above": 2.0},
+            "--guidance-scale-above: nothing is above; set --guidance-max-timestep",
+        ),
+        ({"guidance_max_timestep": 0.01}, "--min-timestep: must not exceed --guidance-max-timestep"),
         ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be between 0 and 1"),
         ({"distillation_weight": -1.0}, "--distillation-weight: must be zero or more"),
         (

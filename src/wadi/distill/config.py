@@ -247,10 +247,12 @@ class DistillConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise WadiError(f"--{_option(name)}: must be {rule}, but is {value}")
-        for name in ("max_timestep", "max_timestep_end"):
+        for name in ("max_timestep", "max_timestep_end", "guidance_max_timestep"):
             value = getattr(self, name)
             if value is not None and self.min_timestep > value:
                 raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
+        if self.guidance_scale_above != 1 and self.guidance_max_timestep == 1:
+            raise WadiError("--guidance-scale-above: nothing is above; set --guidance-max-timestep below 1")
         using = ("regression_weight", "adversarial_weight")
         wanted = [name for name in using if getattr(self, name)]
         if wanted and not self.teacher_samples:

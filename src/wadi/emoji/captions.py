@@ -158,6 +158,8 @@ def write_prompts(config: PromptsConfig) -> None:
         raise WadiError(f"--seed: {config.seed} makes the captions of the evaluation; take another seed")
     captions = sample_captions(config.num_prompts, config.seed, pair_share=config.pair_share)
     write_text(config.out, "".join(f"{caption.text}\n" for caption in captions))
+    pairs = sum(len(caption.emoji) == 2 for caption in captions)
+    print(f"{config.out}: {len(captions)} prompts, {pairs / len(captions):.0%} of two objects")
 
 
 _NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))

@@ -16,7 +16,7 @@ TEXT_WIDTH = 128
 def new_transformer() -> PixArtTransformer2DModel:
     """8.01 M parameters: 7 blocks, 256 wide, on 8 x 8 patches of 2 x 2 latents; noise and a learned sigma.
 
-    The last layer starts at zero, as DiT's: the first prediction is nothing.
+    The last layer's noise starts at zero, as DiT's: the first prediction is nothing.
     """
     transformer = PixArtTransformer2DModel(
         sample_size=16,
