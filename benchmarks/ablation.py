@@ -270,6 +270,8 @@ def _strong(large: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("beta1-0.5", "rate 3e-3, beta1 0.5", {"adam_beta1": 0.5}),
         ("lowest", "rate 3e-3, lowest timestep 0.3", {"min_timestep": 0.3}),
         ("regression-0.1", "rate 3e-3, regression 0.1", _pairs(regression_weight=0.1)),
+        ("highest-0.9", "rate 3e-3, highest timestep 0.9", {"max_timestep": 0.9}),
+        ("highest-0.8", "rate 3e-3, highest timestep 0.8", {"max_timestep": 0.8}),
         *_intervals(),
         ("x4", "rate 3e-3, 4 updates", {"fake_updates": 4}),
         ("x4-rate-6e-3", "rate 6e-3, 4 updates", {"fake_updates": 4, "student_learning_rate": 6e-3}),
@@ -294,9 +296,6 @@ def _intervals() -> Iterator[tuple[str, str, dict[str, Any]]]:
         changes = {"guidance_scale": scale, "guidance_max_timestep": highest, "guidance_scale_above": above}
         label = f"rate 3e-3, guidance {scale} up to timestep {highest}, then {above}"
         yield f"interval-{scale}-{highest:g}-{above:g}", label, changes
-    for highest in (0.9, 0.8):
-        changes = {"max_timestep": highest}
-        yield f"highest-{highest:g}", f"rate 3e-3, highest timestep {highest}", changes
 
 
 def _pairs(**weights: float) -> dict[str, Any]:

@@ -122,8 +122,8 @@ class DistillConfig:
     guidance stays."""
 
     guidance_max_timestep: float = 1.0
-    """Highest timestep, as a fraction of all, at which the teacher is guided (arXiv 2404.07724). What is
-    decided at more noise, such as where things are, then stays as varied as the teacher has it."""
+    """Highest timestep, as a fraction of all, at which the teacher is guided (arXiv 2404.07724): meant to
+    spare what is decided at more noise, such as where things are."""
 
     guidance_scale_above: float = 1.0
     """Guidance of the teacher above --guidance-max-timestep."""
