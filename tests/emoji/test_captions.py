@@ -1,5 +1,7 @@
 """The grammar there and back, and what training never sees."""
 
+import json
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -10,7 +12,10 @@ from wadi import cli
 from wadi.emoji import prompts_file
 from wadi.emoji.captions import (
     COLOURS,
+    RELATIONS,
+    SIZES,
     Caption,
+    Focus,
     is_held_out,
     is_held_out_pair,
     parse_caption,
@@ -154,3 +159,69 @@ def test_bad_options_write_nothing(tmp_path, capsys, options, line):
     assert cli.main(["emoji", "prompts", "--out", str(tmp_path / "p.txt"), *options]) == 2
     assert line in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def shares_right(emoji=(), sizes=(), relations=()):
+    """As `wadi emoji evaluate --out` writes them: all right, but for those given."""
+    named = (("emoji", NAMES, emoji), ("size", SIZES, sizes), ("relation", RELATIONS, relations))
+    return {kind: dict.fromkeys(names, 1.0) | dict(wrong) for kind, names, wrong in named}
+
+
+def test_a_focus_shares_the_weight_out_by_errors():
+    right = shares_right({"cat": 0.9, "owl": 0.7}, {"big": 0.5})
+    focus = Focus.on_errors(right, 0.5)
+    even = 0.5 / len(NAMES)
+    expected = {"cat": even + 0.5 * 0.1 / 0.4, "owl": even + 0.5 * 0.3 / 0.4}
+    assert dict(zip(NAMES, focus.emoji, strict=True)) == pytest.approx(dict.fromkeys(NAMES, even) | expected)
+    assert focus.size[SIZES.index("big")] == pytest.approx(0.5 / len(SIZES) + 0.5)
+    assert focus.relation == pytest.approx([1 / len(RELATIONS)] * len(RELATIONS))  # none wrong: evenly
+    assert sum(focus.emoji) == pytest.approx(1)
+
+
+def test_focused_prompts_name_what_came_out_wrong_more_often(tmp_path):
+    wrong = dict.fromkeys(NAMES[:4], 0.6)
+    (tmp_path / "errors.json").write_text(
+        json.dumps({"alignment_by": shares_right(wrong, relations={"and": 0.0})})
+    )
+    options = ["--num-prompts", "6000", "--pair-share", "0.5", "--focus-on", str(tmp_path / "errors.json")]
+    assert cli.main(["emoji", "prompts", "--out", str(tmp_path / "p.txt"), *options]) == 0
+    written = [parse_caption(line) for line in (tmp_path / "p.txt").read_text().splitlines()]
+    assert not any(map(is_held_out, written))
+    singles = Counter(c.emoji[0] for c in written if len(c.emoji) == 1)
+    # half of them evenly, half on the four; none of the four is held out more often than others
+    share = sum(singles[i] for i in range(4)) / singles.total()
+    assert share == pytest.approx(0.5 * 4 / len(NAMES) + 0.5, abs=0.03)
+    relations = Counter(c.relation for c in written if len(c.emoji) == 2)
+    expected = 0.5 / len(RELATIONS) + 0.5
+    assert relations[RELATIONS.index("and")] / relations.total() == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "no.json"),
+        ("not json", "has no shares by emoji; make it with `wadi emoji evaluate --out`"),
+        ('{"figures": {}}', "has no shares by emoji"),
+        ('{"alignment_by": {"emoji": [], "size": {}, "relation": {}}}', "has no shares by emoji"),
+        (json.dumps({"alignment_by": shares_right({"cat": 1.5})}), "shares that are not between 0 and 1"),
+    ],
+)
+def test_files_that_tell_no_errors_are_refused(tmp_path, capsys, content, line):
+    path = tmp_path / "no.json"
+    if content is not None:
+        path.write_text(content)
+    command = ["emoji", "prompts", "--out", str(tmp_path / "p.txt"), "--focus-on", str(path)]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert str(path) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "p.txt").exists()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_focus_share_out_of_its_range(tmp_path, capsys, share):
+    (tmp_path / "errors.json").write_text(json.dumps({"alignment_by": shares_right()}))
+    options = ["--focus-on", str(tmp_path / "errors.json"), f"--focus-share={share}"]
+    assert cli.main(["emoji", "prompts", "--out", str(tmp_path / "p.txt"), *options]) == 2
+    assert f"--focus-share: must be at least 0 and less than 1, but is {share}" in capsys.readouterr().err

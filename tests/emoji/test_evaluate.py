@@ -10,9 +10,10 @@ import torch
 from tests.emoji.cases import synthetic_atlas
 from wadi import cli
 from wadi.emoji import evaluate as module
-from wadi.emoji.captions import is_held_out, parse_caption, sample_captions, stated
+from wadi.emoji.captions import RELATIONS, is_held_out, parse_caption, sample_captions, stated
 from wadi.emoji.evaluate import (
     EvaluateConfig,
+    alignment_by,
     evaluate,
     evaluated_pipeline,
     evaluation_captions,
@@ -136,6 +137,22 @@ def test_what_is_never_free_is_nan():
     assert all(math.isnan(value) for value in figures.values())
 
 
+def test_alignment_by_what_captions_name():
+    captions = ["a cat", "a big cat", "a dog", "a cat left of a dog", "a cat and an owl"]
+    columns = stated([parse_caption(caption) for caption in captions])
+    seen = reading([0] * 5, [0.5] * 5, [0.7] * 5)
+    seen.emoji, seen.score = columns["emoji"].clone(), torch.ones(5, 2)
+    seen.score[:3, 1] = 0  # one object
+    seen.center[3:] = torch.tensor([[0.2, 0.5], [0.8, 0.5]])
+    seen.emoji[2, 0] += 1  # no dog
+    seen.emoji[4] = columns["emoji"][3]  # a dog in place of the owl
+    assert alignment_by(seen, columns) == {
+        "emoji": {"cat": pytest.approx(3 / 4), "dog": pytest.approx(1 / 2), "owl": 0.0},
+        "size": {"big": 1.0},
+        "relation": {"left of": 1.0, "and": 0.0},
+    }
+
+
 def test_captions_of_an_evaluation():
     sets = {name: evaluation_captions(name, 300) for name in ("selection", "test", "held-out")}
     assert [any(map(is_held_out, captions)) for captions in sets.values()] == [False, False, True]
@@ -171,7 +188,11 @@ def test_command(monkeypatch, tmp_path, capsys):
     out = tmp_path / "figures.json"
     options = ["--num-samples", "256", "--batch-size", "100", "--device", "cpu", "--out", str(out)]
     assert cli.main(["emoji", "evaluate", *options]) == 0
-    figures = json.loads(out.read_text())["figures"]
+    written = json.loads(out.read_text())
+    assert set(written["alignment_by"]) == {"emoji", "size", "relation"}
+    assert set(written["alignment_by"]["relation"]) == set(RELATIONS)
+    assert max(written["alignment_by"]["relation"].values()) < 0.1
+    figures = written["figures"]
     assert figures["samples"] == 256
     assert figures["alignment"] < 0.05
     assert figures["precision"] < 0.05

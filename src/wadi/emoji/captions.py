@@ -9,6 +9,7 @@ the same in every version, so a seed names a set of prompts for good.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 
 from wadi.emoji.glyphs import NAMES
 from wadi.errors import WadiError
-from wadi.files import write_text
+from wadi.files import explain_os_errors, write_text
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "white")
 SIZES = ("small", "big")
@@ -31,6 +32,8 @@ LEADS = ("", "a picture of ", "an image of ", "a drawing of ")
 Split = Literal["train", "held-out"]
 PAIR_SHARE = 0.25
 """Probability of two emoji in a caption."""
+KINDS = ("emoji", "size", "relation")
+"""What training prompts can dwell on."""
 EVALUATED = ("selection", "test")
 """Seeds of captions that students are judged on."""
 
@@ -100,20 +103,63 @@ def is_held_out(caption: Caption) -> bool:
     )
 
 
-def sample_caption(rng: random.Random, split: Split = "train", pair_share: float = PAIR_SHARE) -> Caption:
+@dataclass(frozen=True)
+class Focus:
+    """Which emoji, sizes and relations captions name how often: weights, in the order of the names."""
+
+    emoji: tuple[float, ...]
+    size: tuple[float, ...]
+    relation: tuple[float, ...]
+
+    @classmethod
+    def on_errors(cls, alignment_by: dict[str, dict[str, float]], share: float) -> Focus:
+        """A share of what is named in proportion to how often it came out wrong, the rest evenly.
+
+        Args:
+            alignment_by: of each emoji, size and relation, the share of captions that came out right
+                (:func:`wadi.emoji.evaluate.alignment_by`); what is missing counts as right.
+            share: in [0, 1).
+        """
+
+        def weights(kind: str, names: Sequence[str]) -> tuple[float, ...]:
+            wrong = [1 - alignment_by.get(kind, {}).get(name, 1.0) for name in names]
+            even, total = 1 / len(names), sum(wrong)
+            return tuple((1 - share) * even + share * (w / total if total else even) for w in wrong)
+
+        return cls(weights("emoji", NAMES), weights("size", SIZES), weights("relation", RELATIONS))
+
+
+def _one_of(rng: random.Random, count: int, weights: Sequence[float] | None) -> int:
+    return rng.randrange(count) if weights is None else rng.choices(range(count), weights)[0]
+
+
+def _two_of(rng: random.Random, count: int, weights: Sequence[float] | None) -> tuple[int, ...]:
+    if weights is None:
+        return tuple(rng.sample(range(count), 2))
+    while True:
+        two = tuple(rng.choices(range(count), weights, k=2))
+        if two[0] != two[1]:
+            return two
+
+
+def sample_caption(
+    rng: random.Random, split: Split = "train", pair_share: float = PAIR_SHARE, focus: Focus | None = None
+) -> Caption:
     """Draw one caption: two emoji with probability `pair_share`, every attribute stated half the time.
 
     ``train`` never states a held-out combination; ``held-out`` always does. As what is of the wrong split is
-    drawn again, a little fewer captions of ``train`` have two emoji: 22 % of them by default.
+    drawn again, a little fewer captions of ``train`` have two emoji: 22 % of them by default. Without a focus
+    all emoji, sizes and relations are equally likely.
     """
+    emojis, sizes, relations = (focus.emoji, focus.size, focus.relation) if focus else (None, None, None)
     while True:
         pair = rng.random() < pair_share
-        emoji = tuple(rng.sample(range(len(NAMES)), 2)) if pair else (rng.randrange(len(NAMES)),)
+        emoji = _two_of(rng, len(NAMES), emojis) if pair else (_one_of(rng, len(NAMES), emojis),)
         caption = Caption(
             emoji=emoji,
-            size=rng.randrange(len(SIZES)) if not pair and rng.random() < 0.5 else None,
+            size=_one_of(rng, len(SIZES), sizes) if not pair and rng.random() < 0.5 else None,
             place=rng.randrange(len(PLACES)) if not pair and rng.random() < 0.5 else None,
-            relation=rng.randrange(len(RELATIONS)) if pair else None,
+            relation=_one_of(rng, len(RELATIONS), relations) if pair else None,
             background=rng.randrange(len(COLOURS)) if rng.random() < 0.5 else None,
             lead=rng.randrange(1, len(LEADS)) if rng.random() < 0.3 else 0,
         )
@@ -122,11 +168,15 @@ def sample_caption(rng: random.Random, split: Split = "train", pair_share: float
 
 
 def sample_captions(
-    count: int, seed: int | str, split: Split = "train", pair_share: float = PAIR_SHARE
+    count: int,
+    seed: int | str,
+    split: Split = "train",
+    pair_share: float = PAIR_SHARE,
+    focus: Focus | None = None,
 ) -> list[Caption]:
     """Draw `count` captions; a seed gives the same list everywhere."""
     rng = random.Random(f"wadi-emoji-{split}-{seed}")
-    return [sample_caption(rng, split, pair_share) for _ in range(count)]
+    return [sample_caption(rng, split, pair_share, focus) for _ in range(count)]
 
 
 @dataclass
@@ -139,6 +189,12 @@ class PromptsConfig:
     """Captions."""
     pair_share: float = PAIR_SHARE
     """Probability of two emoji in a caption. A student takes longer to learn pairs than single objects."""
+    focus_on: Path | None = None
+    """A file of `wadi emoji evaluate --out`: emoji, sizes and relations that came out wrong there are named
+    more often."""
+    focus_share: float = 0.5
+    """With `focus_on`, the share of captions that name them in proportion to how often they came out wrong;
+    the others name all of them evenly."""
     seed: str = "distill"
     """A seed gives the same captions everywhere; with the defaults they are those of the package. `selection`
     and `test` are for evaluation."""
@@ -156,10 +212,33 @@ def write_prompts(config: PromptsConfig) -> None:
         raise WadiError(f"--pair-share: must be between 0 and 1, but is {config.pair_share}")
     if config.seed in EVALUATED:
         raise WadiError(f"--seed: {config.seed} makes the captions of the evaluation; take another seed")
-    captions = sample_captions(config.num_prompts, config.seed, pair_share=config.pair_share)
+    focus = None if config.focus_on is None else read_focus(config.focus_on, config.focus_share)
+    captions = sample_captions(config.num_prompts, config.seed, pair_share=config.pair_share, focus=focus)
     write_text(config.out, "".join(f"{caption.text}\n" for caption in captions))
     pairs = sum(len(caption.emoji) == 2 for caption in captions)
     print(f"{config.out}: {len(captions)} prompts, {pairs / len(captions):.0%} of two objects")
+
+
+def read_focus(path: Path, share: float) -> Focus:
+    """The focus on what came out wrong in an evaluation.
+
+    Raises:
+        WadiError: not a file of `wadi emoji evaluate --out`, or a share out of its range.
+    """
+    if not 0 <= share < 1:  # at 1, what is always right would never be named, and pairs might not be found
+        raise WadiError(f"--focus-share: must be at least 0 and less than 1, but is {share}")
+    with explain_os_errors(path, "read the evaluation"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)["alignment_by"]
+        shares = {kind: {name: float(value) for name, value in found[kind].items()} for kind in KINDS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WadiError(
+            f"--focus-on: {path} has no shares by emoji; make it with `wadi emoji evaluate --out`"
+        ) from error
+    if not all(0 <= value <= 1 for part in shares.values() for value in part.values()):
+        raise WadiError(f"--focus-on: {path} has shares that are not between 0 and 1")
+    return Focus.on_errors(shares, share)
 
 
 _NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from wadi.emoji import assets_folder, teacher_folder
-from wadi.emoji.captions import COLOURS, RELATIONS, Caption, sample_captions, stated
-from wadi.emoji.glyphs import load_atlas
+from wadi.emoji.captions import COLOURS, RELATIONS, SIZES, Caption, sample_captions, stated
+from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import FREE, render, sample_scenes
 from wadi.errors import WadiError
@@ -70,10 +70,16 @@ def judge_images(
         the captions leave free: see :func:`free_attributes`.
     """
     assets = assets or assets_folder()
-    reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
     reference = load_tensors(assets / "reference.safetensors")
-    columns = {name: column.to(device) for name, column in stated(captions).items()}
-    return reading_figures(reading, columns, reference)
+    return reading_figures(*read_images(images, captions, assets, device), reference)
+
+
+def read_images(
+    images: torch.Tensor, captions: Sequence[Caption], assets: Path, device: str
+) -> tuple[Reading, dict[str, torch.Tensor]]:
+    """What the judge reads in (N, 3, 64, 64) uint8 pictures, and what their captions state, on the device."""
+    reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
+    return reading, {name: column.to(device) for name, column in stated(captions).items()}
 
 
 def reading_figures(
@@ -100,6 +106,23 @@ def reading_figures(
         **{f"alignment_{name}": value for name, value in right.items()},
         **free_attributes(reading, columns),
     }
+
+
+def alignment_by(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Which captions come out wrong: the share of those that are right in all, by what they name.
+
+    Returns:
+        ``emoji``, ``size`` and ``relation``, each with a share for every name that a caption has; a caption
+        of two emoji counts for both.
+    """
+    right = attributes_right(reading, columns)["all"].double()
+    names = {"emoji": NAMES, "size": SIZES, "relation": RELATIONS}
+    shares: dict[str, dict[str, float]] = {}
+    for kind, values in names.items():
+        stated_values = columns[kind].view(len(right), -1)
+        has = {name: (stated_values == index).any(1) for index, name in enumerate(values)}
+        shares[kind] = {name: right[mask].mean().item() for name, mask in has.items() if mask.any()}
+    return shares
 
 
 def free_attributes(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -243,7 +266,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     captions = evaluation_captions(config.prompts, config.num_samples)
     images = drawn_pictures(config, captions) if config.real else generated_pictures(config, captions)
-    figures = judge_images(images, captions, device=config.device)
+    reading, columns = read_images(images, captions, assets_folder(), config.device)
+    figures = reading_figures(reading, columns, load_tensors(assets_folder() / "reference.safetensors"))
     if config.out is not None:
-        write_json(config.out, {"config": {k: str(v) for k, v in vars(config).items()}, "figures": figures})
+        options = {name: str(value) for name, value in vars(config).items()}
+        by_name = alignment_by(reading, columns)
+        write_json(config.out, {"config": options, "figures": figures, "alignment_by": by_name})
     return figures
