@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("wadi.cli:distill", "turn a diffusion model into a one-step generator"),
     "demo": ("wadi.demo:demo", "distil the built-in teacher here and now, and show the result"),
     "export": ("wadi.cli:export", "merge a student into a folder that plain diffusers loads"),
+    "average": ("wadi.cli:average", "make one student of several that were trained on from the same one"),
     "import": ("wadi.cli:import_", "make such a folder of the weights that the paper's authors published"),
     "extract": ("wadi.cli:extract", "find the adapter between a teacher and a one-step student"),
     "evaluate": (
@@ -148,6 +149,31 @@ def export(
     adapters = [adapter, *subject_adapter]
     export_pipeline(model or emoji.teacher_folder(), adapters, out, dtype=getattr(torch, dtype))
     print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+
+
+def average(
+    adapters: tyro.conf.Positional[tuple[str, ...]],
+    out: Path,
+    weights: tuple[float, ...] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> None:
+    """Write the mean of several students' adapters, as an adapter of the same size.
+
+    The students must have been trained on from one student (--student-adapter), with other seeds or options:
+    the mean is then often better than each of them. Of students that were trained from the start it is none.
+
+    Args:
+        adapters: Folders or hub ids of two or more students' adapters of one teacher.
+        out: Adapter folder to write; replaced if it exists.
+        weights: One for each adapter, divided by their sum; all equal if not given.
+        dtype: Of the written adapter.
+    """
+    import torch
+
+    from wadi.onestep.average import average_students
+
+    average_students(adapters, out, weights, getattr(torch, dtype))
+    print(f"{out}: wadi generate --adapter {out}")
 
 
 def import_(

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.lorad.cases import CASES, mlp
 from tests.tiny import tiny_pipeline
-from wadi.lorad import LoRaDConfig, load_adapter, save_adapter
+from wadi.lorad import LoRaDConfig, average_adapters, load_adapter, save_adapter
+from wadi.lorad.io import copy_adapter, fit_rank
 
 PLAIN = [case for case in CASES if not case.name.startswith(("gpt2, default", "llama, default"))]
 every_case = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
@@ -194,3 +197,126 @@ def test_another_architecture(tmp_path):
         ValueError, match=r"adapter_model\.safetensors: does not fit Sequential: 2\.lorad_A has shape"
     ):
         load_adapter(wider, tmp_path)
+
+
+def factors(r, out=9, half=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out, r, generator=generator), torch.randn(r, half, generator=generator)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 9))
+def test_fit_rank_gives_the_nearest_angles(r, r_own, seed):
+    found, own = factors(r, seed=seed), factors(r_own, seed=seed + 10)
+    A, B = fit_rank(found, own)
+    if r == r_own:
+        assert A is found[0]
+        assert B is found[1]
+        return
+    assert (A.shape, B.shape) == (own[0].shape, own[1].shape)
+    theta = found[0].double() @ found[1].double()
+    # Eckart and Young: what is lost is the energy of the singular values that are left out
+    lost = torch.linalg.svdvals(theta)[r_own:].square().sum().sqrt()
+    error = (A.double() @ B.double() - theta).norm()
+    assert error.item() == pytest.approx(lost.item(), abs=1e-5 * theta.norm().item())
+    if r_own > r:
+        assert torch.equal(B[r:], own[1][r:])
+        assert not A[:, r:].any()
+
+
+def test_fit_rank_leaves_other_layers_alone():
+    found = factors(3)
+    for other in (factors(4, out=8), factors(4, half=6)):
+        assert fit_rank(found, other) == found
+
+
+def mlp_of_rank(r, targets=("0", "2", "4"), seed=1):
+    torch.manual_seed(seed)
+    config = LoRaDConfig(r=r, target_modules=list(targets), init_weights=False)
+    return inject_adapter_in_model(config, MLP.model())
+
+
+@pytest.mark.parametrize("r", [3, 6])
+def test_an_adapter_is_copied_to_the_same_rank_or_a_higher_one_exactly(r, tmp_path):
+    source = mlp_of_rank(3)
+    save_adapter(source, tmp_path)
+    target = mlp_of_rank(r, seed=2)
+    copy_adapter(target, tmp_path)
+    x = MLP.inputs()
+    torch.testing.assert_close(target(x), source(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(mlp_of_rank(r, seed=2)(x), source(x))
+
+
+def test_layers_that_the_copied_adapter_lacks_keep_what_they_have(tmp_path):
+    save_adapter(mlp_of_rank(3, ["0"]), tmp_path)
+    target, untouched, source = mlp_of_rank(3, seed=2), mlp_of_rank(3, seed=2), mlp_of_rank(3, ["0"])
+    copy_adapter(target, tmp_path)
+    assert torch.equal(target[0].lorad_A["default"], source[0].lorad_A["default"])
+    assert torch.equal(target[2].lorad_A["default"], untouched[2].lorad_A["default"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(x=torch.zeros(1)), "have no layer, such as x"),
+        (lambda t: t.pop("base_model.model.0.lorad_B"), "1 of 6 tensors are missing, such as 0.lorad_B"),
+        (
+            lambda t: t.update({"base_model.model.0.lorad_A": torch.zeros(11, 3)}),
+            r"0.lorad_A has shape \(11, 3\), not \(12, 3\)",
+        ),
+        (lambda t: t.clear(), "6 of 6 tensors are missing"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_not_copied(tmp_path, change, message):
+    save_adapter(mlp_of_rank(3), tmp_path)
+    change_tensors(change)(tmp_path)
+    target, before = mlp_of_rank(3, seed=2), mlp_of_rank(3, seed=2)
+    with pytest.raises(ValueError, match=message):
+        copy_adapter(target, tmp_path)
+    assert torch.equal(target(MLP.inputs()), before(MLP.inputs()))
+
+
+def test_the_average_is_the_weighted_mean_of_the_factors(tmp_path):
+    for seed in (1, 2, 3):
+        save_adapter(mlp_of_rank(3, seed=seed), tmp_path / str(seed))
+    folders = [tmp_path / str(seed) for seed in (1, 2, 3)]
+    average_adapters(folders, tmp_path / "mean", [2, 1, 1], torch.float16)
+    parts = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")
+    assert mean.keys() == parts[0].keys()
+    for key, value in mean.items():
+        expected = (
+            0.5 * parts[0][key].double() + 0.25 * parts[1][key].double() + 0.25 * parts[2][key].double()
+        )
+        assert torch.equal(value, expected.half())
+    config = (tmp_path / "mean" / "adapter_config.json").read_text()
+    assert config == (folders[0] / "adapter_config.json").read_text()
+    PeftModel.from_pretrained(MLP.model(), tmp_path / "mean")
+
+
+def test_the_average_of_an_adapter_with_itself_is_the_adapter(tmp_path):
+    save_adapter(mlp_of_rank(3), tmp_path / "a")
+    average_adapters([tmp_path / "a"] * 2, tmp_path / "mean")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "mean" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        ("a", None, "1 adapters and 1 weights; give two or more"),
+        ("ab", [1, 2, 3], "2 adapters and 3 weights"),
+        ("ab", [0, 0], "must be zero or more, and not all zero"),
+        ("ab", [1, -1], "must be zero or more"),
+        ("ac", None, r"c/adapter_model.safetensors: does not go with .*0.lorad_A has shape \(12, 4\)"),
+        ("ad", None, "d/adapter_model.safetensors: does not go with .*tensors are missing"),
+        ("ax", None, "x/adapter_config.json: cannot read"),
+    ],
+)
+def test_what_cannot_be_averaged_is_told_and_nothing_written(tmp_path, names, weights, message):
+    for name, model in zip(
+        "abcd", (mlp_of_rank(3), mlp_of_rank(3), mlp_of_rank(4), mlp_of_rank(3, "0")), strict=True
+    ):
+        save_adapter(model, tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        average_adapters([tmp_path / name for name in names], tmp_path / "mean", weights)
+    assert not (tmp_path / "mean").exists()

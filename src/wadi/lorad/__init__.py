@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft.utils import PeftType, register_peft_method
 
 from wadi.lorad.config import LoRaDConfig
-from wadi.lorad.io import load_adapter, save_adapter
+from wadi.lorad.io import average_adapters, load_adapter, save_adapter
 from wadi.lorad.layer import LoRaDConv2d, LoRaDLayer, LoRaDLinear
 from wadi.lorad.model import LoRaDModel
 from wadi.lorad.once import rotated_once
@@ -17,6 +17,7 @@ __all__ = [
     "LoRaDLayer",
     "LoRaDLinear",
     "LoRaDModel",
+    "average_adapters",
     "fake_config",
     "load_adapter",
     "rotated_once",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -58,17 +59,20 @@ def save_adapter(
         raise ValueError(
             f"state_dict lacks {len(missing)} tensors of adapter {adapter_name!r}: {_some(missing)}."
         )
+    _write(Path(folder), config, {key: tensors[key].detach() for key in own})
+
+
+def _write(folder: Path, config: LoRaDConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     config = copy.copy(config)
     config.inference_mode = True
     for field in ("target_modules", "exclude_modules"):  # sets: sorted, the same adapter is the same file
         if isinstance(getattr(config, field), set):
             setattr(config, field, sorted(getattr(config, field)))
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         temporary = Path(name)
-        contiguous = {_PREFIX + key: tensors[key].detach().contiguous() for key in own}
+        contiguous = {_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(name)
         for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
@@ -119,10 +123,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
 
 def copy_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Give the adapter that `model` already has the weights of the one in `folder`.
+    """Give the adapter that `model` already has the angles of the one in `folder`.
+
+    Where the ranks differ, the angles are those that are nearest in the least squares' sense (`fit_rank`).
+    Layers that the folder's adapter lacks keep what they have.
 
     Args:
-        model: a module that carries LoRaD on the same layers at the same rank, not inside a `PeftModel`.
+        model: a module that carries LoRaD on the same layers at least, not inside a `PeftModel`.
         folder: holds `adapter_model.safetensors`.
         adapter_name: which adapter of `model`.
 
@@ -130,10 +137,89 @@ def copy_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         ValueError: the file is missing or unreadable, or does not fit; `model` is then as it was.
     """
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    tensors = _read_tensors(file)
-    if problem := _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors):
+    own, found = get_peft_model_state_dict(model, adapter_name=adapter_name), _read_tensors(file)
+    tensors = {}
+    for key_A in [key for key in found if key.endswith(".lorad_A")]:
+        key_B = f"{key_A.removesuffix('A')}B"
+        if {key_A, key_B} <= own.keys() and key_B in found:
+            fitted = fit_rank((found[key_A], found[key_B]), (own[key_A], own[key_B]))
+            tensors |= dict(zip((key_A, key_B), fitted, strict=True))
+    expected = {key: own[key] for key in own if key in found or _partner(key) in found}
+    if problem := _mismatch(expected or own, found | tensors):
         raise ValueError(f"{file}: does not fit the adapter: {problem}")
-    set_peft_model_state_dict(model, tensors, adapter_name)
+    set_peft_model_state_dict(model, own | tensors, adapter_name)
+
+
+def _partner(key: str) -> str:
+    """The key of a layer's other factor."""
+    return key[:-1] + {"A": "B", "B": "A"}.get(key[-1], key[-1])
+
+
+def fit_rank(
+    found: tuple[torch.Tensor, torch.Tensor], own: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the rank of `own` whose angles are those of `found`, as nearly as that rank allows.
+
+    Theta = A B (out, in/2) loses its smallest singular values (Eckart and Young) where the rank falls; where
+    it rises, the directions that are new keep B and have A = 0. B's rows are as long as they were on average.
+
+    Args:
+        found, own: A (out, r) and B (r, in/2), each of its own rank r. Of equal shapes `found` is returned as
+            it is, and of other layers too.
+    """
+    A, B = found
+    r, r_own = B.shape[0], own[1].shape[0]
+    same_layer = A.shape[0] == own[0].shape[0] and B.shape[1] == own[1].shape[1] and A.shape[1] == r
+    if r == r_own or not same_layer:
+        return found
+    U, S, V = torch.linalg.svd(A.double() @ B.double(), full_matrices=False)
+    kept, length = min(r, r_own, len(S)), B.double().norm(dim=1).mean()
+    new_A, new_B = torch.zeros_like(own[0]), own[1].clone()
+    new_A[:, :kept] = (U[:, :kept] * S[:kept] / length).to(new_A)
+    new_B[:kept] = (length * V[:kept]).to(new_B)
+    return new_A, new_B
+
+
+def average_adapters(
+    folders: Sequence[str | os.PathLike],
+    out_folder: str | os.PathLike,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the mean of several adapters' factors, formed in float64 (model soups, arXiv 2203.05482).
+
+    It is the mean of their angles only to first order: A and B are averaged each by itself, as the average of
+    weights along a training is. So the adapters should have one ancestor that they were trained on from.
+
+    Args:
+        folders: of LoRaD adapters on the same layers at the same ranks. The configuration is the first one's.
+        out_folder: created if missing.
+        weights: of each adapter, zero or more; they are divided by their sum. Equal ones when ``None``.
+        dtype: of the written factors; those of the first when ``None``.
+
+    Raises:
+        ValueError: fewer than two adapters, weights that do not fit, a file that is missing or unreadable, or
+            adapters that differ in their layers or shapes; the message names the file.
+    """
+    weights = [1.0] * len(folders) if weights is None else list(weights)
+    if len(folders) < 2 or len(weights) != len(folders):
+        raise ValueError(
+            f"{len(folders)} adapters and {len(weights)} weights; give two or more, one for each"
+        )
+    if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise ValueError(f"weights {weights}: must be zero or more, and not all zero")
+    config, *_ = [_read_config(Path(folder, CONFIG_NAME)) for folder in folders]
+    files = [Path(folder, SAFETENSORS_WEIGHTS_NAME) for folder in folders]
+    first, *others = adapters = [_read_tensors(file) for file in files]
+    for file, tensors in zip(files[1:], others, strict=True):
+        if problem := _mismatch(first, tensors):
+            raise ValueError(f"{file}: does not go with {files[0]}: {problem}")
+    shares = [weight / sum(weights) for weight in weights]
+    mean = {
+        key: sum(share * adapter[key].double() for share, adapter in zip(shares, adapters, strict=True))
+        for key in first
+    }
+    _write(Path(out_folder), config, {key: mean[key].to(dtype or first[key].dtype) for key in first})
 
 
 def _read_config(file: Path) -> LoRaDConfig:
@@ -170,7 +256,7 @@ def _mismatch(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
         return f"{len(unexpected)} of {len(found)} tensors have no layer, such as {_some(unexpected)}"
     for key, tensor in expected.items():
         if tensor.shape != found[key].shape:
-            return f"{key} has shape {tuple(found[key].shape)}, the model needs {tuple(tensor.shape)}"
+            return f"{key} has shape {tuple(found[key].shape)}, not {tuple(tensor.shape)}"
     return None
 
 

@@ -1,0 +1,54 @@
+"""One student of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from wadi.errors import WadiError
+from wadi.files import refuse_to_replace, replacing_folder
+from wadi.lorad.io import average_adapters
+from wadi.onestep.pipeline import (
+    TEXT_ENCODER_FOLDER,
+    adapter_folder,
+    read_alpha_T_squared,
+    write_alpha_T_squared,
+)
+
+
+def average_students(
+    adapters: Sequence[str | os.PathLike],
+    out_folder: str | os.PathLike,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the mean of several students' adapters, as `wadi.lorad.average_adapters` forms it.
+
+    Args:
+        adapters: folders or hub ids of the students' LoRaD adapters, with the same layers and ranks.
+        out_folder: adapter folder to write; replaced if it exists.
+        weights: of each, divided by their sum; equal ones when ``None``.
+        dtype: of the written factors; those of the first when ``None``.
+
+    Raises:
+        WadiError: an adapter cannot be read, is a subject's, or has other layers, ranks or another alpha_T^2
+            than the first; or the weights do not fit.
+    """
+    refuse_to_replace(out_folder, *adapters)
+    folders = [adapter_folder(adapter) for adapter in adapters]
+    for folder in folders:
+        if (folder / TEXT_ENCODER_FOLDER).is_dir():
+            raise WadiError(f"{folder}: a subject's adapter, with a text encoder; name students' adapters")
+    alphas = [read_alpha_T_squared(folder) for folder in folders]
+    for folder, alpha in zip(folders, alphas, strict=True):
+        if alpha != alphas[0]:
+            raise WadiError(f"{folder}: its alpha_T^2 is {alpha}, the first student's {alphas[0]}")
+    with replacing_folder(out_folder) as folder:
+        try:
+            average_adapters(folders, folder, weights, dtype)
+        except ValueError as error:
+            raise WadiError(str(error)) from error
+        if alphas[0] is not None:
+            write_alpha_T_squared(folder, alphas[0])
