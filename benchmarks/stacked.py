@@ -214,6 +214,9 @@ def stack_key(config: DistillConfig) -> Hashable | None:
 
 
 NOT_STACKED = (
+    "denoising_weight",
+    "student_conv_rank",
+    "fake_conv_rank",
     "gradient_accumulation_steps",
     "weighting",
     "fake_weighting",

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from wadi.distill.losses import fake_loss, generator_loss, guided, normalized_vsd_gradient, vsd_gradient
+from wadi.distill.losses import (
+    denoising_gradient,
+    detail_vsd_gradient,
+    fake_loss,
+    generator_loss,
+    guided,
+    normalized_vsd_gradient,
+    vsd_gradient,
+    without_block_means,
+)
 from wadi.distill.schedule import Schedule
 
 
@@ -42,6 +53,39 @@ def test_normalized_gradient_is_dmds_in_x0(numbers):
     for i in range(len(x0)):
         expected = (x0_fake - x0_teacher)[i] / (x0 - x0_teacher)[i].abs().mean()
         torch.testing.assert_close(normalized_vsd_gradient(teacher, fake, noise)[i], expected)
+
+
+def test_detail_gradient_is_alpha_times_the_difference_in_x0(numbers):
+    x0, noise, teacher, fake, alpha, sigma = numbers
+    x_t = alpha * x0 + sigma * noise
+    x0_teacher, x0_fake = (x_t - sigma * teacher) / alpha, (x_t - sigma * fake) / alpha
+    torch.testing.assert_close(detail_vsd_gradient(teacher, fake, sigma), alpha * (x0_fake - x0_teacher))
+
+
+def test_denoising_gradient_is_the_distance_to_the_teachers_picture(numbers):
+    x0, noise, teacher, _, alpha, sigma = numbers
+    x0_teacher = (alpha * x0 + sigma * noise - sigma * teacher) / alpha
+    torch.testing.assert_close(denoising_gradient(teacher, noise, sigma / alpha), x0 - x0_teacher)
+
+
+sides = st.integers(1, 9)
+
+
+@given(sides, sides, st.integers(2, 5), st.integers(0, 99))
+def test_without_block_means(height, width, size, seed):
+    """Against a loop over the squares, of which those at the right and below may be cut off."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, generator=generator)
+    expected = x.clone()
+    for top in range(0, height, size):
+        for left in range(0, width, size):
+            square = expected[..., top : top + size, left : left + size]
+            square -= square.mean((-2, -1), keepdim=True)
+    found = without_block_means(x, size)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(without_block_means(found, size), found)  # nothing is left to remove
+    flat = torch.full_like(x, 3.0)
+    torch.testing.assert_close(without_block_means(flat, size), torch.zeros_like(x))
 
 
 def test_fake_loss(numbers):

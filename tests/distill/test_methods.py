@@ -103,6 +103,19 @@ def test_all_start_as_the_teacher_and_leave_it_alone(teacher_folder, student, fa
     assert merged_state(roles.student, before).keys() == before.keys()
 
 
+@pytest.mark.parametrize("method", ["lorad", "lora", "dora"])
+def test_convolutions_have_a_rank_of_their_own(teacher_folder, method):
+    base = load_pipeline(teacher_folder).unet
+    roles = build_roles(base, method_config(method, student_config(base, 2, conv_r=3)), None, seed=0)
+    first, ranks = ".lorad_B." if method == "lorad" else ".lora_A.", {}
+    for name, parameter in trainable(roles.student).items():
+        if first in name:
+            ranks[name.split(first)[0]] = parameter.shape[0]
+    convolutions = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert {name for name, rank in ranks.items() if rank == 3} == convolutions
+    assert {name for name, rank in ranks.items() if rank == 2} == set(student_config(base, 2).target_modules)
+
+
 def test_a_full_student_resumes_the_same_bits(options, tmp_path):
     changes = {"student_method": "full", "fake_method": "lora"}
     whole = run(options, tmp_path / "whole", **changes)

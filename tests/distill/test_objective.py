@@ -31,19 +31,24 @@ from wadi.files import load_tensors
 REGRESSION = {"teacher_samples": 5, "teacher_sampling_steps": 4, "regression_weight": 0.5}
 
 ADVERSARIAL = {"teacher_samples": 5, "teacher_sampling_steps": 4, "adversarial_weight": 0.3}
-EVERYTHING = REGRESSION | {
-    "guidance_scale": 3.0,
-    "guidance_scale_end": 1.5,
-    "guidance_max_timestep": 0.6,
-    "guidance_scale_above": 2.0,
-    "max_timestep_end": 0.5,
-    "regression_loss_type": "huber",
-    "adversarial_weight": 0.3,
-    "discriminator_learning_rate": 1e-3,
-    "distillation_weight": 0.7,
-    "score_identity_weight": 0.2,
-    "score_identity_alpha": 1.2,
-}
+DENOISING = {"denoising_weight": 0.6, "denoising_max_timestep": 0.3, "denoising_block_size": 3}
+EVERYTHING = (
+    REGRESSION
+    | DENOISING
+    | {
+        "guidance_scale": 3.0,
+        "guidance_scale_end": 1.5,
+        "guidance_max_timestep": 0.6,
+        "guidance_scale_above": 2.0,
+        "max_timestep_end": 0.5,
+        "regression_loss_type": "huber",
+        "adversarial_weight": 0.3,
+        "discriminator_learning_rate": 1e-3,
+        "distillation_weight": 0.7,
+        "score_identity_weight": 0.2,
+        "score_identity_alpha": 1.2,
+    }
+)
 LOSSES = {
     "student_loss",
     "fake_loss",
@@ -51,6 +56,7 @@ LOSSES = {
     "adversarial_loss",
     "discriminator_loss",
     "score_identity_loss",
+    "denoising_loss",
 }
 
 
@@ -241,12 +247,12 @@ def test_teacher_pairs_in_half_precision_start_from_the_noise_that_is_kept():
 
 
 def test_drawn_pairs_belong_together_and_leave_the_other_draws_alone():
-    trainer = make(train_batch_size=6, **REGRESSION | ADVERSARIAL)
+    trainer = make(train_batch_size=6, **REGRESSION | ADVERSARIAL | DENOISING)
     plain = make(train_batch_size=6)
     inputs, others = trainer.draw(3), plain.draw(3)
     for field in dataclasses.fields(others):
         ours, theirs = (getattr(x, field.name) for x in (inputs, others))
-        if field.name in ("pair", "pair_condition", "adversarial"):
+        if field.name in ("pair", "pair_condition", "adversarial", "denoising"):
             assert theirs == {}
         elif isinstance(theirs, dict):
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -295,6 +301,59 @@ def test_regression_gradient_is_the_equation(prediction_type):
     assert_same_gradients(
         {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
     )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_denoising_gradient_is_the_equation(prediction_type):
+    """What the term adds: x0 - x0_teacher of the unguided teacher, less the mean of each square of 3 x 3."""
+    trainer = make(prediction_type, guidance_scale=2.0, **DENOISING)
+    trainer.step(0)
+    other, inputs = twin(trainer, guidance_scale=2.0), trainer.draw(1)
+    t, noise = inputs.denoising["t"], inputs.denoising["noise"]
+    level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+    x0 = plain_student(trainer, inputs.z, inputs.condition)
+    x_t = (level.sqrt() * x0 + (1 - level).sqrt() * noise).detach()
+    eps = plain_epsilon(trainer, trainer.teacher, x_t, t, inputs.condition)
+    direction = (x0 - (x_t - (1 - level).sqrt() * eps) / level.sqrt()).detach()
+    for top in range(0, 8, 3):
+        for left in range(0, 8, 3):
+            square = direction[..., top : top + 3, left : left + 3]
+            square -= square.mean((-2, -1), keepdim=True)
+    parameters = trainer.student_parameters
+    loss = 0.6 * (x0 * direction).sum() / x0.numel()
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    total, losses = student_gradients(trainer, inputs)
+    plain, _ = student_gradients(other, other.draw(1))
+    assert losses["denoising_loss"] == pytest.approx(0.5 * direction.square().mean().item(), rel=1e-3)
+    assert_same_gradients(
+        {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
+    )
+
+
+def test_denoising_has_timesteps_of_its_own():
+    trainer = make(train_batch_size=512, min_timestep=0.05, max_timestep=0.98, **DENOISING)
+    t = trainer.draw(0).denoising["t"]
+    assert 50 <= int(t.min()) < 60
+    assert 290 < int(t.max()) <= 300
+
+
+@pytest.mark.parametrize("weighting", ["sigma_squared", "sigma"])
+def test_weighting_is_the_equation(weighting):
+    trainer = make(weighting=weighting, guidance_scale=1.0, fake_guidance_scale=1.0)
+    trainer.step(0)
+    inputs, parameters = trainer.draw(1), trainer.student_parameters
+    level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[inputs.t].view(-1, 1, 1, 1)
+    x0 = plain_student(trainer, inputs.z, inputs.condition)
+    x_t = (level.sqrt() * x0 + (1 - level).sqrt() * inputs.noise).detach()
+    teacher, fake = (
+        plain_epsilon(trainer, network, x_t, inputs.t, inputs.condition)
+        for network in (trainer.teacher, trainer.fake)
+    )
+    weight = 1 - level if weighting == "sigma_squared" else (1 - level).sqrt()
+    loss = (x0 * (weight * (teacher - fake)).detach()).sum() / x0.numel()
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    found, _ = student_gradients(trainer, inputs)
+    assert_same_gradients(found, dict(zip(parameters, expected, strict=True)))
 
 
 def test_adversarial_losses_and_their_derivatives():
@@ -652,6 +711,23 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         ({"adversarial_weight": float("inf")}, "--adversarial-weight: must be zero or more"),
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate: must be a positive number"),
         ({"max_timestep_end": 1.5}, "--max-timestep-end: must be between 0 and 1"),
+        ({"denoising_weight": -1.0}, "--denoising-weight: must be zero or more"),
+        ({"denoising_max_timestep": 1.5}, "--denoising-max-timestep: must be between 0 and 1"),
+        ({"denoising_block_size": 1}, "--denoising-block-size: must be at least 2"),
+        (
+            {"denoising_weight": 1.0, "min_timestep": 0.2},
+            "--min-timestep: must not exceed --denoising-max-timestep",
+        ),
+        ({"student_conv_rank": 0}, "--student-conv-rank: must be at least 1"),
+        ({"fake_conv_rank": 4}, "--fake-conv-rank: needs --fake-layers student"),
+        (
+            {"student_conv_rank": 4, "student_method": "oft"},
+            "--student-conv-rank: has no meaning with --student-method oft",
+        ),
+        (
+            {"fake_conv_rank": 4, "fake_layers": "student", "fake_method": "full"},
+            "--fake-conv-rank: has no meaning with --fake-method full",
+        ),
         (
             {"min_timestep": 0.5, "max_timestep_end": 0.4},
             "--min-timestep: must not exceed --max-timestep-end",
@@ -673,6 +749,7 @@ def test_fingerprint_of_the_defaults_is_as_before_these_options():
     """So that checkpoints of before can be gone on with; set, they count."""
     assert DistillConfig().fingerprint() == "86b81627ee828bf7"
     set_ones = {"guidance_scale_end": 2.0, "max_timestep_end": 0.5, "guidance_max_timestep": 0.5}
+    set_ones |= {"denoising_weight": 0.5, "weighting": "sigma", "student_conv_rank": 2, "fake_conv_rank": 2}
     for name, value in set_ones.items():
         assert dataclasses.replace(CONFIG, **{name: value}).fingerprint() != CONFIG.fingerprint()
 

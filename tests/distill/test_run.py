@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, UNetBackbone, distill
@@ -191,9 +191,30 @@ def test_student_goes_on_from_an_adapter(options, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
 
 
+def test_student_goes_on_with_another_rank_and_convolutions(options, tmp_path):
+    """At a higher rank it draws what it drew; convolutions, which are new, start as the teacher's."""
+    first = distill(options)
+    changes = {"student_rank": 5, "student_conv_rank": 3, "student_learning_rate": 1e-12}
+    onward = {"output_dir": str(tmp_path / "onward"), "student_adapter": str(first / "adapter")}
+    second = distill(dataclasses.replace(options, **changes, **onward))
+    tensors = load_file(second / "adapter" / "adapter_model.safetensors")
+    ranks = {name.split(".")[-2]: len(B) for name, B in tensors.items() if name.endswith("lorad_B")}
+    assert (ranks["to_q"], ranks["conv1"], ranks["conv_in"]) == (5, 3, 3)
+    sources = ((options.pretrained_model_name_or_path, second / "adapter"), (second / "pipeline",))
+    own, merged, before = (
+        OneStepPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np")
+        for source in (*sources, (first / "pipeline",))
+    )
+    np.testing.assert_allclose(own, merged, atol=1e-4)
+    np.testing.assert_allclose(own, before, atol=1e-3)
+
+
 def test_adapters_that_the_student_cannot_start_from(options, tmp_path):
     first = distill(dataclasses.replace(options, output_dir=str(tmp_path / "first")))
-    other = dataclasses.replace(options, student_adapter=str(first / "adapter"), student_rank=3)
+    tensors = load_file(first / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lorad_A"))
+    save_file(tensors | {name: tensors[name][:-1]}, first / "adapter" / "adapter_model.safetensors")
+    other = dataclasses.replace(options, student_adapter=str(first / "adapter"))
     refuses(other, "--student-adapter: .*does not fit the adapter: .* has shape", tmp_path)
     missing = dataclasses.replace(options, student_adapter=str(tmp_path / "none"))
     refuses(missing, "--student-adapter: .*cannot read", tmp_path)

@@ -57,7 +57,8 @@ class DistillConfig:
     """Run folder (its last checkpoint) or checkpoint folder to go on from, with that run's options."""
 
     student_adapter: str | None = None
-    """Adapter folder that the student starts from, to train it on, perhaps with other options."""
+    """Adapter folder that the student starts from, to train it on, perhaps with other options. Of another
+    rank: as nearly as the new one allows; layers that it lacks start as the teacher's."""
 
     seed: int = 0
     """Seed of adapters, noise, timesteps and order of prompts."""
@@ -95,6 +96,10 @@ class DistillConfig:
     student_rank: int = 256
     """Rank of the student's LoRaD adapter."""
 
+    student_conv_rank: int | None = None
+    """Rank of a U-Net's convolutions in the student's adapter; without it they stay the teacher's, as in the
+    paper."""
+
     student_method: Method = "lorad"
     """What is trained of the student: LoRaD, for comparison another adapter of the same layers and rank (of
     OFT: size of its blocks), or everything (full). Of others than LoRaD the run folder has pipeline/ only."""
@@ -104,6 +109,9 @@ class DistillConfig:
 
     fake_rank: int = 32
     """Rank of the fake model's adapter. As large as the student's, with two updates, it keeps diversity."""
+
+    fake_conv_rank: int | None = None
+    """Rank of a U-Net's convolutions in the fake model's adapter; needs --fake-layers student."""
 
     fake_layers: Literal["attention", "student"] = "attention"
     """Layers of the fake model's adapter: the paper's smaller selection, or the student's own."""
@@ -140,8 +148,9 @@ class DistillConfig:
     max_timestep_end: float | None = None
     """Highest timestep at the last step: it goes there linearly from --max-timestep. Without it, it stays."""
 
-    weighting: Literal["sigma_squared", "normalized"] = "sigma_squared"
-    """Weight of the distillation gradient: the paper's sigma_t^2, or DMD's normalization per sample."""
+    weighting: Literal["sigma_squared", "sigma", "normalized"] = "sigma_squared"
+    """Weight of the distillation gradient: the paper's sigma_t^2, sigma_t (more of details, at low noise), or
+    DMD's normalization per sample."""
 
     fake_weighting: Literal["alpha_squared", "none"] = "alpha_squared"
     """Weight of the fake model's loss: the paper's alpha_t^2, or none."""
@@ -160,6 +169,17 @@ class DistillConfig:
 
     score_identity_alpha: float = 1.0
     """SiD's alpha, from 0 to about 1.2."""
+
+    denoising_weight: float = 0.0
+    """Weight of the distance to what the unguided teacher makes of the student's picture at little noise: it
+    cleans the texture, which the distillation gradient leaves grainy; 0 is none."""
+
+    denoising_max_timestep: float = 0.1
+    """Highest timestep of that term, as a fraction of all; the lowest is --min-timestep."""
+
+    denoising_block_size: int = 4
+    """Side of the squares, in latent pixels, whose mean that term leaves alone: it would make colours and
+    sizes the likeliest ones."""
 
     teacher_samples: int = 0
     """Pairs of noise and the guided teacher's picture to make before the first step, for the terms that use
@@ -261,7 +281,10 @@ class DistillConfig:
             raise WadiError(
                 f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in using)}"
             )
-        if not (self.distillation_weight or self.score_identity_weight or wanted):
+        if self.denoising_weight and self.min_timestep > self.denoising_max_timestep:
+            raise WadiError("--min-timestep: must not exceed --denoising-max-timestep")
+        alone = self.distillation_weight or self.score_identity_weight or self.denoising_weight
+        if not (alone or wanted):
             raise WadiError("--distillation-weight: is 0, and no other term has a weight; give one")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
@@ -269,6 +292,12 @@ class DistillConfig:
             raise WadiError(
                 "--student-method, --fake-method: full trains the base's own dtype; use --mixed-precision no"
             )
+        for who in ("student", "fake"):
+            method = getattr(self, f"{who}_method")
+            if getattr(self, f"{who}_conv_rank") is not None and method in ("oft", "full"):
+                raise WadiError(f"--{who}-conv-rank: has no meaning with --{who}-method {method}")
+        if self.fake_conv_rank is not None and self.fake_layers == "attention":
+            raise WadiError("--fake-conv-rank: needs --fake-layers student")
         if self.student_adapter is not None and self.student_method != "lorad":
             raise WadiError(f"--student-adapter: is LoRaD's, --student-method is {self.student_method}")
         if self.validation_steps and not self.validation_seeds:
@@ -358,6 +387,8 @@ LATER = frozenset(
         "guidance_max_timestep",
         "guidance_scale_above",
         "max_timestep_end",
+        "student_conv_rank",
+        "fake_conv_rank",
         "teacher_samples",
         "teacher_sampling_steps",
         "regression_weight",
@@ -368,6 +399,9 @@ LATER = frozenset(
         "score_identity_alpha",
         "adversarial_weight",
         "discriminator_learning_rate",
+        "denoising_weight",
+        "denoising_max_timestep",
+        "denoising_block_size",
     }
 )
 """Options that came after the first checkpoints: at their defaults they change nothing, the fingerprint
@@ -409,7 +443,9 @@ _RULES = (
             "gradient_accumulation_steps",
             "max_train_steps",
             "student_rank",
+            "student_conv_rank",
             "fake_rank",
+            "fake_conv_rank",
             "fake_updates",
             "max_skipped_steps",
             "logging_steps",
@@ -420,6 +456,7 @@ _RULES = (
         lambda v: v >= 1,
         "at least 1",
     ),
+    (("denoising_block_size",), lambda v: v >= 2, "at least 2"),
     (("seed", "lr_warmup_steps", "validation_steps", "teacher_samples"), lambda v: v >= 0, "zero or more"),
     (
         (
@@ -445,6 +482,7 @@ _RULES = (
             "distillation_weight",
             "score_identity_weight",
             "score_identity_alpha",
+            "denoising_weight",
         ),
         lambda v: 0 <= v < math.inf,
         "zero or more",
@@ -455,6 +493,7 @@ _RULES = (
             "max_timestep",
             "max_timestep_end",
             "guidance_max_timestep",
+            "denoising_max_timestep",
             "null_prompt_probability",
             "lr_decay_fraction",
         ),

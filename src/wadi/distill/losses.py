@@ -30,6 +30,18 @@ def vsd_gradient(eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: tor
     return sigma_t**2 * (eps_teacher - eps_fake)
 
 
+def detail_vsd_gradient(
+    eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: torch.Tensor
+) -> torch.Tensor:
+    """Variational score distillation with the weight sigma_t: alpha_t times the difference of x_0.
+
+    As eps = (x_t - alpha_t x_0) / sigma_t, sigma_t (eps_teacher - eps_fake) = alpha_t (x0_fake - x0_teacher):
+    a change of a picture counts nearly as much at little noise, where its details are decided, as in the
+    middle, while the paper's sigma_t^2 lets it fade.
+    """
+    return sigma_t * (eps_teacher - eps_fake)
+
+
 def normalized_vsd_gradient(
     eps_teacher: torch.Tensor, eps_fake: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
@@ -42,6 +54,30 @@ def normalized_vsd_gradient(
     """
     size = (eps_teacher - noise).abs().mean(dim=(1, 2, 3), keepdim=True)
     return (eps_teacher - eps_fake) / size.clamp_min(1e-6)
+
+
+def denoising_gradient(
+    eps_teacher: torch.Tensor, noise: torch.Tensor, sigma_over_alpha: torch.Tensor
+) -> torch.Tensor:
+    """Score distillation without a fake model (DreamFusion, arXiv 2209.14988, eq. 3), in units of x_0.
+
+    With x0_teacher what the teacher takes for x_0 at x_t,
+
+        grad_x0 = x0 - x0_teacher = sigma_t / alpha_t (eps_teacher - n)
+
+    Meant for little noise, where it is what the teacher would clean off a picture.
+    """
+    return sigma_over_alpha * (eps_teacher - noise)
+
+
+def without_block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """(N, C, H, W) less its mean over each square of block_size x block_size, cut off at the right and below.
+
+    What is left is finer than the squares: texture, no colour of an area.
+    """
+    height, width = x.shape[-2:]
+    means = F.avg_pool2d(x, block_size, ceil_mode=True, count_include_pad=False)
+    return x - F.interpolate(means, scale_factor=block_size)[..., :height, :width]
 
 
 def generator_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

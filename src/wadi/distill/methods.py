@@ -26,7 +26,12 @@ def method_config(method: Method, like: LoRaDConfig) -> PeftConfig | None:
     if method == "oft":
         return OFTConfig(r=0, oft_block_size=like.r, target_modules=like.target_modules)
     return LoraConfig(
-        r=like.r, lora_alpha=like.r, target_modules=like.target_modules, use_dora=method == "dora"
+        r=like.r,
+        lora_alpha=like.r,
+        rank_pattern=like.rank_pattern,
+        alpha_pattern=like.rank_pattern,
+        target_modules=like.target_modules,
+        use_dora=method == "dora",
     )
 
 

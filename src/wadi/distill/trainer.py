@@ -26,6 +26,8 @@ from wadi.distill.config import DistillConfig
 from wadi.distill.discriminator import TeacherFeatures, make_head
 from wadi.distill.losses import (
     adversarial_loss,
+    denoising_gradient,
+    detail_vsd_gradient,
     discriminator_loss,
     fake_loss,
     generator_loss,
@@ -36,6 +38,7 @@ from wadi.distill.losses import (
     score_identity_loss,
     vsd_gradient,
     with_gradient,
+    without_block_means,
 )
 from wadi.distill.methods import method_config
 from wadi.distill.pairs import TeacherPairs, check_steps, teacher_pairs
@@ -77,6 +80,8 @@ class StepInputs:
     pair_condition: Condition = field(default_factory=dict)  # of n prompts
     # for the discriminator: t, real_t (n,) int64 and noise, real_noise (n, C, H, W) float32; or nothing
     adversarial: dict[str, torch.Tensor] = field(default_factory=dict)
+    # for the denoising term: t (n,) int64 and noise (n, C, H, W) float32; or nothing
+    denoising: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
         """The fields, in order; the tensors of a dictionary one by one."""
@@ -183,11 +188,18 @@ class Trainer:
     def _make_roles(self) -> Roles:
         """Teacher, student and fake model as the options want them."""
         config, base = self.config, self.backbone.network
-        small = fake_config if config.fake_layers == "attention" else student_config
+        try:
+            student = student_config(base, config.student_rank, config.student_conv_rank)
+            if config.fake_layers == "attention":
+                fake = fake_config(base, config.fake_rank)
+            else:
+                fake = student_config(base, config.fake_rank, config.fake_conv_rank)
+        except ValueError as error:
+            raise WadiError(f"--student-conv-rank, --fake-conv-rank: {error}") from error
         roles = build_roles(
             base,
-            method_config(config.student_method, student_config(base, r=config.student_rank)),
-            method_config(config.fake_method, small(base, r=config.fake_rank)),
+            method_config(config.student_method, student),
+            method_config(config.fake_method, fake),
             config.seed,
         )
         if config.student_adapter is not None:
@@ -289,6 +301,7 @@ class Trainer:
             fresh_condition=self._draw_prompts(k, n, share),
             **(self._draw_pairs(n, share) if self.pairs is not None else {}),
             adversarial=self._draw_adversarial(n, share, low, high) if self.discriminator is not None else {},
+            denoising=self._draw_denoising(n, share, low) if config.denoising_weight else {},
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
@@ -348,6 +361,8 @@ class Trainer:
                 # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
                 if config.weighting == "normalized":
                     gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
+                elif config.weighting == "sigma":
+                    gradient = detail_vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 else:
                     gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
@@ -363,6 +378,11 @@ class Trainer:
                     terms["adversarial_loss"] = (
                         self._adversarial_term(x0, inputs, micro),
                         config.adversarial_weight,
+                    )
+                if config.denoising_weight:
+                    terms["denoising_loss"] = (
+                        self._denoising_term(x0, inputs, micro),
+                        config.denoising_weight,
                     )
                 losses.append(self._backward(terms))
             samples.append(x0.detach())
@@ -398,6 +418,16 @@ class Trainer:
             return self.generate(z, condition), None
         both = concatenate([condition, pick(inputs.pair_condition, micro)])
         return self.generate(torch.cat([z, inputs.pair["z"][micro]]), both).split(len(z))
+
+    def _denoising_term(self, x0: torch.Tensor, inputs: StepInputs, micro: slice) -> torch.Tensor:
+        """1/2 ||x0 - x0_teacher||^2 of what is finer than blocks; the teacher's picture is held fixed."""
+        schedule = self.schedule
+        t, noise = (inputs.denoising[name][micro] for name in ("t", "noise"))
+        with torch.no_grad():
+            x_t = schedule.add_noise(x0, noise, t)
+            eps = self._guided_epsilon(self.teacher, x_t, t, pick(inputs.condition, micro), 1.0)
+            gradient = denoising_gradient(eps, noise, schedule.sigma(t) / schedule.alpha(t))
+        return generator_loss(x0, without_block_means(gradient, self.config.denoising_block_size))
 
     def _adversarial_term(self, x0: torch.Tensor, inputs: StepInputs, micro: slice) -> torch.Tensor:
         """The student's loss against the discriminator, by way of its derivative by x0.
@@ -622,6 +652,15 @@ class Trainer:
         noise, real_noise = torch.randn(2, count, *shape, **on_device)
         drawn = {"t": t, "real_t": real_t, "noise": noise, "real_noise": real_noise}
         return {name: _keep(whole, share) for name, whole in drawn.items()}
+
+    def _draw_denoising(self, count: int, share: slice, low: int) -> dict[str, torch.Tensor]:
+        """Timesteps and noise of a share of what the teacher cleans."""
+        on_device = {"device": self.device, "generator": self.generator}
+        steps = self.schedule.num_train_timesteps
+        high = min(round(self.config.denoising_max_timestep * steps), steps - 1)
+        t = torch.randint(low, high + 1, (count,), **on_device)
+        noise = torch.randn(count, *self.backbone.latent_shape, **on_device)
+        return {"t": _keep(t, share), "noise": _keep(noise, share)}
 
     # --- CUDA graph ---
 
