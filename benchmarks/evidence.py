@@ -739,6 +739,43 @@ def _draw_ranks(path: Path, runs: Sequence[Run]) -> None:
     plots.save_ranks(path, _by_rank(runs))
 
 
+# --- what one prediction of the teacher mends ---
+
+
+def read_grain(path: Path) -> dict[str, Any]:
+    """Read a file of benchmarks/grain.py.
+
+    Raises:
+        WadiError: it is not as it should be.
+    """
+    data = read_json(path)
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not isinstance(rows, list) or not rows or "header" not in data:
+        raise WadiError(f"{path}: rows or header is missing")
+    _check_finite(path, data, "")
+    for i, row in enumerate(rows):
+        _check_numbers(path, f"rows[{i}]", row, ("alignment", "background_entropy"))
+        _check_numbers(path, f"rows[{i}]", row, ("mended", "kept"), or_null=True)
+        if "name" not in row:
+            raise WadiError(f"{path}: rows[{i}].name is missing")
+    return data
+
+
+def grain_table(data: Mapping[str, Any]) -> str:
+    """Alignment as it is and cleaned, and which pictures changed sides."""
+
+    def share(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    first, *others = data["rows"]
+    rows = [[first["name"], share(first["alignment"], 3), "", "", f"{first['background_entropy']:.2f}"]]
+    for row in others:
+        shares = (share(row["mended"], 2), share(row["kept"], 4))
+        rows.append([row["name"], share(row["alignment"], 3), *shares, f"{row['background_entropy']:.2f}"])
+    headings = ("pictures", "alignment", "wrong ones mended", "right ones kept", "free background, bits")
+    return f"{markdown(headings, rows)}\n\n{data['header']}."
+
+
 def _draw_fake(path: Path, runs: Sequence[Run]) -> None:
     plots.save_fake(path, _by_fake(runs))
 
@@ -763,8 +800,9 @@ TABLES: dict[str, Table] = {
     "ranks": _suite("ranks", ranks_table, _RANKS),
     "fake": _suite("fake", fake_table, _FAKE),
     "guidance": _suite("guidance", guidance_table),
-    **{name: _suite(name, students_table) for name in ("gap", "long")},
+    **{name: _suite(name, students_table) for name in ("gap", "denoising", "long")},
     **{name: Table(f"{name}.json", read_cost, cost_table) for name in ("cost", "dit-cost")},
+    **{name: Table(f"{name}.json", read_grain, grain_table) for name in ("grain", "grain-before")},
 }
 """Tables by the name in their marker. Another table is another function and a line here."""
 

@@ -233,7 +233,7 @@ class Table:
 
 TABLES = {
     "control": Table("uses/control.md", "control", control_table),
-    "control-pairs": Table("uses/control.md", "control-cpu", pairs_table),
+    "control-pairs": Table("uses/control.md", "control", pairs_table),
     "high-resolution": Table("uses/high-resolution.md", "high-resolution", high_resolution_table),
     "prompts": Table("uses/prompts.md", "prompts", prompts_table),
     "image-to-image": Table("uses/editing.md", "editing", image_to_image_table),

@@ -514,6 +514,25 @@ def test_cost_file(page):
     assert "CPU, torch 2.11.0.\n" in page.text
 
 
+def test_grain_file(page):
+    page.data.mkdir()
+    path = page.data / "grain.json"
+    own = {"name": "own", "alignment": 0.9, "mended": 0.0, "kept": 1.0, "background_entropy": 3.0}
+    cleaned = {"name": "cleaned", "alignment": 0.95, "mended": None, "kept": 0.5, "background_entropy": 2.5}
+    page.write("grain")
+    path.write_text(json.dumps({"header": "9 captions", "rows": [own, {**cleaned, "alignment": None}]}))
+    with pytest.raises(WadiError, match=r"grain\.json: rows\[1\]\.alignment is None"):
+        page.main()
+    path.write_text(json.dumps({"rows": [own]}))
+    with pytest.raises(WadiError, match=r"grain\.json: rows or header is missing"):
+        page.main()
+    path.write_text(json.dumps({"header": "9 captions", "rows": [own, cleaned]}))
+    page.main()
+    assert page.rows("own") == [["own", "0.900", "", "", "3.00"]]
+    assert page.rows("cleaned") == [["cleaned", "0.950", "-", "0.5000", "2.50"]]
+    assert "9 captions.\n" in page.text
+
+
 def test_command(page):
     """As it is called: 0, 1 after a difference, 2 and one line after a mistake."""
     write(page.data, *rates_runs())

@@ -34,6 +34,10 @@ CONTROL = {
             ("autoencoder", None, None, None),
         )
     ],
+    "pairs": [
+        {"controlnets": count, "edge_f1": 0.8, "objects": 0.7, "place_error": 1.2, "size_error": 1.9}
+        for count in (1, 2)
+    ],
 }
 HIGH = {
     "header": "2 captions",
@@ -124,7 +128,7 @@ def test_rows_of_all_uses(uses, pages, capsys):
     assert "| the scenes through the autoencoder |  |  | 0.936 |" in page
     assert "5 scenes.\n" in page
     assert "inversion.json: is not there yet" in error
-    assert "control.json" not in error  # and of control-cpu.json no summary is wanted
+    assert "control.json" not in error
 
 
 def test_pages_without_data_keep_what_they_have(uses, pages, capsys):
