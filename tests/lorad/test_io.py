@@ -223,6 +223,12 @@ def test_fit_rank_gives_the_nearest_angles(r, r_own, seed):
         assert not A[:, r:].any()
 
 
+def test_fit_rank_of_no_angles_is_none():
+    A, B = fit_rank((torch.zeros(9, 3), torch.zeros(3, 7)), factors(5))
+    assert not A.any()
+    assert B.isfinite().all()
+
+
 def test_fit_rank_leaves_other_layers_alone():
     found = factors(3)
     for other in (factors(4, out=8), factors(4, half=6)):

@@ -173,7 +173,7 @@ def fit_rank(
     if r == r_own or not same_layer:
         return found
     U, S, V = torch.linalg.svd(A.double() @ B.double(), full_matrices=False)
-    kept, length = min(r, r_own, len(S)), B.double().norm(dim=1).mean()
+    kept, length = min(r, r_own, len(S)), B.double().norm(dim=1).mean().clamp_min(1e-12)
     new_A, new_B = torch.zeros_like(own[0]), own[1].clone()
     new_A[:, :kept] = (U[:, :kept] * S[:kept] / length).to(new_A)
     new_B[:kept] = (length * V[:kept]).to(new_B)

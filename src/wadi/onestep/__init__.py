@@ -1,5 +1,6 @@
 """The result: one-step scheduler, pipeline and export that any diffusers user can load."""
 
+from wadi.onestep.average import average_students
 from wadi.onestep.export import export_pipeline
 from wadi.onestep.fast import FastPath
 from wadi.onestep.importing import import_weights
@@ -17,6 +18,7 @@ from wadi.onestep.scheduler import one_step_scheduler
 __all__ = [
     "FastPath",
     "OneStepPipeline",
+    "average_students",
     "check_picture_path",
     "export_pipeline",
     "image_grid",
