@@ -36,6 +36,8 @@ TRAIN_TEXT_ENCODER = True
 """Of the built-in model, chosen in the same trials: for LoRA clearly, for LoRaD by next to nothing."""
 VARIATIONS = 12
 """Of every picture that the recogniser learns from: blur and noise."""
+BEFORE = 36
+"""Pictures of the word before it means anything, which the recogniser learns to refuse."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,16 @@ def word_of(instance_prompt: str) -> str:
 def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
     """Shares of pictures right, before and after, of student and teacher.
 
-    The recogniser learns from the pictures of the subject, and from pictures of everything else that the
-    student makes before it knows the subject; of the pictures that are judged it sees none.
+    The recogniser learns from the pictures of the subject, and from what the student makes before it knows
+    the subject, of everything else and of the subject's word; of the pictures that are judged it sees none.
     """
     judge = Judge.load(emoji.assets_folder() / "judge.safetensors").to(config.device)
     generator = torch.Generator().manual_seed(config.seed)
     subject = _pixels(read_pictures(config.instance_data_dir))
     several = blemish(subject.repeat(VARIATIONS, 1, 1, 1), generator)
-    recogniser = Recogniser(judge, several, blemish(known_pictures(config.device).cpu(), generator))
+    word = word_of(config.instance_prompt)
+    others = known_pictures(config.device, word).cpu()
+    recogniser = Recogniser(judge, several, blemish(others, generator))
     figures = {}
     cases = (
         ("teacher_before", [], config.num_inference_steps),
@@ -178,7 +182,7 @@ def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
         pipeline = load(emoji.teacher_folder(), adapters, device=config.device)
         generate = pipeline_generator(pipeline, steps, 1.0 if student else config.guidance_scale)
         count = config.samples if student else -(-config.samples // 4)
-        texts, columns = subject_captions(count, "command", word_of(config.instance_prompt))
+        texts, columns = subject_captions(count, "command", word)
         found = subject_figures(recogniser, generate_in_batches(generate, texts, 0, 20), columns)
         captions = evaluation_captions("test", count)
         images = generate_in_batches(generate, [caption.text for caption in captions], 0, 20)
@@ -190,10 +194,11 @@ def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
     return figures
 
 
-def known_pictures(device: str) -> torch.Tensor:
-    """(72, 3, 64, 64) float32 in [0, 1]: each emoji that the built-in student knows, as it makes it."""
+def known_pictures(device: str, word: str) -> torch.Tensor:
+    """(72 + BEFORE, 3, 64, 64) float32 in [0, 1]: each emoji that the built-in student knows, and what it
+    makes of a word that it does not know."""
     pipeline = load_for_steps(emoji.teacher_folder(), emoji.student_folder(), device=device)
-    prompts = [with_article(name) for name in NAMES]
+    prompts = [with_article(name) for name in NAMES] + subject_captions(BEFORE, "recogniser", word)[0]
     return generate_in_batches(pipeline_generator(pipeline, 1, 1.0), prompts, 0, 24).float() / 255
 
 

@@ -139,4 +139,5 @@ def test_the_student_keeps_ground_at_lower_strengths(editing):
         right = attributes_right(judge.read(made), stated(after))
         kept[strength] = {name: right[name].double().mean().item() for name in ("emoji", "background")}
     assert kept[0.6]["background"] > 0.9 > 0.7 > kept[1.0]["background"]
-    assert kept[0.6]["emoji"] > 0.8
+    # the new object is lost by and by: docs/uses/editing.md
+    assert kept[1.0]["emoji"] >= kept[0.6]["emoji"] > 0.5
