@@ -511,6 +511,14 @@ def test_transformer_trains_with_every_option(tmp_path):
     assert all(row["skipped_steps"] == 0 and row.keys() >= LOSSES for row in rows)
 
 
+def test_a_transformer_has_no_convolutions_to_turn(tmp_path):
+    tiny_pixart().save_pretrained(tmp_path / "teacher")
+    options = resumable(tmp_path / "teacher", tmp_path, "run", student_conv_rank=2, alpha_T_squared=0.0047)
+    with pytest.raises(WadiError, match="--student-conv-rank.*PixArtTransformer2DModel has no conv") as error:
+        distill(options)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
 def test_score_identity_loss_is_the_papers_in_x0(alpha):
     """From the two x0-predictions, as the paper has it: value and derivatives by both."""
