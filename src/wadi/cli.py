@@ -160,7 +160,8 @@ def average(
     """Write the mean of several students' adapters, as an adapter of the same size.
 
     The students must have been trained on from one student (--student-adapter), with other seeds or options:
-    the mean is then often better than each of them. Of students that were trained from the start it is none.
+    the mean is then often better than each of them. Students without such an ancestor have other factors for
+    like angles, and the mean of those means nothing.
 
     Args:
         adapters: Folders or hub ids of two or more students' adapters of one teacher.
