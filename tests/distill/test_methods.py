@@ -7,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.distill.test_processes import config
+from tests.distill.test_trainer import make
 from wadi.distill import DistillConfig, distill
 from wadi.distill.methods import merged_state, method_config
 from wadi.distill.roles import build_roles, trainable
@@ -52,23 +53,26 @@ def merged(weight, method, tensors, layer):
         return tensors[f"{layer}.weight"]
     if method == "oft":
         return turned_by_blocks(weight, tensors[f"{layer}.oft_R.default.weight"])
-    update = tensors[f"{layer}.lora_B.default.weight"] @ tensors[f"{layer}.lora_A.default.weight"]
-    if method == "lora":
-        return weight + update
-    rows = weight + update  # DoRA: magnitude times direction, of a row each
-    magnitude = tensors[f"{layer}.lora_magnitude_vector.default.weight"]
-    return magnitude[:, None] * rows / rows.norm(dim=1, keepdim=True)
+    # a convolution's A (r, in, k, k) and B (out, r, 1, 1) are matrices too
+    A, B = (tensors[f"{layer}.lora_{factor}.default.weight"].flatten(1) for factor in "AB")
+    rows = weight.flatten(1) + B @ A
+    if method == "dora":  # magnitude times direction, of a row each
+        magnitude = tensors[f"{layer}.lora_magnitude_vector.default.weight"].view(-1, 1)
+        rows = magnitude * rows / rows.norm(dim=1, keepdim=True)
+    return rows.view_as(weight)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "oft", "full"])
-def test_the_pipeline_is_the_averaged_student(options, tmp_path, method):
-    folder = run(options, tmp_path / "run", student_method=method)
+@pytest.mark.parametrize(
+    ("method", "conv_rank"), [("lora", None), ("lora", 3), ("dora", 3), ("oft", None), ("full", None)]
+)
+def test_the_pipeline_is_the_averaged_student(options, tmp_path, method, conv_rank):
+    folder = run(options, tmp_path / "run", student_method=method, student_conv_rank=conv_rank)
     average = load_tensors(folder / "checkpoints/step-000002/ema.safetensors")
     teacher = load_pipeline(options.pretrained_model_name_or_path).unet
     student = load_pipeline(folder / "pipeline").unet
     assert not any(isinstance(module, BaseTunerLayer) for module in student.modules())
     assert not (folder / "adapter").exists()
-    layers = sorted(student_config(teacher, 2).target_modules)
+    layers = sorted(student_config(teacher, 2, conv_rank).target_modules)
     changed = 0
     for layer in layers:
         before, after = (network.get_submodule(layer).weight for network in (teacher, student))
@@ -114,6 +118,22 @@ def test_convolutions_have_a_rank_of_their_own(teacher_folder, method):
     convolutions = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Conv2d)}
     assert {name for name, rank in ranks.items() if rank == 3} == convolutions
     assert {name for name, rank in ranks.items() if rank == 2} == set(student_config(base, 2).target_modules)
+
+
+@pytest.mark.parametrize(("method", "share"), [("lorad", 2), ("lora", 1)])
+def test_trainable_numbers_are_those_of_the_shapes(method, share):
+    """A (out, r) and B (r, fan-in; LoRaD: half of it) in linear layers of blocks and in convolutions."""
+    ranks = {"student_rank": 2, "student_conv_rank": 3, "fake_rank": 4, "fake_conv_rank": 5}
+    trainer = make(student_method=method, fake_method=method, **ranks)
+    expected = {"student": 0, "fake": 0}
+    for name, module in trainer.backbone.network.named_modules():
+        convolution = isinstance(module, torch.nn.Conv2d)
+        if convolution or (isinstance(module, torch.nn.Linear) and "block" in name):
+            for who in expected:
+                r = ranks[f"{who}_conv_rank" if convolution else f"{who}_rank"]
+                expected[who] += r * (len(module.weight) + module.weight[0].numel() // share)
+    for who, count in expected.items():
+        assert sum(p.numel() for p in getattr(trainer, f"{who}_parameters").values()) == count
 
 
 def test_a_full_student_resumes_the_same_bits(options, tmp_path):

@@ -41,6 +41,7 @@ EVERYTHING = (
         "guidance_max_timestep": 0.6,
         "guidance_scale_above": 2.0,
         "max_timestep_end": 0.5,
+        "weighting": "sigma",
         "regression_loss_type": "huber",
         "adversarial_weight": 0.3,
         "discriminator_learning_rate": 1e-3,
@@ -49,6 +50,7 @@ EVERYTHING = (
         "score_identity_alpha": 1.2,
     }
 )
+CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
 LOSSES = {
     "student_loss",
     "fake_loss",
@@ -337,6 +339,48 @@ def test_denoising_has_timesteps_of_its_own():
     assert 290 < int(t.max()) <= 300
 
 
+def test_denoising_leaves_the_draws_of_the_other_terms_alone():
+    trainer, plain = make(**ADVERSARIAL | DENOISING), make(**ADVERSARIAL)
+    ours = dataclasses.replace(trainer.draw(3), denoising={}).tensors()
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain.draw(3).tensors(), strict=True))
+    denoising, others = trainer.draw(3).denoising, plain.draw(3)
+    assert not any(
+        torch.equal(denoising["noise"], noise) for noise in (others.noise, *others.adversarial.values())
+    )
+
+
+def test_processes_share_the_draws_of_the_denoising_term():
+    """Two processes of batch 2, one after the other, are one process of batch 4."""
+    whole, part, shares = make(train_batch_size=4, **DENOISING).draw(3).denoising, make(**DENOISING), []
+    for rank in range(2):
+        part.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        shares.append(part.draw(3).denoising)
+    assert whole.keys() == {"t", "noise"}
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, torch.cat([share[name] for share in shares]))
+
+
+def test_a_denoising_term_without_weight_changes_no_bit():
+    plain = make()
+    other = twin(plain, **DENOISING | {"denoising_weight": 0.0})
+    for step in range(2):
+        plain.step(step), other.step(step)
+    assert same(snapshot(plain), snapshot(other))
+
+
+def test_the_denoising_term_can_be_the_only_one():
+    """Without the distillation gradient the student's is the equation's own; the fake model still trains."""
+    trainer = make(distillation_weight=0.0, **DENOISING)
+    trainer.step(0)
+    both, inputs = twin(trainer, **DENOISING), trainer.draw(1)
+    alone, losses = student_gradients(trainer, inputs)
+    plain, others = student_gradients(twin(trainer), inputs)
+    total, _ = student_gradients(both, inputs)
+    # a square of small differences: rounding of a larger batch is a few thousandths of it
+    assert losses["student_loss"] == pytest.approx(others["student_loss"], rel=0.05) != 0
+    assert_same_gradients(total, {name: alone[name] + plain[name] for name in alone})
+
+
 @pytest.mark.parametrize("weighting", ["sigma_squared", "sigma"])
 def test_weighting_is_the_equation(weighting):
     trainer = make(weighting=weighting, guidance_scale=1.0, fake_guidance_scale=1.0)
@@ -588,7 +632,7 @@ def test_score_identity_leaves_the_distillation_gradient_as_it_is():
 
 
 def everything(**changes):
-    return make(**EVERYTHING | changes)
+    return make(**EVERYTHING | CONVOLUTIONS | changes)
 
 
 def test_resumed_with_every_option_goes_on_the_same(tmp_path):
@@ -663,7 +707,8 @@ def test_metrics_have_every_term(tmp_path):
 
 def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
     """Both have the same pairs; gradients of head and student are averaged over both."""
-    changes = EVERYTHING | {"max_train_steps": 3, "validation_steps": 0, "teacher_samples": 40}
+    changes = EVERYTHING | CONVOLUTIONS | {"max_train_steps": 3, "validation_steps": 0, "teacher_samples": 40}
+    changes["fake_layers"] = "student"
     (tmp_path / "one").mkdir()
     one = distill(launched(teacher_folder, tmp_path / "one", **changes))
     options = launched(teacher_folder, tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes)
@@ -720,6 +765,7 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate: must be a positive number"),
         ({"max_timestep_end": 1.5}, "--max-timestep-end: must be between 0 and 1"),
         ({"denoising_weight": -1.0}, "--denoising-weight: must be zero or more"),
+        ({"denoising_weight": float("nan")}, "--denoising-weight: must be zero or more"),
         ({"denoising_max_timestep": 1.5}, "--denoising-max-timestep: must be between 0 and 1"),
         ({"denoising_block_size": 1}, "--denoising-block-size: must be at least 2"),
         (
@@ -731,6 +777,14 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         (
             {"student_conv_rank": 4, "student_method": "oft"},
             "--student-conv-rank: has no meaning with --student-method oft",
+        ),
+        (
+            {"student_conv_rank": 4, "student_method": "full"},
+            "--student-conv-rank: has no meaning with --student-method full",
+        ),
+        (
+            {"fake_conv_rank": 4, "fake_layers": "student", "fake_method": "oft"},
+            "--fake-conv-rank: has no meaning with --fake-method oft",
         ),
         (
             {"fake_conv_rank": 4, "fake_layers": "student", "fake_method": "full"},
@@ -758,6 +812,7 @@ def test_fingerprint_of_the_defaults_is_as_before_these_options():
     assert DistillConfig().fingerprint() == "86b81627ee828bf7"
     set_ones = {"guidance_scale_end": 2.0, "max_timestep_end": 0.5, "guidance_max_timestep": 0.5}
     set_ones |= {"denoising_weight": 0.5, "weighting": "sigma", "student_conv_rank": 2, "fake_conv_rank": 2}
+    set_ones |= {"denoising_max_timestep": 0.2, "denoising_block_size": 3}
     for name, value in set_ones.items():
         assert dataclasses.replace(CONFIG, **{name: value}).fingerprint() != CONFIG.fingerprint()
 

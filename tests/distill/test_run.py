@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import PROMPTS
+from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.distill import DistillConfig, UNetBackbone, distill
 from wadi.distill.run import resolve
 from wadi.distill.trainer import append_metrics
 from wadi.errors import WadiError
+from wadi.lorad import save_adapter, student_config
 from wadi.onestep import OneStepPipeline, read_alpha_T_squared
 
 
@@ -45,9 +48,10 @@ def refuses(options, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("alpha_T_squared", [None, 0.0047])
-def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha_T_squared):
-    run = distill(dataclasses.replace(options, alpha_T_squared=alpha_T_squared, report_to="tensorboard"))
+@pytest.mark.parametrize(("alpha_T_squared", "conv_rank"), [(None, None), (0.0047, 3)])
+def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha_T_squared, conv_rank):
+    changes = {"alpha_T_squared": alpha_T_squared, "student_conv_rank": conv_rank}
+    run = distill(dataclasses.replace(options, report_to="tensorboard", **changes))
     assert {p.name for p in run.iterdir()} >= {
         "config.yaml",
         "metrics.jsonl",
@@ -77,14 +81,19 @@ def test_v_prediction_trains(options, v_teacher_folder):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_sample_grid_is_what_generate_draws(options, monkeypatch):
-    """The pictures of the grid are those of the finished pipeline for the same prompts and seeds."""
+@pytest.mark.parametrize("conv_rank", [None, 3])
+def test_sample_grid_is_what_generate_draws(options, monkeypatch, conv_rank):
+    """The pictures of the grid, which the average draws, are those of the finished pipeline."""
     drawn = []
     monkeypatch.setattr(
         "wadi.distill.trainer.labelled_grid",
         lambda rows, headings: drawn.append(rows) or Image.new("RGB", (1, 1)),
     )
-    run = distill(options)
+    run = distill(dataclasses.replace(options, student_conv_rank=conv_rank))
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    turned = [A for name, A in tensors.items() if name.endswith(("conv1.lorad_A", "conv_in.lorad_A"))]
+    assert all(A.shape[1] == 3 and A.any() for A in turned)
+    assert bool(turned) == (conv_rank is not None)
     pipeline = OneStepPipeline.from_pretrained(run / "pipeline")
     for prompt, pictures in drawn[-1]:
         ours, theirs = (np.asarray(picture, int) for picture in (pictures[0], pipeline(prompt, seed=3)[0]))
@@ -218,3 +227,20 @@ def test_adapters_that_the_student_cannot_start_from(options, tmp_path):
     refuses(other, "--student-adapter: .*does not fit the adapter: .* has shape", tmp_path)
     missing = dataclasses.replace(options, student_adapter=str(tmp_path / "none"))
     refuses(missing, "--student-adapter: .*cannot read", tmp_path)
+
+
+def test_adapters_of_other_layers_are_refused(options, tmp_path):
+    """Of another architecture, and of layers that the student does not turn."""
+    unet, transformer = tiny_pipeline().unet, tiny_pixart().transformer
+    for name, model, config, message in (
+        ("transformer", transformer, student_config(transformer, 2), r"tensors are missing, such as down_"),
+        (
+            "convolutions",
+            unet,
+            student_config(unet, 2, conv_r=3),
+            r"tensors have no layer, such as conv_in\.",
+        ),
+    ):
+        save_adapter(inject_adapter_in_model(config, model), tmp_path / name)
+        other = dataclasses.replace(options, student_adapter=str(tmp_path / name))
+        refuses(other, f"--student-adapter: .*{name}.*does not fit the adapter: .*{message}", tmp_path)
