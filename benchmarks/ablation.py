@@ -3,6 +3,7 @@
     python benchmarks/ablation.py --list                               # the runs of a suite
     python benchmarks/ablation.py --suites rates                       # on a GPU; selection captions
     python benchmarks/ablation.py --suites methods ranks fake guidance # with the rates that `rates` chose
+    python benchmarks/ablation.py --suites next                        # adapters at the rate above that
     python benchmarks/ablation.py --suites dit-rates dit-methods --dit runs/dit   # wadi emoji train-teacher
     python benchmarks/ablation.py --suites gap                         # objectives beyond the paper's
     python benchmarks/ablation.py --suites cost                        # one at a time: time and memory a step
@@ -171,6 +172,13 @@ def runs_of(suite: str, ranks: Ranks, rates: dict[str, float]) -> list[Run]:
             for seed in SEEDS
             for m in RATES
         ]
+    if kind == "next":
+        above = {m: RATES[m][RATES[m].index(rates[m]) + 1] for m in ("lorad", "lora", "dora")}
+        return [
+            Run(suite, f"{m}-seed{seed}", NAMES[m], student(m, rate, ranks.equal(m, SHARE)), seed)
+            for seed in SEEDS
+            for m, rate in above.items()
+        ]
     if kind == "ranks":
         return [
             Run(suite, f"{m}-{100 * share:g}-seed{seed}", NAMES[m], student(m, rates[m], rank), seed)
@@ -308,12 +316,14 @@ TEACHER_SAMPLES = 5000
 SUITES = (
     "rates",
     "methods",
+    "next",
     "ranks",
     "fake",
     "guidance",
     "gap",
     "dit-rates",
     "dit-methods",
+    "dit-next",
     "cost",
     "dit-cost",
 )

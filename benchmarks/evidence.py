@@ -11,6 +11,7 @@ on the page and a place without a suite are mistakes; so are runs in one table t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import statistics
@@ -518,13 +519,46 @@ def methods_table(runs: Sequence[Run]) -> str:
     return "\n\n".join((markdown(headings, rows), note, differences_table(groups)))
 
 
-def differences_table(groups: Sequence[Group]) -> str:
-    """Every method less the baseline, with Welch's intervals."""
-    base = next((group for group in groups if group.first.config["student_method"] == BASELINE), None)
-    if base is None:
+def read_next(folder: Path) -> list[Run]:
+    """The runs at the next learning rate, and those of the same methods at the chosen one beside them.
+
+    Raises:
+        WadiError: as `read_suite`.
+    """
+    runs = read_suite(folder)
+    methods = {run.config["student_method"] for run in runs}
+    beside = read_suite(folder.with_name(folder.name.replace("next", "methods")))
+    chosen = [run for run in beside if run.config["student_method"] in methods]
+    return [dataclasses.replace(run, label=f"{run.label}, {rate_text(run.rate)}") for run in (*chosen, *runs)]
+
+
+def next_table(runs: Sequence[Run]) -> str:
+    """Methods at their chosen and at their next rate; differences from `BASELINE` at each of its two."""
+    groups = grouped(by_method(runs))
+    tables = [methods_table(runs)]
+    bases = _baselines(groups)
+    others = [group for group in groups if not any(group is base for base in bases)]
+    tables += [differences_table([base, *others]) for base in bases[1:]]
+    return "\n\n".join(tables)
+
+
+def _baselines(groups: Sequence[Group]) -> list[Group]:
+    """Groups of the method that others are compared with.
+
+    Raises:
+        WadiError: there is none.
+    """
+    found = [group for group in groups if group.first.config["student_method"] == BASELINE]
+    if not found:
         raise WadiError(
             f"{groups[0].first.path.parent}: no run of {BASELINE}, which others are compared with"
         )
+    return found
+
+
+def differences_table(groups: Sequence[Group]) -> str:
+    """Every method less the baseline, with Welch's intervals."""
+    base = _baselines(groups)[0]
     rows = []
     for group in groups:
         if group is not base:
@@ -795,6 +829,15 @@ _FAKE = ("fake", "Free background against Fréchet distance, a line per fake mod
 TABLES: dict[str, Table] = {
     **{name: _suite(name, rates_table, _RATES) for name in ("rates", "dit-rates")},
     **{name: _suite(name, methods_table, _DOTS, _CURVES) for name in ("methods", "dit-methods")},
+    **{
+        name: Table(
+            name,
+            read_next,
+            next_table,
+            (Picture(f"evidence-{name}.png", "Every seed of every method at both rates.", _draw_methods),),
+        )
+        for name in ("next", "dit-next")
+    },
     "directions": Table("methods", read_suite, directions_table, required=False),
     "dit-directions": Table("dit-methods", read_suite, directions_table, required=False),
     "ranks": _suite("ranks", ranks_table, _RANKS),

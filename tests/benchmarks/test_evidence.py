@@ -593,3 +593,25 @@ def test_how_far_weights_moved(evidence, tmp_path):
     write(tmp_path, runs[1])
     with pytest.raises(WadiError, match=r"lorad-seed2.json: directions.with_teacher_norms must be an object"):
         evidence.read_suite(tmp_path / "methods")
+
+
+def test_the_next_rate_stands_beside_the_chosen_one(page):
+    runs = methods_runs()
+    higher = [
+        a_run("next", f"{m}-seed{seed}", distance + seed / 10, label=name, student_method=m, seed=seed)
+        for m, name, distance in (("lorad", "LoRaD", 1.8), ("lora", "LoRA", 1.3))
+        for seed in (1, 2, 3)
+    ]
+    for run in higher:
+        run["config"]["student_learning_rate"] = 3e-2
+    write(page.data, *runs, *higher)
+    page.write("methods", "next")
+    page.main()
+    text = page.text.split("<!-- table: next -->")[1]
+    assert "| LoRaD, 3e-3 | " in text
+    assert "| LoRA, 3e-2 | " in text
+    assert "OFT" not in text  # not trained at its next rate
+    # means 1.5 and 2.0 of LoRaD, 1.5 of LoRA at 3e-2
+    assert "| LoRA, 3e-2 less LoRaD, 3e-3 | +0.000 ± " in text
+    assert "| LoRA, 3e-2 less LoRaD, 3e-2 | -0.500 ± " in text
+    assert "LoRaD, 3e-3 less LoRaD, 3e-2" not in text
