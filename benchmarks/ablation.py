@@ -173,7 +173,7 @@ def runs_of(suite: str, ranks: Ranks, rates: dict[str, float]) -> list[Run]:
             for m in RATES
         ]
     if kind == "next":
-        above = {m: RATES[m][RATES[m].index(rates[m]) + 1] for m in ("lorad", "lora", "dora")}
+        above = {m: _above(m, rates[m]) for m in ("lorad", "lora", "dora")}
         return [
             Run(suite, f"{m}-seed{seed}", NAMES[m], student(m, rate, ranks.equal(m, SHARE)), seed)
             for seed in SEEDS
@@ -197,6 +197,18 @@ def runs_of(suite: str, ranks: Ranks, rates: dict[str, float]) -> list[Run]:
         for seed in SEEDS[:2]
         for name, label, changes in (_fakes(ranks, seed) if kind == "fake" else _guidance(seed))
     ]
+
+
+def _above(method: str, rate: float) -> float:
+    """The learning rate that was tried above this one.
+
+    Raises:
+        WadiError: there is none.
+    """
+    higher = [each for each in RATES[method] if each > rate]
+    if not higher:
+        raise WadiError(f"{NAMES[method]}: {rate:.0e} is the highest rate tried; add a higher one to RATES")
+    return min(higher)
 
 
 def _fakes(ranks: Ranks, seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -537,7 +537,7 @@ def next_table(runs: Sequence[Run]) -> str:
     groups = grouped(by_method(runs))
     tables = [methods_table(runs)]
     bases = _baselines(groups)
-    others = [group for group in groups if not any(group is base for base in bases)]
+    others = [group for group in groups if group not in bases]
     tables += [differences_table([base, *others]) for base in bases[1:]]
     return "\n\n".join(tables)
 

@@ -29,6 +29,7 @@ from wadi.emoji.evaluate import evaluation_captions, free_attributes
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.errors import WadiError
 from wadi.files import write_json
+from wadi.onestep.fast import to_bytes
 from wadi.onestep.pipeline import load_for_steps
 
 PARTS = ("the student's own", "cleaned", "cleaned, fine part only", "cleaned, coarse part only")
@@ -82,7 +83,7 @@ def pictures(
     fine = without_block_means(change, options.block_size)
     parts = (torch.zeros_like(change), change, fine, change - fine)
     decoded = (teacher.vae.decode((made + part) / teacher.vae.config.scaling_factor).sample for part in parts)
-    return [((each / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu() for each in decoded]
+    return [to_bytes(each).permute(0, 3, 1, 2).cpu() for each in decoded]
 
 
 def figures(readings: Sequence[Reading], captions: Sequence[Caption]) -> list[dict]:

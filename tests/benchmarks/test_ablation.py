@@ -67,6 +67,8 @@ def test_every_method_is_tried_as_often_and_trained_with_every_seed(ranks):
     assert {run.changes["student_learning_rate"] for run in above} == {3e-3}  # of the tried, after 1e-3
     tried = [(run.changes["student_method"], run.seed) for run in above]
     assert sorted(tried) == sorted((m, seed) for m in ("lorad", "lora", "dora") for seed in ablation.SEEDS)
+    with pytest.raises(WadiError, match="LoRaD: 1e-02 is the highest rate tried"):
+        ablation.runs_of("next", ranks, chosen | {"lorad": 1e-2})
     gap = ablation.runs_of("gap", ranks, chosen)
     assert len({run.name for run in gap}) == len({str(run.changes) for run in gap}) == len(gap)
     assert {run.prompts for run in gap} == {"selection"}  # the best of them is to be chosen
