@@ -39,7 +39,8 @@ from wadi.emoji.scenes import render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import replacing_file, write_json
 from wadi.onestep import labelled_grid
-from wadi.onestep.pipeline import load_for_steps, load_pipeline
+from wadi.onestep.loading import load_pipeline
+from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.exemplars import Exemplars
 from wadi.tasks.inversion import InvertConfig, learn_words
 

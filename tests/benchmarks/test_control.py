@@ -16,7 +16,7 @@ from wadi.emoji.judge import Reading
 from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.train_controlnet import new_controlnet, open_captions, write_controlnet
 from wadi.files import read_json, save_tensors
-from wadi.onestep.pipeline import load_pipeline
+from wadi.onestep.loading import load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import control

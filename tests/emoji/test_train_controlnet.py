@@ -13,7 +13,7 @@ from wadi.emoji.captions import RELATIONS, is_held_out, parse_caption, stated
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
-from wadi.onestep.pipeline import load_pipeline
+from wadi.onestep.loading import load_pipeline
 from wadi.tasks import load_controlnet
 from wadi.tasks.control import canny
 

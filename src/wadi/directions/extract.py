@@ -21,7 +21,7 @@ from wadi.lorad import save_adapter, student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import one_step_scheduler, write_alpha_T_squared
-from wadi.onestep.pipeline import load_denoiser
+from wadi.onestep.loading import load_denoiser
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
 FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"

@@ -25,7 +25,7 @@ from wadi.directions.weights import (
 from wadi.errors import WadiError
 from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
 from wadi.onestep import one_step_scheduler, read_alpha_T_squared
-from wadi.onestep.pipeline import forget_origin, pipeline_folder
+from wadi.onestep.loading import forget_origin, pipeline_folder
 
 Part = Literal["norms", "directions"]
 

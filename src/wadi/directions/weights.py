@@ -21,8 +21,9 @@ from torch import nn
 
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json
+from wadi.onestep.adapters import adapter_folder
 from wadi.onestep.importing import without_prefixes
-from wadi.onestep.pipeline import adapter_folder, pipeline_folder
+from wadi.onestep.loading import pipeline_folder
 
 NETWORKS = ("unet", "transformer")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

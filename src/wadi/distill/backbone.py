@@ -13,7 +13,7 @@ from PIL import Image
 from wadi.distill.condition import Condition
 from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
-from wadi.onestep.pipeline import load_pipeline, pipeline_class_name, pipeline_folder
+from wadi.onestep.loading import load_pipeline, pipeline_class_name, pipeline_folder
 
 
 class Backbone(ABC):

@@ -24,7 +24,7 @@ from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
-from wadi.onestep.pipeline import stock_arguments
+from wadi.onestep.loading import stock_arguments
 
 FIGURES_FILE = "figures.json"
 GRIDS_SHOWN = 4

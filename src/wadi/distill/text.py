@@ -16,7 +16,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from wadi.distill.condition import Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
-from wadi.onestep.pipeline import load_pipeline, pipeline_folder, prompt_limit
+from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_limit
 
 NETWORKS = ("unet", "transformer")
 SAMPLED_BEYOND = 2**30

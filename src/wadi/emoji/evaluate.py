@@ -203,7 +203,7 @@ def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch
 
 def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float) -> Generate:
     """A stock diffusers pipeline as a :data:`Generate`; noise from the CPU, a generator for each picture."""
-    from wadi.onestep.pipeline import stock_arguments
+    from wadi.onestep.loading import stock_arguments
 
     pipeline.set_progress_bar_config(disable=True)
 

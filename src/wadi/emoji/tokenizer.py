@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from wadi.emoji.captions import COLOURS, LEADS, PLACES, RELATIONS, SIZES
 from wadi.emoji.glyphs import NAMES
-from wadi.onestep.pipeline import PIXART_TOKENS
+from wadi.onestep.loading import PIXART_TOKENS
 
 MAX_LENGTH = 24
 _SPELLED = -12.0  # log probability of a single character: worse than any word, so words are never spelled

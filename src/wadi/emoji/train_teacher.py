@@ -34,7 +34,7 @@ from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
-from wadi.onestep.pipeline import pipeline_class_name
+from wadi.onestep.loading import pipeline_class_name
 
 ENCODED_BATCH = 2000
 """Pictures at a time when latents are encoded ahead."""

@@ -218,7 +218,8 @@ def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
 
 def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState) -> None:
     from wadi.emoji import teacher_folder
-    from wadi.onestep.pipeline import load_for_steps, stock_arguments
+    from wadi.onestep.loading import stock_arguments
+    from wadi.onestep.pipeline import load_for_steps
 
     folder = config.out / PICTURES
     missing = [task for task in tasks if not (folder / task.file).exists()]

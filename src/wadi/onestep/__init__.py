@@ -1,18 +1,14 @@
 """The result: one-step scheduler, pipeline and export that any diffusers user can load."""
 
+from wadi.onestep.adapters import read_alpha_T_squared, write_alpha_T_squared
 from wadi.onestep.average import average_students
+from wadi.onestep.embedding import load_embedding
 from wadi.onestep.export import export_pipeline
 from wadi.onestep.fast import FastPath
 from wadi.onestep.importing import import_weights
+from wadi.onestep.loading import load_pipeline
 from wadi.onestep.pictures import check_picture_path, image_grid, labelled_grid, save_picture
-from wadi.onestep.pipeline import (
-    OneStepPipeline,
-    load_embedding,
-    load_pipeline,
-    read_alpha_T_squared,
-    refuse_guidance,
-    write_alpha_T_squared,
-)
+from wadi.onestep.pipeline import OneStepPipeline, refuse_guidance
 from wadi.onestep.scheduler import one_step_scheduler
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder
 from wadi.lorad.io import average_adapters
-from wadi.onestep.pipeline import (
+from wadi.onestep.adapters import (
     TEXT_ENCODER_FOLDER,
     adapter_folder,
     read_alpha_T_squared,

@@ -24,7 +24,9 @@ from torch import nn
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, load_tensors, refuse_to_replace, replacing_folder
 from wadi.lorad import LoRaDConfig, save_adapter
-from wadi.onestep.pipeline import OneStepPipeline, load_denoiser, load_pipeline, write_alpha_T_squared
+from wadi.onestep.adapters import write_alpha_T_squared
+from wadi.onestep.loading import load_denoiser, load_pipeline
+from wadi.onestep.pipeline import OneStepPipeline
 from wadi.onestep.scheduler import one_step_scheduler
 
 RELEASED_ALPHA_T_SQUARED = 0.0047

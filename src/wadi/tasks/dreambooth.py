@@ -53,13 +53,8 @@ from wadi.files import (
 from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
-from wadi.onestep.pipeline import (
-    TEXT_ENCODER_FOLDER,
-    forget_origin,
-    merge_adapters,
-    prompt_limit,
-    stock_arguments,
-)
+from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
+from wadi.onestep.loading import forget_origin, prompt_limit, stock_arguments
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Kinds of files that are read as pictures of the subject."""

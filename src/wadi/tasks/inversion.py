@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from wadi.errors import WadiError
 from wadi.files import save_tensors
-from wadi.onestep.pipeline import load_pipeline
+from wadi.onestep.loading import load_pipeline
 from wadi.tasks.exemplars import Exemplars, read_exemplars, square
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
