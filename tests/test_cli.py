@@ -274,3 +274,13 @@ def test_reader_that_leaves_early_gets_no_traceback(arguments):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_what_is_unusual_is_one_line_on_stderr(monkeypatch, capsys):
+    from wadi.errors import tell
+
+    monkeypatch.setattr(cli, "_run", lambda command, options: tell("odd, and may be right"))
+    assert run("generate", "a panda") == 0
+    assert capsys.readouterr().err == "wadi: warning: odd, and may be right\n"
+    with pytest.warns(UserWarning, match="odd"):  # outside the command line: an ordinary warning
+        tell("odd")

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from wadi._version import __version__
-from wadi.errors import WadiError
+from wadi.errors import WadiError, WadiWarning
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("wadi.pictures:generate", "make pictures in one step"),
@@ -113,8 +113,9 @@ def _main(arguments: list[str]) -> int:
             print(_group_overview(arguments[0]))
             return 0
         command, options = _command(arguments)
-        _be_quiet()
-        _print_result(_run(command, options))
+        with warnings.catch_warnings():
+            _be_quiet()
+            _print_result(_run(command, options))
     except WadiError as error:
         print(f"wadi: error: {error}", file=sys.stderr)
         return 2
@@ -496,8 +497,14 @@ def _print_result(result: Any) -> None:
 def _be_quiet() -> None:
     """Leave the terminal to our own lines; errors of the libraries still show."""
     warnings.simplefilter("ignore")
+    warnings.simplefilter("always", WadiWarning)
+    warnings.showwarning = _show_warning
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    print(f"wadi: warning: {message}", file=sys.stderr)
 
 
 def _hide_loading_bars() -> None:
