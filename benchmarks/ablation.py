@@ -271,9 +271,6 @@ def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "regression-guidance-2", "regression 0.3, guidance 2", both | {"guidance_scale": 2.0}
     for weight in (0.003, 0.03):
         yield f"adversarial-{weight:g}", f"adversarial {weight:g}", _pairs(adversarial_weight=weight)
-    # far from the data SiD's weight sigma_t / alpha_t is large
-    changes = {"score_identity_weight": 0.03, "max_timestep": 0.8}
-    yield "identity-0.03", "score identity 0.03, timesteps to 0.8", changes
     yield from _strong(large)
 
 

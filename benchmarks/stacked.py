@@ -221,9 +221,7 @@ NOT_STACKED = (
     "weighting",
     "fake_weighting",
     "fake_fresh_samples",
-    "score_identity_weight",
     "adversarial_weight",
-    "distillation_weight",
     "regression_loss_type",
 )
 """Options that a `Stack` knows at their defaults only."""

@@ -15,13 +15,11 @@ from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, assert_losses_close, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.distill import DistillConfig, PixArtBackbone, distill
-from wadi.distill.condition import repeat
 from wadi.distill.discriminator import TeacherFeatures
 from wadi.distill.losses import (
     adversarial_loss,
     discriminator_loss,
     regression_loss,
-    score_identity_loss,
     with_gradient,
 )
 from wadi.distill.trainer import annealed
@@ -45,9 +43,6 @@ EVERYTHING = (
         "regression_loss_type": "huber",
         "adversarial_weight": 0.3,
         "discriminator_learning_rate": 1e-3,
-        "distillation_weight": 0.7,
-        "score_identity_weight": 0.2,
-        "score_identity_alpha": 1.2,
     }
 )
 CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
@@ -57,7 +52,6 @@ LOSSES = {
     "regression_loss",
     "adversarial_loss",
     "discriminator_loss",
-    "score_identity_loss",
     "denoising_loss",
 }
 
@@ -122,12 +116,10 @@ def test_guidance_of_an_interval_is_each_timesteps_own(end):
     inputs = trainer.draw(0)
     t = torch.tensor([100, 400, 401, 900])
     z, condition = inputs.z, inputs.condition
-    with torch.no_grad():
-        found = trainer._scores(z, inputs.noise, t, condition)[0]
+    found = trainer._scores(z, inputs.noise, t, condition)[0]
     for scale, own in ((3.0 if end is None else end, slice(0, 2)), (2.0, slice(2, 4))):
         plain = twin(trainer, guidance_scale=scale, max_train_steps=2, train_batch_size=4)
-        with torch.no_grad():
-            expected = plain._scores(z, inputs.noise, t, condition)[0]
+        expected = plain._scores(z, inputs.noise, t, condition)[0]
         torch.testing.assert_close(found[own], expected[own])
         assert float((found - expected).abs().max()) > 1e-4  # the others have the other guidance
 
@@ -368,19 +360,6 @@ def test_a_denoising_term_without_weight_changes_no_bit():
     assert same(snapshot(plain), snapshot(other))
 
 
-def test_the_denoising_term_can_be_the_only_one():
-    """Without the distillation gradient the student's is the equation's own; the fake model still trains."""
-    trainer = make(distillation_weight=0.0, **DENOISING)
-    trainer.step(0)
-    both, inputs = twin(trainer, **DENOISING), trainer.draw(1)
-    alone, losses = student_gradients(trainer, inputs)
-    plain, others = student_gradients(twin(trainer), inputs)
-    total, _ = student_gradients(both, inputs)
-    # a square of small differences: rounding of a larger batch is a few thousandths of it
-    assert losses["student_loss"] == pytest.approx(others["student_loss"], rel=0.05) != 0
-    assert_same_gradients(total, {name: alone[name] + plain[name] for name in alone})
-
-
 @pytest.mark.parametrize("weighting", ["sigma_squared", "sigma"])
 def test_weighting_is_the_equation(weighting):
     trainer = make(weighting=weighting, guidance_scale=1.0, fake_guidance_scale=1.0)
@@ -563,74 +542,6 @@ def test_a_transformer_has_no_convolutions_to_turn(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
-def test_score_identity_loss_is_the_papers_in_x0(alpha):
-    """From the two x0-predictions, as the paper has it: value and derivatives by both."""
-    torch.manual_seed(0)
-    x0, noise, teacher, fake = torch.randn(4, 3, 4, 2, 2, dtype=torch.float64)
-    level = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).view(-1, 1, 1, 1)
-    ratio = (1 - level**2).sqrt() / level
-    found, expected = [], []
-    for result in (found, expected):
-        a, b = teacher.clone().requires_grad_(), fake.clone().requires_grad_()
-        if result is found:
-            loss = score_identity_loss(a, b, noise, ratio, alpha)
-        else:
-            x_t = level * x0 + (1 - level**2).sqrt() * noise
-            phi, psi = (x_t / level - ratio * eps for eps in (a, b))
-            parts = []
-            for i in range(3):
-                size = (x0[i] - phi[i]).detach().abs().mean()
-                parts.append((phi[i] - psi[i]) * ((phi[i] - x0[i]) - alpha * (phi[i] - psi[i])) / size)
-            loss = torch.stack(parts).mean()
-        result += [loss, *torch.autograd.grad(loss, (a, b))]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_score_identity_gradient_is_the_equation(prediction_type, checkpointing):
-    """What the term adds to the student's gradient is backward through both guided networks, in x0."""
-    options = {"guidance_scale": 2.0, "fake_guidance_scale": 1.5, "gradient_checkpointing": checkpointing}
-    trainer = make(
-        prediction_type,
-        distillation_weight=0.0,
-        score_identity_weight=0.4,
-        score_identity_alpha=1.2,
-        **options,
-    )
-    trainer.step(0)
-    inputs, parameters = trainer.draw(1), trainer.student_parameters
-    null = repeat(trainer.null, 2)
-    level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[inputs.t].view(-1, 1, 1, 1)
-    x0 = plain_student(trainer, inputs.z, inputs.condition)
-    x_t, taken = level.sqrt() * x0 + (1 - level).sqrt() * inputs.noise, []
-    for network, scale in ((trainer.teacher, 2.0), (trainer.fake, 1.5)):
-        p_null, p_cond = (plain_epsilon(trainer, network, x_t, inputs.t, c) for c in (null, inputs.condition))
-        eps = p_null + scale * (p_cond - p_null)
-        taken.append((x_t - (1 - level).sqrt() * eps) / level.sqrt())
-    phi, psi = taken
-    size = (x0 - phi).abs().mean(dim=(1, 2, 3), keepdim=True).detach()
-    loss = ((phi - psi) * ((phi - x0) - 1.2 * (phi - psi)) / size).mean()
-    expected = torch.autograd.grad(0.4 * loss, list(parameters.values()))
-    found, losses = student_gradients(trainer, inputs)
-    assert losses["score_identity_loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-7)
-    assert_same_gradients(found, dict(zip(parameters, expected, strict=True)))
-    assert all(p.grad is None and p.requires_grad for p in trainer.fake_parameters.values())
-
-
-def test_score_identity_leaves_the_distillation_gradient_as_it_is():
-    """Both terms see the same predictions; the sum of their gradients is that of the sum."""
-    parts = []
-    for weights in ((1.0, 0.0), (0.0, 0.5), (1.0, 0.5)):
-        trainer = make(distillation_weight=weights[0], score_identity_weight=weights[1])
-        parts.append(student_gradients(trainer, trainer.draw(0)))
-    (first, losses), (second, _), (both, sums) = parts
-    assert losses["student_loss"] == sums["student_loss"]
-    assert_same_gradients(both, {name: first[name] + second[name] for name in both})
-
-
 def everything(**changes):
     return make(**EVERYTHING | CONVOLUTIONS | changes)
 
@@ -743,13 +654,6 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         ),
         ({"guidance_max_timestep": 0.01}, "--min-timestep: must not exceed --guidance-max-timestep"),
         ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be between 0 and 1"),
-        ({"distillation_weight": -1.0}, "--distillation-weight: must be zero or more"),
-        (
-            {"distillation_weight": 0.0},
-            "--distillation-weight: is 0, and no other term has a weight; give one",
-        ),
-        ({"score_identity_weight": -1.0}, "--score-identity-weight: must be zero or more"),
-        ({"score_identity_alpha": float("nan")}, "--score-identity-alpha: must be zero or more"),
         ({"teacher_samples": -1}, "--teacher-samples: must be zero or more"),
         ({"teacher_sampling_steps": 0}, "--teacher-sampling-steps: must be at least 1"),
         ({"regression_weight": -1.0}, "--regression-weight: must be zero or more"),

@@ -161,15 +161,6 @@ class DistillConfig:
     alpha_T_squared: float | None = None  # noqa: N815
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
 
-    distillation_weight: float = 1.0
-    """Weight of the distillation gradient itself beside the terms that follow; 0 leaves it out."""
-
-    score_identity_weight: float = 0.0
-    """Weight of SiD's loss, whose gradient goes through teacher and fake model; 0 is none."""
-
-    score_identity_alpha: float = 1.0
-    """SiD's alpha, from 0 to about 1.2."""
-
     denoising_weight: float = 0.0
     """Weight of the distance to what the unguided teacher makes of the student's picture at little noise: it
     cleans the texture, which the distillation gradient leaves grainy; 0 is none."""
@@ -283,9 +274,6 @@ class DistillConfig:
             )
         if self.denoising_weight and self.min_timestep > self.denoising_max_timestep:
             raise WadiError("--min-timestep: must not exceed --denoising-max-timestep")
-        alone = self.distillation_weight or self.score_identity_weight or self.denoising_weight
-        if not (alone or wanted):
-            raise WadiError("--distillation-weight: is 0, and no other term has a weight; give one")
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
         if "full" in (self.student_method, self.fake_method) and self.mixed_precision != "no":
@@ -394,9 +382,6 @@ LATER = frozenset(
         "regression_weight",
         "regression_loss_type",
         "huber_c",
-        "distillation_weight",
-        "score_identity_weight",
-        "score_identity_alpha",
         "adversarial_weight",
         "discriminator_learning_rate",
         "denoising_weight",
@@ -479,9 +464,6 @@ _RULES = (
             "adam_weight_decay",
             "regression_weight",
             "adversarial_weight",
-            "distillation_weight",
-            "score_identity_weight",
-            "score_identity_alpha",
             "denoising_weight",
         ),
         lambda v: 0 <= v < math.inf,

@@ -85,32 +85,6 @@ def generator_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
-def score_identity_loss(
-    eps_teacher: torch.Tensor,
-    eps_fake: torch.Tensor,
-    noise: torch.Tensor,
-    sigma_over_alpha: torch.Tensor,
-    alpha: float,
-) -> torch.Tensor:
-    """Score identity distillation (SiD, arXiv 2404.04057, with its weight), mean over elements.
-
-    With x_phi and x_psi what teacher and fake model take for x0 at x_t, and w = 1 / mean |x0 - x_phi|, a
-    sample's mean of which no derivative is taken,
-
-        L = w (x_phi - x_psi) ((x_phi - x0) - alpha (x_phi - x_psi))
-
-    As x_t = alpha_t x0 + sigma_t n, differences of x0 are sigma_t / alpha_t times differences of noise:
-
-        L = sigma_t / alpha_t (eps_fake - eps_teacher) ((n - eps_teacher) - alpha (eps_fake - eps_teacher))
-            / mean |eps_teacher - n|
-
-    Its derivative by x0 is all by way of x_t, through both networks. (`alpha` is SiD's, no noise level.)
-    """
-    change = eps_fake - eps_teacher
-    size = (eps_teacher - noise).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
-    return (sigma_over_alpha * change * ((noise - eps_teacher) - alpha * change) / size).mean()
-
-
 def regression_loss(
     x0: torch.Tensor, target: torch.Tensor, loss_type: str, huber_c: float = 0.1
 ) -> torch.Tensor:

@@ -7,9 +7,7 @@ whose recomputation in backward sees whatever adapter is active by then.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -40,19 +38,6 @@ def view(module: Module) -> Module:
 def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by name, in the order of the modules."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
-
-
-@contextlib.contextmanager
-def frozen(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Within the block gradients go through the parameters' network, but not to them."""
-    parameters = list(parameters)
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 def build_roles(

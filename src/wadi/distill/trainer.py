@@ -35,7 +35,6 @@ from wadi.distill.losses import (
     interval_scale,
     normalized_vsd_gradient,
     regression_loss,
-    score_identity_loss,
     vsd_gradient,
     with_gradient,
     without_block_means,
@@ -45,7 +44,7 @@ from wadi.distill.pairs import TeacherPairs, check_steps, teacher_pairs
 from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
-from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing, frozen, trainable, view
+from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing, trainable, view
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
@@ -211,13 +210,10 @@ class Trainer:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(roles.student)
             enable_gradient_checkpointing(roles.fake)
-        self.teacher, through = roles.teacher, config.gradient_checkpointing and config.score_identity_weight
-        if config.compile or through:
-            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
-        if through:
-            enable_gradient_checkpointing(self.teacher)
+        self.teacher = roles.teacher
         if config.compile:
             check_compiler(self.device)
+            self.teacher = view(roles.teacher)  # the backbone's own modules stay as they are
             for network in (self.teacher, roles.student, roles.fake):
                 compile_regions(network)
         return roles
@@ -357,7 +353,7 @@ class Trainer:
             condition = pick(inputs.condition, micro)
             with synchronize:
                 x0, pair_x0 = self._generate_with_pairs(inputs, micro)
-                eps_teacher, eps_fake, identity = self._scores(x0, noise, t, condition)
+                eps_teacher, eps_fake = self._scores(x0, noise, t, condition)
                 # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
                 if config.weighting == "normalized":
                     gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
@@ -366,9 +362,7 @@ class Trainer:
                 else:
                     gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
-                terms = {"student_loss": (generator_loss(x0, gradient), config.distillation_weight)}
-                if identity is not None:
-                    terms["score_identity_loss"] = identity, config.score_identity_weight
+                terms = {"student_loss": (generator_loss(x0, gradient), 1.0)}
                 if pair_x0 is not None:
                     distance = regression_loss(
                         pair_x0, inputs.pair["x0"][micro], config.regression_loss_type, config.huber_c
@@ -389,25 +383,17 @@ class Trainer:
         norm = self._optimize(self.student_optimizer, self.student_parameters)
         return torch.cat(samples), _total(losses) | {"student_grad_norm": norm}
 
+    @torch.no_grad()
     def _scores(
         self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, condition: Condition
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Guided noise of teacher and fake model at x_t, without gradients, and SiD's loss if asked for."""
-        config, schedule = self.config, self.schedule
-        through = config.score_identity_weight > 0
-        leaf = x0.detach().requires_grad_(through)
-        with torch.set_grad_enabled(through), frozen(self.fake_parameters.values() if through else ()):
-            # p = p_null + s (p_cond - p_null), for teacher and fake model alike
-            x_t = schedule.add_noise(leaf, noise, t)
-            scale = self._teacher_scale(self.guidance_scale, t)
-            eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, scale)
-            eps_fake = self._guided_epsilon(self.fake_network, x_t, t, condition, config.fake_guidance_scale)
-            if not through:
-                return eps_teacher, eps_fake, None
-            ratio = schedule.sigma(t) / schedule.alpha(t)
-            loss = score_identity_loss(eps_teacher, eps_fake, noise, ratio, config.score_identity_alpha)
-            identity = with_gradient(loss, x0, self._gradient(loss, leaf))
-        return eps_teacher.detach(), eps_fake.detach(), identity
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guided noise of teacher and fake model at x_t, each (N, C, H, W) float32."""
+        # p = p_null + s (p_cond - p_null), for teacher and fake model alike
+        x_t = self.schedule.add_noise(x0, noise, t)
+        scale = self._teacher_scale(self.guidance_scale, t)
+        eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, scale)
+        fake_scale = self.config.fake_guidance_scale
+        return eps_teacher, self._guided_epsilon(self.fake_network, x_t, t, condition, fake_scale)
 
     def _generate_with_pairs(
         self, inputs: StepInputs, micro: slice
