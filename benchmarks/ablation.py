@@ -269,8 +269,6 @@ def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
     both = _pairs(regression_weight=0.3)
     yield "regression-rate-3e-3", "regression 0.3, rate 3e-3", both | {"student_learning_rate": 3e-3}
     yield "regression-guidance-2", "regression 0.3, guidance 2", both | {"guidance_scale": 2.0}
-    for weight in (0.003, 0.03):
-        yield f"adversarial-{weight:g}", f"adversarial {weight:g}", _pairs(adversarial_weight=weight)
     yield from _strong(large)
 
 
@@ -295,7 +293,6 @@ def _strong(large: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("x4-guidance-3", "rate 3e-3, 4 updates, guidance 3", {"fake_updates": 4, "guidance_scale": 3.0}),
         ("normalized", "rate 3e-3, DMD's weighting", {"weighting": "normalized"}),
         ("unweighted-fake", "rate 3e-3, fake model's loss unweighted", {"fake_weighting": "none"}),
-        ("adversarial-0.01", "rate 3e-3, adversarial 0.01", _pairs(adversarial_weight=0.01)),
     ):
         yield f"strong-{name}", f"strong fake model, {label}", strong | changes
 

@@ -221,7 +221,6 @@ NOT_STACKED = (
     "weighting",
     "fake_weighting",
     "fake_fresh_samples",
-    "adversarial_weight",
     "regression_loss_type",
 )
 """Options that a `Stack` knows at their defaults only."""

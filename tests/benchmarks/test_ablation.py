@@ -149,7 +149,7 @@ def test_runs_share_the_teachers_pairs(monkeypatch):
     options = ablation.Options(device="cpu", train_batch_size=2, max_train_steps=4)
     pairs = {"teacher_samples": 4, "teacher_sampling_steps": 2}
     own = ablation.student("lorad", 1e-3, 4)
-    changes = ({"regression_weight": 0.1}, {"adversarial_weight": 0.1}, {"regression_weight": 0.1}, None)
+    changes = ({"regression_weight": 0.1}, {"regression_weight": 0.2}, {"regression_weight": 0.1}, None)
     students = [
         ablation.Student(
             ablation.Run("gap", "x", "x", own | (pairs | each if each else {}), int(i == 2)), world, options
@@ -160,8 +160,6 @@ def test_runs_share_the_teachers_pairs(monkeypatch):
     assert made[0] is made[1]
     assert not torch.equal(made[2].z, made[0].z)  # another seed
     assert made[3] is None
-    losses = students[1].trainer.step(0)
-    assert math.isfinite(losses["discriminator_loss"])
 
 
 def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):

@@ -112,7 +112,6 @@ def test_what_cannot_be_stacked():
         {"student_method": "full"},
         {"fake_method": "full"},
         {"weighting": "normalized"},
-        {"teacher_samples": 4, "adversarial_weight": 0.1},
         {"gradient_accumulation_steps": 2},
         {"fake_fresh_samples": True},
     )

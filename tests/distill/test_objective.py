@@ -14,21 +14,13 @@ from tests.distill.test_processes import launch
 from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, assert_losses_close, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
-from wadi.distill import DistillConfig, PixArtBackbone, distill
-from wadi.distill.discriminator import TeacherFeatures
-from wadi.distill.losses import (
-    adversarial_loss,
-    discriminator_loss,
-    regression_loss,
-    with_gradient,
-)
+from wadi.distill import DistillConfig, distill
+from wadi.distill.losses import regression_loss
 from wadi.distill.trainer import annealed
 from wadi.errors import WadiError
 from wadi.files import load_tensors
 
 REGRESSION = {"teacher_samples": 5, "teacher_sampling_steps": 4, "regression_weight": 0.5}
-
-ADVERSARIAL = {"teacher_samples": 5, "teacher_sampling_steps": 4, "adversarial_weight": 0.3}
 DENOISING = {"denoising_weight": 0.6, "denoising_max_timestep": 0.3, "denoising_block_size": 3}
 EVERYTHING = (
     REGRESSION
@@ -41,8 +33,6 @@ EVERYTHING = (
         "max_timestep_end": 0.5,
         "weighting": "sigma",
         "regression_loss_type": "huber",
-        "adversarial_weight": 0.3,
-        "discriminator_learning_rate": 1e-3,
     }
 )
 CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
@@ -50,8 +40,6 @@ LOSSES = {
     "student_loss",
     "fake_loss",
     "regression_loss",
-    "adversarial_loss",
-    "discriminator_loss",
     "denoising_loss",
 }
 
@@ -241,12 +229,12 @@ def test_teacher_pairs_in_half_precision_start_from_the_noise_that_is_kept():
 
 
 def test_drawn_pairs_belong_together_and_leave_the_other_draws_alone():
-    trainer = make(train_batch_size=6, **REGRESSION | ADVERSARIAL | DENOISING)
+    trainer = make(train_batch_size=6, **REGRESSION | DENOISING)
     plain = make(train_batch_size=6)
     inputs, others = trainer.draw(3), plain.draw(3)
     for field in dataclasses.fields(others):
         ours, theirs = (getattr(x, field.name) for x in (inputs, others))
-        if field.name in ("pair", "pair_condition", "adversarial", "denoising"):
+        if field.name in ("pair", "pair_condition", "denoising"):
             assert theirs == {}
         elif isinstance(theirs, dict):
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -332,13 +320,10 @@ def test_denoising_has_timesteps_of_its_own():
 
 
 def test_denoising_leaves_the_draws_of_the_other_terms_alone():
-    trainer, plain = make(**ADVERSARIAL | DENOISING), make(**ADVERSARIAL)
+    trainer, plain = make(**REGRESSION | DENOISING), make(**REGRESSION)
     ours = dataclasses.replace(trainer.draw(3), denoising={}).tensors()
     assert all(torch.equal(a, b) for a, b in zip(ours, plain.draw(3).tensors(), strict=True))
-    denoising, others = trainer.draw(3).denoising, plain.draw(3)
-    assert not any(
-        torch.equal(denoising["noise"], noise) for noise in (others.noise, *others.adversarial.values())
-    )
+    assert not torch.equal(trainer.draw(3).denoising["noise"], plain.draw(3).noise)
 
 
 def test_processes_share_the_draws_of_the_denoising_term():
@@ -379,139 +364,13 @@ def test_weighting_is_the_equation(weighting):
     assert_same_gradients(found, dict(zip(parameters, expected, strict=True)))
 
 
-def test_adversarial_losses_and_their_derivatives():
-    real, fake = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    reals, fakes = real.flatten().tolist(), fake.flatten().tolist()
-    expected = sum(math.log(1 + math.exp(-d)) for d in fakes) / 12
-    assert float(adversarial_loss(fake)) == pytest.approx(expected, rel=1e-12)
-    expected = sum(
-        math.log(1 + math.exp(-r)) + math.log(1 + math.exp(f)) for r, f in zip(reals, fakes, strict=True)
-    )
-    assert float(discriminator_loss(real, fake)) == pytest.approx(expected / 12, rel=1e-12)
-    fake.requires_grad_()
-    (grad,) = torch.autograd.grad(adversarial_loss(fake), fake)
-    torch.testing.assert_close(grad, -1 / (1 + fake.detach().exp()) / 12)
-
-
-def test_with_gradient_has_the_value_and_the_derivative():
-    x0, gradient = torch.randn(2, 5).requires_grad_(), torch.randn(5)
-    loss = with_gradient(torch.tensor(3.5), x0, gradient)
-    assert loss.item() == 3.5
-    (found,) = torch.autograd.grad(2 * loss, x0)
-    assert torch.equal(found, 2 * gradient.expand(2, 5))
-
-
-@pytest.mark.parametrize("kind", ["unet", "pixart"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_features_are_those_of_the_whole_teacher(kind, checkpointing):
-    """Values and derivatives by x_t are those of the module in the middle; the teacher stays whole."""
-    backbone = make().backbone if kind == "unet" else PixArtBackbone(tiny_pixart())
-    middle = backbone.network.mid_block if kind == "unet" else backbone.network.transformer_blocks[0]
-    features, calls = TeacherFeatures(backbone, checkpointing, compiled=False), []
-    condition = backbone.text.encode(["a red cat", "a dog"])
-    x_t, t = torch.randn(2, 4, 8, 8).requires_grad_(), torch.tensor([7, 800])
-    hook = middle.register_forward_hook(lambda module, args, output: calls.append(output))
-    backbone.predict(backbone.network, x_t, t, condition)
-    hook.remove()
-    expected = calls[0].flatten(2).transpose(1, 2) if kind == "unet" else calls[0]
-    found = features(x_t, t, condition)
-    assert found.shape == (2, 16, features.channels)
-    torch.testing.assert_close(found, expected)
-    weight = torch.randn_like(found)
-    ours, theirs = (torch.autograd.grad((y * weight).sum(), x_t)[0] for y in (found, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert sum(p.numel() for p in features.network.parameters()) < 0.8 * sum(
-        p.numel() for p in backbone.network.parameters()
-    )
-
-
-def head_logits(trainer, x_t, t, condition):
-    """The discriminator's logits through the whole teacher, one sample at a time, with a graph."""
-    logits = []
-    for x, step, c in zip(x_t, t, condition["encoder_hidden_states"], strict=True):
-        found = []
-        hook = trainer.teacher.mid_block.register_forward_hook(
-            lambda m, a, out, found=found: found.append(out)
-        )
-        trainer.teacher(x[None].float(), step, encoder_hidden_states=c[None])
-        hook.remove()
-        logits.append(trainer.discriminator_head(found[0][0].flatten(1).T))
-    return torch.stack(logits)
-
-
-def test_adversarial_gradient_is_the_equation():
-    """What the term adds to the student's gradient is backward through head, teacher, noise and student."""
-    trainer = make(**ADVERSARIAL)
-    trainer.step(0)
-    other, inputs = twin(trainer), trainer.draw(1)
-    drawn, parameters = inputs.adversarial, trainer.student_parameters
-    levels = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[drawn["t"]].view(-1, 1, 1, 1)
-    x0 = plain_student(trainer, inputs.z, inputs.condition)
-    logits = head_logits(
-        trainer, levels.sqrt() * x0 + (1 - levels).sqrt() * drawn["noise"], drawn["t"], inputs.condition
-    )
-    loss = (1 + (-logits).exp()).log().mean()
-    expected = torch.autograd.grad(0.3 * loss, list(parameters.values()))
-    head = {name: p.detach().clone() for name, p in trainer.discriminator_parameters.items()}
-    total, losses = student_gradients(trainer, inputs)
-    plain, _ = student_gradients(other, other.draw(1))
-    assert losses["adversarial_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_gradients(
-        {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
-    )
-    assert all(
-        p.grad is None and torch.equal(p, head[name]) for name, p in trainer.discriminator_parameters.items()
-    )
-
-
-def test_discriminator_gradient_is_the_equation():
-    trainer, gradients = make(**ADVERSARIAL), {}
-    inputs, parameters = trainer.draw(0), trainer.discriminator_parameters
-    drawn, x0 = inputs.adversarial, torch.randn(2, 4, 8, 8)
-    levels, logits = trainer.backbone.pipeline.scheduler.alphas_cumprod, []
-    for x, noise, t, c in (
-        (inputs.pair["x0"], "real_noise", "real_t", inputs.pair_condition),
-        (x0, "noise", "t", inputs.condition),
-    ):
-        level = levels[drawn[t]].view(-1, 1, 1, 1)
-        logits.append(head_logits(trainer, level.sqrt() * x + (1 - level).sqrt() * drawn[noise], drawn[t], c))
-    loss = (1 + (-logits[0]).exp()).log().mean() + (1 + logits[1].exp()).log().mean()
-    expected = torch.autograd.grad(loss, list(parameters.values()))
-    for name, p in parameters.items():
-        p.register_hook(lambda g, name=name: gradients.__setitem__(name, g.clone()))
-    found = trainer._update_discriminator(x0, inputs)
-    assert float(found["discriminator_loss"]) == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_gradients(gradients, dict(zip(parameters, expected, strict=True)))
-    assert all(p.dtype == torch.float32 for p in parameters.values())
-
-
-def test_discriminator_learns_what_stands_still():
-    trainer = make(**ADVERSARIAL, discriminator_learning_rate=1e-2)
-    inputs, x0 = trainer.draw(0), 3 * torch.ones(2, 4, 8, 8)
-    losses = [float(trainer._update_discriminator(x0, inputs)["discriminator_loss"]) for _ in range(15)]
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_loss_scale_divides_out_with_every_option():
-    """Exactly, as a power of two, which the derivative by x0 leaves again before the student's backward."""
+    """Exactly, as it is a power of two."""
     scaled, plain = everything(gradient_accumulation_steps=2), everything(gradient_accumulation_steps=2)
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for trainer in (scaled, plain):
         trainer.step(0)
     assert same(snapshot(scaled), snapshot(plain))
-
-
-def test_a_discriminator_that_is_not_finite_is_skipped_and_counted():
-    trainer = make(**ADVERSARIAL)
-    inputs = trainer.draw(0)
-    inputs.pair["x0"].fill_(math.inf)
-    trainer._set_rates(0)
-    before = snapshot(trainer)
-    trainer.iteration(inputs)
-    after = snapshot(trainer)
-    assert trainer.skipped.tolist() == [1, 1]
-    moved = {name.split("/")[0] for name, x in after.items() if not torch.equal(x, before[name])}
-    assert moved == {"student", "student_optimizer", "ema", "fake", "fake_optimizer"}
 
 
 def test_transformer_trains_with_every_option(tmp_path):
@@ -524,7 +383,6 @@ def test_transformer_trains_with_every_option(tmp_path):
     run = distill(options)
     last = run / "checkpoints/step-000004"
     names = sorted(path.name for path in last.glob("*.safetensors"))
-    assert "discriminator.safetensors" in names
     first = {name: load_tensors(last / name) for name in names}
     distill(DistillConfig(resume_from_checkpoint=str(run / "checkpoints/step-000002")))
     for name in names:
@@ -617,7 +475,7 @@ def test_metrics_have_every_term(tmp_path):
 
 
 def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
-    """Both have the same pairs; gradients of head and student are averaged over both."""
+    """Both have the same pairs; gradients are averaged over both."""
     changes = EVERYTHING | CONVOLUTIONS | {"max_train_steps": 3, "validation_steps": 0, "teacher_samples": 40}
     changes["fake_layers"] = "student"
     (tmp_path / "one").mkdir()
@@ -626,7 +484,7 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
     process = launch(options, tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    for name in ("student_optimizer", "discriminator_optimizer", "fake_optimizer"):
+    for name in ("student_optimizer", "fake_optimizer"):
         first, second = (
             load_tensors(run / f"checkpoints/step-000001/{name}.safetensors")
             for run in (one, tmp_path / "run")
@@ -660,13 +518,7 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         ({"regression_weight": 1.0}, "--regression-weight: needs teacher pairs; set --teacher-samples"),
         ({"regression_loss_type": "l1"}, "--regression-loss-type: must be one of l2, huber"),
         ({"huber_c": 0.0}, "--huber-c: must be a positive number"),
-        (
-            {"teacher_samples": 8},
-            "--teacher-samples: nothing uses them; set --regression-weight or --adversarial-weight",
-        ),
-        ({"adversarial_weight": 1.0}, "--adversarial-weight: needs teacher pairs; set --teacher-samples"),
-        ({"adversarial_weight": float("inf")}, "--adversarial-weight: must be zero or more"),
-        ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate: must be a positive number"),
+        ({"teacher_samples": 8}, "--teacher-samples: nothing uses them; set --regression-weight"),
         ({"max_timestep_end": 1.5}, "--max-timestep-end: must be between 0 and 1"),
         ({"denoising_weight": -1.0}, "--denoising-weight: must be zero or more"),
         ({"denoising_weight": float("nan")}, "--denoising-weight: must be zero or more"),

@@ -87,15 +87,6 @@ class Backbone(ABC):
     ) -> torch.Tensor:
         """What `network` predicts for latents (N, C, H, W), timesteps (N,) and N prompts; float32."""
 
-    @abstractmethod
-    def trunk(self, network: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module, int]:
-        """Cut off the second half of `network`, a view of its own that this changes.
-
-        Returns:
-            The network for `predict`, whose answer then means nothing; the module whose output is the middle,
-            (N, D, H, W) or (N, L, D); and D.
-        """
-
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Pictures of clean latents (N, C, H, W), decoded in float32 as diffusers' pipeline does."""
@@ -128,12 +119,6 @@ class UNetBackbone(Backbone):
         """See `Backbone.predict`."""
         states = condition["encoder_hidden_states"].to(self.dtype)
         return network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0].float()
-
-    def trunk(self, network: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module, int]:
-        """See `Backbone.trunk`: the end of the middle block, or of the last one down where there is none."""
-        network.up_blocks, network.conv_norm_out = torch.nn.ModuleList(), None
-        network.conv_out = torch.nn.Identity()
-        return network, network.conv_out, network.config.block_out_channels[-1]
 
 
 class PixArtBackbone(Backbone):
@@ -186,12 +171,6 @@ class PixArtBackbone(Backbone):
             return_dict=False,
         )[0]
         return output[:, : x_t.shape[1]].float()
-
-    def trunk(self, network: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module, int]:
-        """See `Backbone.trunk`: the block in the middle."""
-        blocks = network.transformer_blocks[: (len(network.transformer_blocks) + 1) // 2]
-        network.transformer_blocks = blocks
-        return network, blocks[-1], network.config.num_attention_heads * network.config.attention_head_dim
 
 
 BACKBONES: dict[str, type[Backbone]] = {

@@ -3,7 +3,6 @@
     student.safetensors, fake.safetensors             the adapters
     ema.safetensors                                   the student's moving average
     student_optimizer.safetensors, fake_optimizer...  AdamW's moments and step, as "<parameter>.<moment>"
-    discriminator.safetensors, ..._optimizer...       where the objective has one
     state.json                                        step, config fingerprint, samples a step, seconds,
                                                       steps skipped (in all, in a row), loss scale
 

@@ -189,13 +189,6 @@ class DistillConfig:
     huber_c: float = 0.1
     """Where the Huber distance turns from a parabola into a line."""
 
-    adversarial_weight: float = 0.0
-    """Weight of the student's loss against a discriminator on the teacher's features, for which the pictures
-    of the teacher pairs are real; 0 is none."""
-
-    discriminator_learning_rate: float = 1e-4
-    """Learning rate of the discriminator's head, which is updated once an update of the student."""
-
     student_learning_rate: float = 1e-4
     """Learning rate of the student."""
 
@@ -264,14 +257,10 @@ class DistillConfig:
                 raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
         if self.guidance_scale_above != 1 and self.guidance_max_timestep == 1:
             raise WadiError("--guidance-scale-above: nothing is above; set --guidance-max-timestep below 1")
-        using = ("regression_weight", "adversarial_weight")
-        wanted = [name for name in using if getattr(self, name)]
-        if wanted and not self.teacher_samples:
-            raise WadiError(f"--{_option(wanted[0])}: needs teacher pairs; set --teacher-samples")
-        if self.teacher_samples and not wanted:
-            raise WadiError(
-                f"--teacher-samples: nothing uses them; set {' or '.join(f'--{_option(n)}' for n in using)}"
-            )
+        if self.regression_weight and not self.teacher_samples:
+            raise WadiError("--regression-weight: needs teacher pairs; set --teacher-samples")
+        if self.teacher_samples and not self.regression_weight:
+            raise WadiError("--teacher-samples: nothing uses them; set --regression-weight")
         if self.denoising_weight and self.min_timestep > self.denoising_max_timestep:
             raise WadiError("--min-timestep: must not exceed --denoising-max-timestep")
         if self.cuda_graphs and self.mixed_precision == "fp16":
@@ -382,8 +371,6 @@ LATER = frozenset(
         "regression_weight",
         "regression_loss_type",
         "huber_c",
-        "adversarial_weight",
-        "discriminator_learning_rate",
         "denoising_weight",
         "denoising_max_timestep",
         "denoising_block_size",
@@ -447,7 +434,6 @@ _RULES = (
         (
             "student_learning_rate",
             "fake_learning_rate",
-            "discriminator_learning_rate",
             "adam_epsilon",
             "max_grad_norm",
             "huber_c",
@@ -463,7 +449,6 @@ _RULES = (
             "fake_guidance_scale",
             "adam_weight_decay",
             "regression_weight",
-            "adversarial_weight",
             "denoising_weight",
         ),
         lambda v: 0 <= v < math.inf,

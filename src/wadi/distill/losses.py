@@ -99,21 +99,6 @@ def regression_loss(
     return squared.mean()
 
 
-def adversarial_loss(fake: torch.Tensor) -> torch.Tensor:
-    """What the student minimises: softplus(-D(fake)), mean over logits of any shape (non-saturating)."""
-    return F.softplus(-fake).mean()
-
-
-def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """What the discriminator minimises: softplus(-D(real)) + softplus(D(fake)), means over logits."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-
-def with_gradient(value: torch.Tensor, x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """A loss that is `value` and whose derivative by x0 is `gradient`, both found elsewhere."""
-    return value.detach() + ((x0 - x0.detach()) * gradient.detach()).sum()
-
-
 def fake_loss(eps_fake: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
     """weight (eps_fake - n)^2, mean over elements; the paper's weight is alpha_t^2."""
     return (weight * (eps_fake - noise) ** 2).mean()

@@ -23,12 +23,9 @@ from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
 from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
-from wadi.distill.discriminator import TeacherFeatures, make_head
 from wadi.distill.losses import (
-    adversarial_loss,
     denoising_gradient,
     detail_vsd_gradient,
-    discriminator_loss,
     fake_loss,
     generator_loss,
     guided,
@@ -36,7 +33,6 @@ from wadi.distill.losses import (
     normalized_vsd_gradient,
     regression_loss,
     vsd_gradient,
-    with_gradient,
     without_block_means,
 )
 from wadi.distill.methods import method_config
@@ -77,8 +73,6 @@ class StepInputs:
     fresh_condition: Condition  # (k, n, ...)
     pair: dict[str, torch.Tensor] = field(default_factory=dict)  # z, x0 (n, C, H, W) float32; or nothing
     pair_condition: Condition = field(default_factory=dict)  # of n prompts
-    # for the discriminator: t, real_t (n,) int64 and noise, real_noise (n, C, H, W) float32; or nothing
-    adversarial: dict[str, torch.Tensor] = field(default_factory=dict)
     # for the denoising term: t (n,) int64 and noise (n, C, H, W) float32; or nothing
     denoising: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -160,9 +154,6 @@ class Trainer:
         self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
         self.student_optimizer = self._adamw(self.student_parameters, config.student_learning_rate)
         self.fake_optimizer = self._adamw(self.fake_parameters, config.fake_learning_rate)
-        self.discriminator = None
-        if config.adversarial_weight:
-            self._add_discriminator()
         self.ema = {name: p.detach().clone() for name, p in self.student_parameters.items()}
         self.ema_weight = torch.ones((), device=self.device)
         self.guidance_scale: float | torch.Tensor = config.guidance_scale
@@ -217,16 +208,6 @@ class Trainer:
             for network in (self.teacher, roles.student, roles.fake):
                 compile_regions(network)
         return roles
-
-    def _add_discriminator(self) -> None:
-        config = self.config
-        self.features = TeacherFeatures(self.backbone, config.gradient_checkpointing, config.compile)
-        self.discriminator_head = make_head(self.features.channels, config.seed, self.device)
-        self.discriminator_parameters = trainable(self.discriminator_head)
-        self.discriminator = self.accelerator.prepare(self.discriminator_head)
-        self.discriminator_optimizer = self._adamw(
-            self.discriminator_parameters, config.discriminator_learning_rate
-        )
 
     # --- one step ---
 
@@ -296,13 +277,11 @@ class Trainer:
             fresh_z=_keep(torch.randn(k, n, *shape, **on_device), share, 1),
             fresh_condition=self._draw_prompts(k, n, share),
             **(self._draw_pairs(n, share) if self.pairs is not None else {}),
-            adversarial=self._draw_adversarial(n, share, low, high) if self.discriminator is not None else {},
             denoising=self._draw_denoising(n, share, low) if config.denoising_weight else {},
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        """One update of the student and its average, one of the discriminator if there is one, then
-        `fake_updates` of the fake model.
+        """One update of the student and its average, then `fake_updates` of the fake model.
 
         Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
         hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
@@ -313,9 +292,6 @@ class Trainer:
             x0, losses = self._update_student(inputs)
             finite = losses["student_grad_norm"].isfinite()
             self._update_ema(finite)
-            if self.discriminator is not None:
-                losses |= self._update_discriminator(x0, inputs)
-                finite = finite & losses["discriminator_grad_norm"].isfinite()
             for update in range(self.config.fake_updates):
                 condition = inputs.condition
                 if update > 0:
@@ -368,11 +344,6 @@ class Trainer:
                         pair_x0, inputs.pair["x0"][micro], config.regression_loss_type, config.huber_c
                     )
                     terms["regression_loss"] = distance, config.regression_weight
-                if self.discriminator is not None:
-                    terms["adversarial_loss"] = (
-                        self._adversarial_term(x0, inputs, micro),
-                        config.adversarial_weight,
-                    )
                 if config.denoising_weight:
                     terms["denoising_loss"] = (
                         self._denoising_term(x0, inputs, micro),
@@ -414,45 +385,6 @@ class Trainer:
             eps = self._guided_epsilon(self.teacher, x_t, t, pick(inputs.condition, micro), 1.0)
             gradient = denoising_gradient(eps, noise, schedule.sigma(t) / schedule.alpha(t))
         return generator_loss(x0, without_block_means(gradient, self.config.denoising_block_size))
-
-    def _adversarial_term(self, x0: torch.Tensor, inputs: StepInputs, micro: slice) -> torch.Tensor:
-        """The student's loss against the discriminator, by way of its derivative by x0.
-
-        So that neither the head's weights get a gradient, nor the teacher's activations have to wait for the
-        student's backward.
-        """
-        t, noise = (inputs.adversarial[name][micro] for name in ("t", "noise"))
-        leaf = x0.detach().requires_grad_()
-        x_t = self.schedule.add_noise(leaf, noise, t)
-        # past DDP, which exchanges the gradients of the head's own update only
-        logits = self.discriminator_head(self.features(x_t, t, pick(inputs.condition, micro)))
-        loss = adversarial_loss(logits)
-        return with_gradient(loss, x0, self._gradient(loss, leaf))
-
-    def _gradient(self, loss: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """dL/dx0 alone; on its way through half precision it is as large as the loss scale makes it."""
-        scaler = self.accelerator.scaler
-        if scaler is None:
-            return torch.autograd.grad(loss, x0)[0]
-        scale = scaler.scale(torch.ones((), device=x0.device))
-        return torch.autograd.grad(loss * scale, x0)[0] / scale
-
-    def _update_discriminator(self, x0: torch.Tensor, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        losses, drawn = [], inputs.adversarial
-        for micro, synchronize in self._micro_batches(self.discriminator):
-            real, fake = inputs.pair["x0"][micro], x0[micro]
-            t = torch.cat([drawn["real_t"][micro], drawn["t"][micro]])
-            noise = torch.cat([drawn["real_noise"][micro], drawn["noise"][micro]])
-            both = concatenate([pick(inputs.pair_condition, micro), pick(inputs.condition, micro)])
-            with synchronize:
-                with torch.no_grad():
-                    features = self.features(
-                        self.schedule.add_noise(torch.cat([real, fake]), noise, t), t, both
-                    )
-                loss = discriminator_loss(*self.discriminator(features).chunk(2))
-                losses.append(self._backward({"discriminator_loss": (loss, 1.0)}))
-        norm = self._optimize(self.discriminator_optimizer, self.discriminator_parameters)
-        return _total(losses) | {"discriminator_grad_norm": norm}
 
     def _backward(self, terms: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
         """Backward of a micro-batch's weighted terms; returns each term's share in the step's mean."""
@@ -573,8 +505,6 @@ class Trainer:
             (self.student_optimizer, self.config.student_learning_rate),
             (self.fake_optimizer, self.config.fake_learning_rate),
         ]
-        if self.discriminator is not None:
-            rates.append((self.discriminator_optimizer, self.config.discriminator_learning_rate))
         for optimizer, rate in rates:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], torch.Tensor):
@@ -630,14 +560,6 @@ class Trainer:
             "pair": {"z": pairs.z[index].float(), "x0": pairs.x0[index].float()},
             "pair_condition": {name: x.to(self.device, non_blocking=True) for name, x in chosen.items()},
         }
-
-    def _draw_adversarial(self, count: int, share: slice, low: int, high: int) -> dict[str, torch.Tensor]:
-        """Timesteps and noise of a share of what the discriminator sees."""
-        shape, on_device = self.backbone.latent_shape, {"device": self.device, "generator": self.generator}
-        t, real_t = torch.randint(low, high + 1, (2, count), **on_device)
-        noise, real_noise = torch.randn(2, count, *shape, **on_device)
-        drawn = {"t": t, "real_t": real_t, "noise": noise, "real_noise": real_noise}
-        return {name: _keep(whole, share) for name, whole in drawn.items()}
 
     def _draw_denoising(self, count: int, share: slice, low: int) -> dict[str, torch.Tensor]:
         """Timesteps and noise of a share of what the teacher cleans."""
@@ -815,18 +737,13 @@ class Trainer:
 
     def checkpoint_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint holds, by file and name; live tensors, not copies."""
-        groups = {
+        return {
             "student": {name: p.data for name, p in self.student_parameters.items()},
             "fake": {name: p.data for name, p in self.fake_parameters.items()},
             "ema": self.ema,
             "student_optimizer": _moments(self.student_optimizer, self.student_parameters),
             "fake_optimizer": _moments(self.fake_optimizer, self.fake_parameters),
         }
-        if self.discriminator is not None:
-            parameters = self.discriminator_parameters
-            groups["discriminator"] = {name: p.data for name, p in parameters.items()}
-            groups["discriminator_optimizer"] = _moments(self.discriminator_optimizer, parameters)
-        return groups
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step-N of the run folder.
