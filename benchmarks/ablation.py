@@ -55,7 +55,6 @@ from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition, pick
 from wadi.distill.config import LATER
 from wadi.distill.methods import merged_state
-from wadi.distill.pairs import TeacherPairs
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder
 from wadi.emoji.captions import stated
@@ -264,11 +263,6 @@ def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
         "fake model of twice the rank, 4 updates, rate 3e-03, guidance 2",
         {"student_learning_rate": 3e-3, "fake_rank": large, "fake_updates": 4, "guidance_scale": 2.0},
     )
-    for weight in (0.03, 0.1, 0.3, 1.0):
-        yield f"regression-{weight:g}", f"regression {weight:g}", _pairs(regression_weight=weight)
-    both = _pairs(regression_weight=0.3)
-    yield "regression-rate-3e-3", "regression 0.3, rate 3e-3", both | {"student_learning_rate": 3e-3}
-    yield "regression-guidance-2", "regression 0.3, guidance 2", both | {"guidance_scale": 2.0}
     yield from _strong(large)
 
 
@@ -284,7 +278,6 @@ def _strong(large: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("guidance-3", "rate 3e-3, guidance 3", {"guidance_scale": 3.0}),
         ("beta1-0.5", "rate 3e-3, beta1 0.5", {"adam_beta1": 0.5}),
         ("lowest", "rate 3e-3, lowest timestep 0.3", {"min_timestep": 0.3}),
-        ("regression-0.1", "rate 3e-3, regression 0.1", _pairs(regression_weight=0.1)),
         ("highest-0.9", "rate 3e-3, highest timestep 0.9", {"max_timestep": 0.9}),
         ("highest-0.8", "rate 3e-3, highest timestep 0.8", {"max_timestep": 0.8}),
         *_intervals(),
@@ -312,13 +305,6 @@ def _intervals() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"interval-{scale}-{highest:g}-{above:g}", label, changes
 
 
-def _pairs(**weights: float) -> dict[str, Any]:
-    """Terms that need teacher pairs."""
-    return {"teacher_samples": TEACHER_SAMPLES, **weights}
-
-
-TEACHER_SAMPLES = 5000
-"""Pairs of noise and the teacher's picture for the objectives that use them; all runs share them."""
 SUITES = (
     "rates",
     "methods",
@@ -433,7 +419,6 @@ class World:
         self.judge = Judge.load(assets_folder() / "judge.safetensors").to(self.device)
         self.reference = load_tensors(assets_folder() / "reference.safetensors")
         self.backbone.pipeline.vae.to(self.device)
-        self.pairs: dict[tuple, TeacherPairs] = {}
 
     @cached_property
     def noise(self) -> torch.Tensor:
@@ -441,20 +426,6 @@ class World:
         shape, count = self.backbone.latent_shape, len(self.captions["test"])
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
         return torch.stack(draws)
-
-    def share_pairs(self, trainer: Trainer) -> None:
-        """Give a trainer the teacher pairs of one with the same options of them, or let it make them."""
-        config = trainer.config
-        if not config.teacher_samples:
-            return
-        guidance = config.last_guidance_scale, config.guidance_max_timestep, config.guidance_scale_above
-        key = config.teacher_samples, config.teacher_sampling_steps, *guidance, config.seed
-        if key in self.pairs:
-            trainer.pairs = self.pairs[key]
-            return
-        trainer.sample_teacher()
-        trainer.synchronize()
-        self.pairs[key] = trainer.pairs
 
     @torch.no_grad()
     def judged(self, generate: Generate, prompts: str, count: int, batch: int = 500) -> dict[str, float]:
@@ -493,7 +464,6 @@ class Student:
         self.run, self.world, self.options = run, world, options
         self.config = run_config(run, options)
         self.trainer = Trainer(self.config, world.backbone, world.prompts, make_accelerator(self.config))
-        world.share_pairs(self.trainer)
         self.curve: list[dict] = []
         self.losses: list[dict] = []
         self.step, self.finite = 0, True

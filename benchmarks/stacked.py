@@ -27,7 +27,6 @@ from wadi.distill.losses import (
     generator_loss,
     guided,
     interval_scale,
-    regression_loss,
     vsd_gradient,
 )
 from wadi.distill.roles import view
@@ -209,8 +208,8 @@ def stack_key(config: DistillConfig) -> Hashable | None:
         return None
     if any(getattr(config, name) != getattr(plain, name) for name in NOT_STACKED):
         return None
-    guided_fake, pairs = config.fake_guidance_scale != 1, config.teacher_samples > 0
-    return config.fake_layers, config.fake_updates, guided_fake, pairs, config.train_batch_size
+    guided_fake = config.fake_guidance_scale != 1
+    return config.fake_layers, config.fake_updates, guided_fake, config.train_batch_size
 
 
 NOT_STACKED = (
@@ -221,7 +220,6 @@ NOT_STACKED = (
     "weighting",
     "fake_weighting",
     "fake_fresh_samples",
-    "regression_loss_type",
 )
 """Options that a `Stack` knows at their defaults only."""
 
@@ -312,19 +310,12 @@ class Stack:
         self, inputs: list[StepInputs], condition: Condition
     ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         t, noise = (torch.cat([getattr(each, name) for each in inputs]) for name in ("t", "noise"))
-        x0, pair_x0 = self._generate(inputs, condition)
+        x0 = self._generate(inputs, condition)
         gradient = self._gradient(x0.detach(), noise, t, condition)
-        losses, totals = [], []
-        for i, (trainer, own) in enumerate(zip(self.trainers, x0.split(self.samples), strict=True)):
-            found = {"student_loss": generator_loss(own, gradient.split(self.samples)[i])}
-            total = found["student_loss"]
-            if pair_x0 is not None:
-                target = inputs[i].pair["x0"]
-                found["regression_loss"] = regression_loss(pair_x0.split(self.samples)[i], target, "l2")
-                total = total + trainer.config.regression_weight * found["regression_loss"]
-            losses.append({name: loss.detach() for name, loss in found.items()})
-            totals.append(total)
+        parts = zip(x0.split(self.samples), gradient.split(self.samples), strict=True)
+        totals = [generator_loss(*part) for part in parts]
         sum(totals[1:], totals[0]).backward()
+        losses = [{"student_loss": total.detach()} for total in totals]
         self._take_gradients(self.student)
         for trainer, found in zip(self.trainers, losses, strict=True):
             norm = trainer._optimize(trainer.student_optimizer, trainer.student_parameters)
@@ -332,18 +323,11 @@ class Stack:
             found["student_grad_norm"] = norm
         return x0.detach(), losses
 
-    def _generate(
-        self, inputs: list[StepInputs], condition: Condition
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All students' pictures, and of their teacher pairs where there are any."""
+    def _generate(self, inputs: list[StepInputs], condition: Condition) -> torch.Tensor:
+        """All students' images, (K n, C, H, W)."""
         z, schedule = torch.cat([each.z for each in inputs]), self.schedule
-        count = len(z)
-        if inputs[0].pair:
-            z = torch.cat([z, *(each.pair["z"] for each in inputs)])
-            condition = concatenate([condition, *(each.pair_condition for each in inputs)])
         last = torch.full((len(z),), schedule.num_train_timesteps - 1, device=z.device)
-        x0 = schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
-        return (x0[:count], x0[count:]) if inputs[0].pair else (x0, None)
+        return schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
 
     @torch.no_grad()
     def _gradient(

@@ -142,26 +142,6 @@ def test_a_run_is_trained_judged_and_not_run_again(tmp_path, monkeypatch, capsys
         ablation.main(dataclasses.replace(options, max_train_steps=2))
 
 
-def test_runs_share_the_teachers_pairs(monkeypatch):
-    every = ablation.read_prompts
-    monkeypatch.setattr(ablation, "read_prompts", lambda source: every(source)[:8])
-    world = ablation.World(teacher_folder(), "cpu", 256)
-    options = ablation.Options(device="cpu", train_batch_size=2, max_train_steps=4)
-    pairs = {"teacher_samples": 4, "teacher_sampling_steps": 2}
-    own = ablation.student("lorad", 1e-3, 4)
-    changes = ({"regression_weight": 0.1}, {"regression_weight": 0.2}, {"regression_weight": 0.1}, None)
-    students = [
-        ablation.Student(
-            ablation.Run("gap", "x", "x", own | (pairs | each if each else {}), int(i == 2)), world, options
-        )
-        for i, each in enumerate(changes)
-    ]
-    made = [each.trainer.pairs for each in students]
-    assert made[0] is made[1]
-    assert not torch.equal(made[2].z, made[0].z)  # another seed
-    assert made[3] is None
-
-
 def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):
     """Skipped updates leave finite losses behind, of the untrained student."""
     every = ablation.read_prompts

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from tests.distill.test_processes import config as launched
 from tests.distill.test_processes import launch
@@ -15,31 +13,23 @@ from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, assert_losses_close, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.distill import DistillConfig, distill
-from wadi.distill.losses import regression_loss
 from wadi.distill.trainer import annealed
 from wadi.errors import WadiError
 from wadi.files import load_tensors
 
-REGRESSION = {"teacher_samples": 5, "teacher_sampling_steps": 4, "regression_weight": 0.5}
 DENOISING = {"denoising_weight": 0.6, "denoising_max_timestep": 0.3, "denoising_block_size": 3}
-EVERYTHING = (
-    REGRESSION
-    | DENOISING
-    | {
-        "guidance_scale": 3.0,
-        "guidance_scale_end": 1.5,
-        "guidance_max_timestep": 0.6,
-        "guidance_scale_above": 2.0,
-        "max_timestep_end": 0.5,
-        "weighting": "sigma",
-        "regression_loss_type": "huber",
-    }
-)
+EVERYTHING = DENOISING | {
+    "guidance_scale": 3.0,
+    "guidance_scale_end": 1.5,
+    "guidance_max_timestep": 0.6,
+    "guidance_scale_above": 2.0,
+    "max_timestep_end": 0.5,
+    "weighting": "sigma",
+}
 CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
 LOSSES = {
     "student_loss",
     "fake_loss",
-    "regression_loss",
     "denoising_loss",
 }
 
@@ -121,16 +111,6 @@ def test_guidance_of_an_interval_that_is_everything_changes_no_bit():
     assert same(snapshot(trainer), snapshot(other))
 
 
-def test_pairs_have_the_guidance_of_the_interval():
-    """No timestep is within: the pairs are those of the guidance above."""
-    pairs = REGRESSION | {"teacher_sampling_steps": 3}
-    within = {"guidance_scale": 5.0, "min_timestep": 0.0, "guidance_max_timestep": 0.0}
-    trainer = make(guidance_scale_above=2.0, **within, **pairs)
-    plain = make(guidance_scale=2.0, **pairs)
-    trainer.sample_teacher(), plain.sample_teacher()
-    torch.testing.assert_close(trainer.pairs.x0, plain.pairs.x0)
-
-
 @pytest.mark.parametrize(
     ("start", "end", "size"), [(1.0, 1.0, 2), (1.0, 2.0, 4), (2.0, 1.0, 4), (1.0, None, 2)]
 )
@@ -151,138 +131,6 @@ def test_highest_timestep_goes_down():
         assert highest - 30 < int(inputs.t.max()) <= highest
         assert torch.equal(inputs.z, others.z)
         assert torch.equal(inputs.t, others.t) == (step == 0)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_teacher_pairs_are_diffusers_ddim(prediction_type):
-    """Against the stock scheduler with trailing timesteps, guided, one pair at a time."""
-    trainer = make(
-        prediction_type,
-        guidance_scale=1.0,
-        guidance_scale_end=2.0,
-        **REGRESSION | {"teacher_sampling_steps": 5},
-    )
-    trainer.sample_teacher()
-    pairs = trainer.pairs
-    assert pairs.z.shape == (5, 4, 8, 8)
-    assert pairs.z.dtype == pairs.x0.dtype == torch.float32
-    assert not pairs.x0.requires_grad
-    stock = DDIMScheduler.from_config(
-        trainer.backbone.scheduler_config, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0
-    )
-    stock.set_timesteps(5)
-    assert stock.timesteps.tolist() == trainer.schedule.sampling_timesteps(5)
-    conditions = trainer.prompts.embeddings.take(pairs.prompts)["encoder_hidden_states"]
-    for z, x0, condition in zip(pairs.z, pairs.x0, conditions, strict=True):
-        x = z[None]
-        for t in stock.timesteps:
-            with torch.no_grad():
-                null, cond = (
-                    trainer.teacher(x, t, encoder_hidden_states=c).sample
-                    for c in (trainer.null["encoder_hidden_states"], condition[None])
-                )
-            x = stock.step(null + 2.0 * (cond - null), t, x).prev_sample
-        torch.testing.assert_close(x0, x[0], rtol=1e-4, atol=1e-4)
-
-
-def test_teacher_pairs_are_of_the_seed_and_of_no_batch(monkeypatch):
-    first, again, other = (make(seed=seed, **REGRESSION) for seed in (3, 3, 4))
-    for trainer in (first, again, other):
-        trainer.sample_teacher()
-    assert torch.equal(first.pairs.x0, again.pairs.x0)
-    assert torch.equal(first.pairs.prompts, again.pairs.prompts)
-    assert not torch.equal(first.pairs.z, other.pairs.z)
-    monkeypatch.setattr("wadi.distill.pairs.NUMBERS_AT_ONCE", 2 * 4 * 8 * 8)
-    small = make(seed=3, **REGRESSION)
-    small.sample_teacher()
-    torch.testing.assert_close(first.pairs.x0, small.pairs.x0, rtol=1e-4, atol=1e-5)
-
-
-def test_processes_share_the_teachers_work(monkeypatch):
-    """Two processes make every other batch; their sum is what one makes."""
-    monkeypatch.setattr("wadi.distill.pairs.NUMBERS_AT_ONCE", 2 * 4 * 8 * 8)
-    whole, parts = make(**REGRESSION), []
-    whole.sample_teacher()
-    for rank in range(2):
-        part = make(**REGRESSION)
-        part.accelerator = SimpleNamespace(
-            process_index=rank,
-            num_processes=2,
-            is_main_process=False,
-            device=part.device,
-            reduce=lambda x, how: x,
-        )
-        part.sample_teacher()
-        parts.append(part.pairs.x0)
-    assert [bool(x.any()) for x in parts[0]] == [True, True, False, False, True]
-    assert torch.equal(whole.pairs.x0, parts[0] + parts[1])
-    assert torch.equal(whole.pairs.z, part.pairs.z)
-
-
-def test_teacher_pairs_in_half_precision_start_from_the_noise_that_is_kept():
-    trainer = make(mixed_precision="bf16", **REGRESSION)
-    trainer.sample_teacher()
-    assert trainer.pairs.z.dtype == trainer.pairs.x0.dtype == torch.float16
-    inputs = trainer.draw(0)
-    assert inputs.pair["z"].dtype == inputs.pair["x0"].dtype == torch.float32
-    assert all(bool(value.isfinite()) for value in trainer.step(0).values())
-
-
-def test_drawn_pairs_belong_together_and_leave_the_other_draws_alone():
-    trainer = make(train_batch_size=6, **REGRESSION | DENOISING)
-    plain = make(train_batch_size=6)
-    inputs, others = trainer.draw(3), plain.draw(3)
-    for field in dataclasses.fields(others):
-        ours, theirs = (getattr(x, field.name) for x in (inputs, others))
-        if field.name in ("pair", "pair_condition", "denoising"):
-            assert theirs == {}
-        elif isinstance(theirs, dict):
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        else:
-            assert torch.equal(ours, theirs)
-    pairs, numbers = trainer.pairs, []
-    states = trainer.prompts.embeddings.take(pairs.prompts)["encoder_hidden_states"]
-    for z, x0, c in zip(*inputs.pair.values(), inputs.pair_condition["encoder_hidden_states"], strict=True):
-        (i,) = [i for i in range(5) if torch.equal(z, pairs.z[i])]
-        assert torch.equal(x0, pairs.x0[i])
-        assert torch.equal(c, states[i])
-        numbers.append(i)
-    assert len(set(numbers)) > 1
-
-
-@pytest.mark.parametrize("loss_type", ["l2", "huber"])
-def test_regression_loss(loss_type):
-    x0, target = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    total = 0.0
-    for d in (x0 - target).flatten().tolist():
-        total += d * d if loss_type == "l2" else 2 * 0.3 * (math.hypot(d, 0.3) - 0.3)
-    assert float(regression_loss(x0, target, loss_type, 0.3)) == pytest.approx(total / x0.numel(), rel=1e-12)
-    inputs = (x0.clone().requires_grad_(), target)
-    assert torch.autograd.gradcheck(lambda a, b: regression_loss(a, b, loss_type, 0.3), inputs)
-
-
-def test_huber_is_the_square_of_small_distances():
-    x0 = torch.full((1,), 1e-4, dtype=torch.float64)
-    assert float(regression_loss(x0, 0 * x0, "huber")) == pytest.approx(1e-8, rel=1e-5)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_regression_gradient_is_the_equation(prediction_type):
-    """What the term adds to the student's gradient, in float64, sample by sample."""
-    trainer = make(prediction_type, **REGRESSION)
-    trainer.step(0)
-    other, inputs = twin(trainer), trainer.draw(1)
-    x0 = plain_student(trainer, inputs.pair["z"], inputs.pair_condition)
-    distance = (x0 - inputs.pair["x0"]).square().mean()
-    parameters = trainer.student_parameters
-    expected = torch.autograd.grad(0.5 * distance, list(parameters.values()))
-    total, losses = student_gradients(trainer, inputs)
-    plain, plain_losses = student_gradients(other, other.draw(1))
-    assert losses["regression_loss"] == pytest.approx(distance.item(), rel=1e-4)
-    assert losses["student_loss"] == pytest.approx(plain_losses["student_loss"], rel=1e-3)
-    assert_same_gradients(
-        {name: total[name] - plain[name] for name in total}, dict(zip(parameters, expected, strict=True))
-    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -320,7 +168,7 @@ def test_denoising_has_timesteps_of_its_own():
 
 
 def test_denoising_leaves_the_draws_of_the_other_terms_alone():
-    trainer, plain = make(**REGRESSION | DENOISING), make(**REGRESSION)
+    trainer, plain = make(**DENOISING), make()
     ours = dataclasses.replace(trainer.draw(3), denoising={}).tensors()
     assert all(torch.equal(a, b) for a, b in zip(ours, plain.draw(3).tensors(), strict=True))
     assert not torch.equal(trainer.draw(3).denoising["noise"], plain.draw(3).noise)
@@ -475,8 +323,8 @@ def test_metrics_have_every_term(tmp_path):
 
 
 def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
-    """Both have the same pairs; gradients are averaged over both."""
-    changes = EVERYTHING | CONVOLUTIONS | {"max_train_steps": 3, "validation_steps": 0, "teacher_samples": 40}
+    """The gradients are averaged over both."""
+    changes = EVERYTHING | CONVOLUTIONS | {"max_train_steps": 3, "validation_steps": 0}
     changes["fake_layers"] = "student"
     (tmp_path / "one").mkdir()
     one = distill(launched(teacher_folder, tmp_path / "one", **changes))
@@ -512,13 +360,6 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         ),
         ({"guidance_max_timestep": 0.01}, "--min-timestep: must not exceed --guidance-max-timestep"),
         ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be between 0 and 1"),
-        ({"teacher_samples": -1}, "--teacher-samples: must be zero or more"),
-        ({"teacher_sampling_steps": 0}, "--teacher-sampling-steps: must be at least 1"),
-        ({"regression_weight": -1.0}, "--regression-weight: must be zero or more"),
-        ({"regression_weight": 1.0}, "--regression-weight: needs teacher pairs; set --teacher-samples"),
-        ({"regression_loss_type": "l1"}, "--regression-loss-type: must be one of l2, huber"),
-        ({"huber_c": 0.0}, "--huber-c: must be a positive number"),
-        ({"teacher_samples": 8}, "--teacher-samples: nothing uses them; set --regression-weight"),
         ({"max_timestep_end": 1.5}, "--max-timestep-end: must be between 0 and 1"),
         ({"denoising_weight": -1.0}, "--denoising-weight: must be zero or more"),
         ({"denoising_weight": float("nan")}, "--denoising-weight: must be zero or more"),
@@ -556,11 +397,6 @@ def test_bad_values_get_one_line(options, message):
     with pytest.raises(WadiError, match=message) as error:
         DistillConfig(**options)
     assert "\n" not in str(error.value)
-
-
-def test_more_sampling_steps_than_timesteps_get_one_line():
-    with pytest.raises(WadiError, match="--teacher-sampling-steps: must not exceed the teacher's 1000"):
-        make(**REGRESSION | {"teacher_sampling_steps": 1001})
 
 
 def test_fingerprint_of_the_defaults_is_as_before_these_options():

@@ -172,23 +172,6 @@ class DistillConfig:
     """Side of the squares, in latent pixels, whose mean that term leaves alone: it would make colours and
     sizes the likeliest ones."""
 
-    teacher_samples: int = 0
-    """Pairs of noise and the guided teacher's picture to make before the first step, for the terms that use
-    them. They stay on the device and are made again when the run is resumed."""
-
-    teacher_sampling_steps: int = 25
-    """DDIM steps of a teacher pair's picture, with the guidance that the training ends with."""
-
-    regression_weight: float = 0.0
-    """Weight of the distance between the student's and the teacher's picture of a teacher pair (DMD), for one
-    more batch of pairs at every update; 0 is none."""
-
-    regression_loss_type: Literal["l2", "huber"] = "l2"
-    """Distance of the regression."""
-
-    huber_c: float = 0.1
-    """Where the Huber distance turns from a parabola into a line."""
-
     student_learning_rate: float = 1e-4
     """Learning rate of the student."""
 
@@ -257,10 +240,6 @@ class DistillConfig:
                 raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
         if self.guidance_scale_above != 1 and self.guidance_max_timestep == 1:
             raise WadiError("--guidance-scale-above: nothing is above; set --guidance-max-timestep below 1")
-        if self.regression_weight and not self.teacher_samples:
-            raise WadiError("--regression-weight: needs teacher pairs; set --teacher-samples")
-        if self.teacher_samples and not self.regression_weight:
-            raise WadiError("--teacher-samples: nothing uses them; set --regression-weight")
         if self.denoising_weight and self.min_timestep > self.denoising_max_timestep:
             raise WadiError("--min-timestep: must not exceed --denoising-max-timestep")
         if self.cuda_graphs and self.mixed_precision == "fp16":
@@ -366,11 +345,6 @@ LATER = frozenset(
         "max_timestep_end",
         "student_conv_rank",
         "fake_conv_rank",
-        "teacher_samples",
-        "teacher_sampling_steps",
-        "regression_weight",
-        "regression_loss_type",
-        "huber_c",
         "denoising_weight",
         "denoising_max_timestep",
         "denoising_block_size",
@@ -423,20 +397,18 @@ _RULES = (
             "logging_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",
-            "teacher_sampling_steps",
         ),
         lambda v: v >= 1,
         "at least 1",
     ),
     (("denoising_block_size",), lambda v: v >= 2, "at least 2"),
-    (("seed", "lr_warmup_steps", "validation_steps", "teacher_samples"), lambda v: v >= 0, "zero or more"),
+    (("seed", "lr_warmup_steps", "validation_steps"), lambda v: v >= 0, "zero or more"),
     (
         (
             "student_learning_rate",
             "fake_learning_rate",
             "adam_epsilon",
             "max_grad_norm",
-            "huber_c",
         ),
         lambda v: 0 < v < math.inf,
         "a positive number",
@@ -448,7 +420,6 @@ _RULES = (
             "guidance_scale_above",
             "fake_guidance_scale",
             "adam_weight_decay",
-            "regression_weight",
             "denoising_weight",
         ),
         lambda v: 0 <= v < math.inf,

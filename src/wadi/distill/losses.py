@@ -85,20 +85,6 @@ def generator_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
-def regression_loss(
-    x0: torch.Tensor, target: torch.Tensor, loss_type: str, huber_c: float = 0.1
-) -> torch.Tensor:
-    """Distance d of the student's picture to the teacher's from the same noise, mean over elements.
-
-    DMD's second term (arXiv 2311.18828), in latent space: "l2" d^2, or "huber", which is the same for
-    small d, grows as 2 c |d| and is named as diffusers' training scripts have it: 2 c (sqrt(d^2 + c^2) - c).
-    """
-    squared = (x0 - target) ** 2
-    if loss_type == "huber":
-        squared = 2 * huber_c * ((squared + huber_c**2).sqrt() - huber_c)
-    return squared.mean()
-
-
 def fake_loss(eps_fake: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
     """weight (eps_fake - n)^2, mean over elements; the paper's weight is alpha_t^2."""
     return (weight * (eps_fake - noise) ** 2).mean()

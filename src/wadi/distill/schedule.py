@@ -115,11 +115,6 @@ class Schedule(torch.nn.Module):
             return (x_t - self.sigma(t) * prediction) / self.alpha(t)
         return self.alpha(t) * x_t - self.sigma(t) * prediction
 
-    def sampling_timesteps(self, steps: int) -> list[int]:
-        """Timesteps of a sampler, downwards from the last, equally far apart (diffusers: "trailing")."""
-        count = self.num_train_timesteps
-        return [round(count - i * count / steps) - 1 for i in range(steps)]
-
     def one_step(self, prediction: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The student's picture: x_0 from its prediction at the last timestep on z ~ N(0, I), in float32.
 

@@ -31,12 +31,10 @@ from wadi.distill.losses import (
     guided,
     interval_scale,
     normalized_vsd_gradient,
-    regression_loss,
     vsd_gradient,
     without_block_means,
 )
 from wadi.distill.methods import method_config
-from wadi.distill.pairs import TeacherPairs, check_steps, teacher_pairs
 from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
@@ -71,8 +69,6 @@ class StepInputs:
     fake_null: torch.Tensor  # (u,) bool, whole batch on the empty prompt
     fresh_z: torch.Tensor  # (k, n, C, H, W) float32
     fresh_condition: Condition  # (k, n, ...)
-    pair: dict[str, torch.Tensor] = field(default_factory=dict)  # z, x0 (n, C, H, W) float32; or nothing
-    pair_condition: Condition = field(default_factory=dict)  # of n prompts
     # for the denoising term: t (n,) int64 and noise (n, C, H, W) float32; or nothing
     denoising: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -144,8 +140,6 @@ class Trainer:
         self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
             self.device
         )
-        if config.teacher_samples:
-            check_steps(config.teacher_sampling_steps, self.schedule)
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
         roles = self._make_roles()
@@ -162,7 +156,6 @@ class Trainer:
             self.guidance_scale = torch.full((), config.guidance_scale, device=self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps in all, and in a row
 
-        self.pairs: TeacherPairs | None = None  # see sample_teacher
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
         self.global_step, self.seconds = 0, 0.0
         self.batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -229,22 +222,6 @@ class Trainer:
             self.graph.replay()
             return self.static_losses
 
-    def sample_teacher(self) -> None:
-        """Make the teacher pairs, if an option asks for them: takes a while, once, before the first step."""
-        if self.pairs is not None or not self.config.teacher_samples:
-            return
-
-        def predict(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-            # the backbone's own network: another size of batch would be compiled anew
-            scale = self._teacher_scale(self.config.last_guidance_scale, t)
-            return self._guided(self.backbone.network, x_t, t, condition, scale)
-
-        shape, embeddings = self.backbone.latent_shape, self.prompts.embeddings
-        with self.on_stream():
-            self.pairs = teacher_pairs(
-                self.config, predict, self.schedule, embeddings, shape, self.accelerator, self.hosts
-            )
-
     def draw(self, step: int) -> StepInputs:
         """This process's share of the step's randomness, which is of (seed, step) alone.
 
@@ -252,7 +229,6 @@ class Trainer:
         times the batch, no two see the same noise, and a resumed run draws the same, on however many.
         """
         config, schedule = self.config, self.schedule
-        self.sample_teacher()
         # 0: where the process's number once stood
         seeds = np.random.SeedSequence([config.seed, 0, step]).generate_state(2)
         self.generator.manual_seed(int(seeds[0]))
@@ -276,7 +252,6 @@ class Trainer:
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
             fresh_z=_keep(torch.randn(k, n, *shape, **on_device), share, 1),
             fresh_condition=self._draw_prompts(k, n, share),
-            **(self._draw_pairs(n, share) if self.pairs is not None else {}),
             denoising=self._draw_denoising(n, share, low) if config.denoising_weight else {},
         )
 
@@ -328,7 +303,7 @@ class Trainer:
             t, noise = inputs.t[micro], inputs.noise[micro]
             condition = pick(inputs.condition, micro)
             with synchronize:
-                x0, pair_x0 = self._generate_with_pairs(inputs, micro)
+                x0 = self.generate(inputs.z[micro], condition)
                 eps_teacher, eps_fake = self._scores(x0, noise, t, condition)
                 # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
                 if config.weighting == "normalized":
@@ -339,11 +314,6 @@ class Trainer:
                     gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
                 terms = {"student_loss": (generator_loss(x0, gradient), 1.0)}
-                if pair_x0 is not None:
-                    distance = regression_loss(
-                        pair_x0, inputs.pair["x0"][micro], config.regression_loss_type, config.huber_c
-                    )
-                    terms["regression_loss"] = distance, config.regression_weight
                 if config.denoising_weight:
                     terms["denoising_loss"] = (
                         self._denoising_term(x0, inputs, micro),
@@ -365,16 +335,6 @@ class Trainer:
         eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, scale)
         fake_scale = self.config.fake_guidance_scale
         return eps_teacher, self._guided_epsilon(self.fake_network, x_t, t, condition, fake_scale)
-
-    def _generate_with_pairs(
-        self, inputs: StepInputs, micro: slice
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The student's pictures of a micro-batch, and of its teacher pairs where they are asked for."""
-        z, condition = inputs.z[micro], pick(inputs.condition, micro)
-        if not self.config.regression_weight:
-            return self.generate(z, condition), None
-        both = concatenate([condition, pick(inputs.pair_condition, micro)])
-        return self.generate(torch.cat([z, inputs.pair["z"][micro]]), both).split(len(z))
 
     def _denoising_term(self, x0: torch.Tensor, inputs: StepInputs, micro: slice) -> torch.Tensor:
         """1/2 ||x0 - x0_teacher||^2 of what is finer than blocks; the teacher's picture is held fixed."""
@@ -550,17 +510,6 @@ class Trainer:
             for name, tensor in chosen.items()
         }
 
-    def _draw_pairs(self, count: int, share: slice) -> dict[str, dict[str, torch.Tensor]]:
-        """A share of a batch of random teacher pairs: latents from the device, prompts from the host."""
-        pairs = self.pairs
-        own = torch.randint(len(pairs.z), (count,), generator=self.prompt_generator)[share]
-        chosen = self.prompts.embeddings.take(pairs.prompts[own], pin_memory=self.device.type == "cuda")
-        index = own.to(self.device)
-        return {
-            "pair": {"z": pairs.z[index].float(), "x0": pairs.x0[index].float()},
-            "pair_condition": {name: x.to(self.device, non_blocking=True) for name, x in chosen.items()},
-        }
-
     def _draw_denoising(self, count: int, share: slice, low: int) -> dict[str, torch.Tensor]:
         """Timesteps and noise of a share of what the teacher cleans."""
         on_device = {"device": self.device, "generator": self.generator}
@@ -613,7 +562,6 @@ class Trainer:
             SystemExit: code 2, where that happened in another process, which tells.
         """
         config, start = self.config, time.monotonic() - self.seconds
-        self.sample_teacher()
         main = self.accelerator.is_main_process
         bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
         with bar, self._catch_interrupt() as interrupted:
