@@ -248,8 +248,6 @@ def _gap(ranks: Ranks) -> Iterator[tuple[str, str, dict[str, Any]]]:
     large = 2 * ranks.equal("lorad", SHARE)
     yield "base", "chosen rate", {}
     yield "rate-3e-3", "rate 3e-3", {"student_learning_rate": 3e-3}
-    yield "annealed", "guidance 3 to 1.5", {"guidance_scale": 3.0, "guidance_scale_end": 1.5}
-    yield "timesteps", "highest timestep 0.98 to 0.6", {"max_timestep_end": 0.6}
     yield "lowest", "lowest timestep 0.3", {"min_timestep": 0.3}
     yield "large-fake", "fake model of twice the rank", {"fake_rank": large}
     for rate in (1e-3, 1e-2):

@@ -247,14 +247,13 @@ class Stack:
             trainer.stream = self.stream
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        # of each student; those that change with the step are the trainers' own tensors
-        self.guidance = [self._on_device(trainer.guidance_scale) for trainer in self.trainers]
+        self.guidance = [self._on_device(trainer.config.guidance_scale) for trainer in self.trainers]
         self.fake_guidance = [self._on_device(t.config.fake_guidance_scale) for t in self.trainers]
         self.fake_is_guided = any(t.config.fake_guidance_scale != 1 for t in self.trainers)
         self.above = [self._on_device(trainer.config.guidance_scale_above) for trainer in self.trainers]
         self.highest_guided = [self._on_device(trainer.highest_guided) for trainer in self.trainers]
 
-    def _on_device(self, scale: float | torch.Tensor) -> torch.Tensor:
+    def _on_device(self, scale: float) -> torch.Tensor:
         return torch.as_tensor(scale, dtype=torch.float32, device=self.device)
 
     def step(self, step: int) -> list[tuple[Trainer, dict[str, torch.Tensor]]]:

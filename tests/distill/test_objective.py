@@ -13,17 +13,14 @@ from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, assert_losses_close, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.distill import DistillConfig, distill
-from wadi.distill.trainer import annealed
 from wadi.errors import WadiError
 from wadi.files import load_tensors
 
 DENOISING = {"denoising_weight": 0.6, "denoising_max_timestep": 0.3, "denoising_block_size": 3}
 EVERYTHING = DENOISING | {
     "guidance_scale": 3.0,
-    "guidance_scale_end": 1.5,
     "guidance_max_timestep": 0.6,
     "guidance_scale_above": 2.0,
-    "max_timestep_end": 0.5,
     "weighting": "sigma",
 }
 CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
@@ -66,36 +63,15 @@ def assert_same_gradients(found, expected):
         torch.testing.assert_close(found[name], want, rtol=2e-3, atol=1e-6 + 1e-3 * float(want.abs().max()))
 
 
-def test_annealed_goes_linearly_and_stays():
-    values = [annealed(4.0, 1.0, step, 7) for step in range(9)]
-    assert values == pytest.approx([4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0])
-    assert annealed(4.0, None, 3, 7) == 4.0
-    assert annealed(4.0, 1.0, 0, 1) == 4.0
-
-
-def test_annealed_guidance_is_the_fixed_one_of_each_step():
-    """Every step of the annealed training is a step with that step's guidance, to the bit."""
-    trainer, seen = make(guidance_scale=3.0, guidance_scale_end=1.5, max_train_steps=4), []
-    for step in range(4):
-        other = twin(trainer, guidance_scale=3.0 - 0.5 * step)
-        trainer.step(step), other.step(step)
-        assert same(snapshot(trainer), snapshot(other))
-        seen.append(float(trainer.guidance_scale))
-    assert seen == [3.0, 2.5, 2.0, 1.5]
-
-
-@pytest.mark.parametrize("end", [None, 1.5])
-def test_guidance_of_an_interval_is_each_timesteps_own(end):
+def test_guidance_of_an_interval_is_each_timesteps_own():
     """A batch on both sides of the limit: the teacher's noise is that of the one or of the other guidance."""
     interval = {"guidance_scale": 3.0, "guidance_max_timestep": 0.4, "guidance_scale_above": 2.0}
-    trainer = make(**interval, guidance_scale_end=end, max_train_steps=2, train_batch_size=4)
-    last = 0 if end is None else 1
-    trainer._set_rates(last)
+    trainer = make(**interval, max_train_steps=2, train_batch_size=4)
     inputs = trainer.draw(0)
     t = torch.tensor([100, 400, 401, 900])
     z, condition = inputs.z, inputs.condition
     found = trainer._scores(z, inputs.noise, t, condition)[0]
-    for scale, own in ((3.0 if end is None else end, slice(0, 2)), (2.0, slice(2, 4))):
+    for scale, own in ((3.0, slice(0, 2)), (2.0, slice(2, 4))):
         plain = twin(trainer, guidance_scale=scale, max_train_steps=2, train_batch_size=4)
         expected = plain._scores(z, inputs.noise, t, condition)[0]
         torch.testing.assert_close(found[own], expected[own])
@@ -111,26 +87,12 @@ def test_guidance_of_an_interval_that_is_everything_changes_no_bit():
     assert same(snapshot(trainer), snapshot(other))
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "size"), [(1.0, 1.0, 2), (1.0, 2.0, 4), (2.0, 1.0, 4), (1.0, None, 2)]
-)
-def test_null_prompt_is_left_out_only_where_both_ends_are_one(start, end, size):
-    trainer, sizes = make(guidance_scale=start, guidance_scale_end=end, max_train_steps=2), []
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 2), (2.0, 4)])
+def test_the_null_prompt_is_omitted_where_nothing_is_guided(scale, size):
+    trainer, sizes = make(guidance_scale=scale), []
     trainer.teacher.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    trainer.step(0), trainer.step(1)
-    assert sizes == [size, size]
-
-
-def test_highest_timestep_goes_down():
-    changes = {"train_batch_size": 512, "min_timestep": 0.3, "max_train_steps": 3}
-    trainer = make(max_timestep=0.9, max_timestep_end=0.5, **changes)
-    plain = make(max_timestep=0.9, **changes)
-    for step, highest in enumerate((900, 700, 500)):
-        inputs, others = trainer.draw(step), plain.draw(step)
-        assert 300 <= int(inputs.t.min()) < 330
-        assert highest - 30 < int(inputs.t.max()) <= highest
-        assert torch.equal(inputs.z, others.z)
-        assert torch.equal(inputs.t, others.t) == (step == 0)
+    trainer.step(0)
+    assert sizes == [size]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -352,7 +314,6 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale_end": -1.0}, "--guidance-scale-end: must be zero or more"),
         ({"guidance_scale_above": -1.0}, "--guidance-scale-above: must be zero or more"),
         (
             {"guidance_scale_above": 2.0},
@@ -360,7 +321,6 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         ),
         ({"guidance_max_timestep": 0.01}, "--min-timestep: must not exceed --guidance-max-timestep"),
         ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be between 0 and 1"),
-        ({"max_timestep_end": 1.5}, "--max-timestep-end: must be between 0 and 1"),
         ({"denoising_weight": -1.0}, "--denoising-weight: must be zero or more"),
         ({"denoising_weight": float("nan")}, "--denoising-weight: must be zero or more"),
         ({"denoising_max_timestep": 1.5}, "--denoising-max-timestep: must be between 0 and 1"),
@@ -387,10 +347,6 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
             {"fake_conv_rank": 4, "fake_layers": "student", "fake_method": "full"},
             "--fake-conv-rank: has no meaning with --fake-method full",
         ),
-        (
-            {"min_timestep": 0.5, "max_timestep_end": 0.4},
-            "--min-timestep: must not exceed --max-timestep-end",
-        ),
     ],
 )
 def test_bad_values_get_one_line(options, message):
@@ -402,7 +358,7 @@ def test_bad_values_get_one_line(options, message):
 def test_fingerprint_of_the_defaults_is_as_before_these_options():
     """So that checkpoints of before can be gone on with; set, they count."""
     assert DistillConfig().fingerprint() == "86b81627ee828bf7"
-    set_ones = {"guidance_scale_end": 2.0, "max_timestep_end": 0.5, "guidance_max_timestep": 0.5}
+    set_ones = {"guidance_max_timestep": 0.5}
     set_ones |= {"denoising_weight": 0.5, "weighting": "sigma", "student_conv_rank": 2, "fake_conv_rank": 2}
     set_ones |= {"denoising_max_timestep": 0.2, "denoising_block_size": 3}
     for name, value in set_ones.items():

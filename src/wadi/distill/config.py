@@ -125,10 +125,6 @@ class DistillConfig:
     guidance_scale: float = 1.5
     """Classifier-free guidance of the teacher in the distillation gradient; 1 is none."""
 
-    guidance_scale_end: float | None = None
-    """Guidance of the teacher at the last step: it goes there linearly from --guidance-scale. Without it, the
-    guidance stays."""
-
     guidance_max_timestep: float = 1.0
     """Highest timestep, as a fraction of all, at which the teacher is guided (arXiv 2404.07724): meant to
     spare what is decided at more noise, such as where things are."""
@@ -144,9 +140,6 @@ class DistillConfig:
 
     max_timestep: float = 0.98
     """Highest timestep of the distillation gradient, as a fraction of all."""
-
-    max_timestep_end: float | None = None
-    """Highest timestep at the last step: it goes there linearly from --max-timestep. Without it, it stays."""
 
     weighting: Literal["sigma_squared", "sigma", "normalized"] = "sigma_squared"
     """Weight of the distillation gradient: the paper's sigma_t^2, sigma_t (more of details, at low noise), or
@@ -234,9 +227,8 @@ class DistillConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise WadiError(f"--{_option(name)}: must be {rule}, but is {value}")
-        for name in ("max_timestep", "max_timestep_end", "guidance_max_timestep"):
-            value = getattr(self, name)
-            if value is not None and self.min_timestep > value:
+        for name in ("max_timestep", "guidance_max_timestep"):
+            if self.min_timestep > getattr(self, name):
                 raise WadiError(f"--min-timestep: must not exceed --{_option(name)}")
         if self.guidance_scale_above != 1 and self.guidance_max_timestep == 1:
             raise WadiError("--guidance-scale-above: nothing is above; set --guidance-max-timestep below 1")
@@ -263,11 +255,6 @@ class DistillConfig:
     def dtype(self) -> torch.dtype:
         """The compute dtype of the frozen base."""
         return DTYPES[self.mixed_precision]
-
-    @property
-    def last_guidance_scale(self) -> float:
-        """Guidance of the teacher at the end of the training."""
-        return self.guidance_scale if self.guidance_scale_end is None else self.guidance_scale_end
 
     def fingerprint(self) -> str:
         """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
@@ -333,16 +320,14 @@ CHANGEABLE = frozenset(
         "compile",
     }
 )
-"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay and
-whatever else goes linearly over the training; the samples of a step stay as many, however they are shared
+"""Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay;
+the samples of a step stay as many, however they are shared
 among processes and micro-batches.)"""
 
 LATER = frozenset(
     {
-        "guidance_scale_end",
         "guidance_max_timestep",
         "guidance_scale_above",
-        "max_timestep_end",
         "student_conv_rank",
         "fake_conv_rank",
         "denoising_weight",
@@ -416,7 +401,6 @@ _RULES = (
     (
         (
             "guidance_scale",
-            "guidance_scale_end",
             "guidance_scale_above",
             "fake_guidance_scale",
             "adam_weight_decay",
@@ -429,7 +413,6 @@ _RULES = (
         (
             "min_timestep",
             "max_timestep",
-            "max_timestep_end",
             "guidance_max_timestep",
             "denoising_max_timestep",
             "null_prompt_probability",

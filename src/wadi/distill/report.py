@@ -140,7 +140,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_pipeline(config.pretrained_model_name_or_path).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
-    guidance_scale = config.last_guidance_scale if guidance_scale is None else guidance_scale
+    guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
     pictures = before_after(
         teacher, student, config.validation_prompts, config.validation_seeds, steps, guidance_scale
     )

@@ -150,10 +150,6 @@ class Trainer:
         self.fake_optimizer = self._adamw(self.fake_parameters, config.fake_learning_rate)
         self.ema = {name: p.detach().clone() for name, p in self.student_parameters.items()}
         self.ema_weight = torch.ones((), device=self.device)
-        self.guidance_scale: float | torch.Tensor = config.guidance_scale
-        if config.last_guidance_scale != config.guidance_scale:
-            # on the device, so that a recorded graph follows it
-            self.guidance_scale = torch.full((), config.guidance_scale, device=self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps in all, and in a row
 
         self.generator, self.prompt_generator = torch.Generator(self.device), torch.Generator()
@@ -238,8 +234,7 @@ class Trainer:
         share, u = slice(first, first + own), config.fake_updates
         k = u - 1 if config.fake_fresh_samples else 0
         shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
-        highest = annealed(config.max_timestep, config.max_timestep_end, step, config.max_train_steps)
-        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, highest))
+        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
         on_device = {"device": self.device, "generator": self.generator}
         # what an option adds is drawn last: the others keep their numbers
         return StepInputs(
@@ -331,8 +326,7 @@ class Trainer:
         """Guided noise of teacher and fake model at x_t, each (N, C, H, W) float32."""
         # p = p_null + s (p_cond - p_null), for teacher and fake model alike
         x_t = self.schedule.add_noise(x0, noise, t)
-        scale = self._teacher_scale(self.guidance_scale, t)
-        eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, scale)
+        eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, self._teacher_scale(t))
         fake_scale = self.config.fake_guidance_scale
         return eps_teacher, self._guided_epsilon(self.fake_network, x_t, t, condition, fake_scale)
 
@@ -371,12 +365,13 @@ class Trainer:
         norm = self._optimize(self.fake_optimizer, self.fake_parameters)
         return {"fake_loss": torch.stack(losses).sum(), "fake_grad_norm": norm}
 
-    def _teacher_scale(self, scale: float | torch.Tensor, t: torch.Tensor) -> float | torch.Tensor:
-        """`scale` itself, or (N, 1, 1, 1), the scale of each of the timesteps (N,) where they differ."""
+    def _teacher_scale(self, t: torch.Tensor) -> float | torch.Tensor:
+        """Guidance of the teacher: one number, or (N, 1, 1, 1) where the timesteps (N,) differ in it."""
         config = self.config
         if config.guidance_max_timestep == 1:
-            return scale
-        return interval_scale(scale, config.guidance_scale_above, t, self.highest_guided).view(-1, 1, 1, 1)
+            return config.guidance_scale
+        scales = interval_scale(config.guidance_scale, config.guidance_scale_above, t, self.highest_guided)
+        return scales.view(-1, 1, 1, 1)
 
     @property
     def highest_guided(self) -> int:
@@ -404,7 +399,7 @@ class Trainer:
     ) -> torch.Tensor:
         """Guided prediction: null prompt and condition in one call; s = 1 needs no null prompt.
 
-        A scale that is a tensor lives on the device: what it is, the host does not ask.
+        The host does not read a scale that is a tensor: that would wait for the device.
         """
         if not isinstance(scale, torch.Tensor) and scale == 1:
             return self._predict(network, x_t, t, condition)
@@ -471,10 +466,6 @@ class Trainer:
                     group["lr"].fill_(rate * factor)
                 else:
                     group["lr"] = rate * factor
-        if isinstance(self.guidance_scale, torch.Tensor):
-            config = self.config
-            scale = annealed(config.guidance_scale, config.guidance_scale_end, step, config.max_train_steps)
-            self.guidance_scale.fill_(scale)
         self.ema_weight.fill_(1 - min(self.config.ema_decay, (1 + step) / (10 + step)))
 
     def _adamw(self, parameters: dict[str, torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
@@ -759,13 +750,6 @@ def learning_rate_factor(config: DistillConfig, step: int) -> float:
 def _total(losses: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Sums over the micro-batches, by name."""
     return {name: torch.stack([part[name] for part in losses]).sum() for name in losses[0]}
-
-
-def annealed(start: float, end: float | None, step: int, max_train_steps: int) -> float:
-    """From `start` at step 0 linearly to `end` at the last step, where it stays; without an end, `start`."""
-    if end is None:
-        return start
-    return start + (end - start) * min(1.0, step / max(1, max_train_steps - 1))
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:
