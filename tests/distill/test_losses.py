@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from wadi.distill.losses import (
     denoising_gradient,
-    detail_vsd_gradient,
     fake_loss,
     generator_loss,
     guided,
@@ -53,13 +52,6 @@ def test_normalized_gradient_is_dmds_in_x0(numbers):
     for i in range(len(x0)):
         expected = (x0_fake - x0_teacher)[i] / (x0 - x0_teacher)[i].abs().mean()
         torch.testing.assert_close(normalized_vsd_gradient(teacher, fake, noise)[i], expected)
-
-
-def test_detail_gradient_is_alpha_times_the_difference_in_x0(numbers):
-    x0, noise, teacher, fake, alpha, sigma = numbers
-    x_t = alpha * x0 + sigma * noise
-    x0_teacher, x0_fake = (x_t - sigma * teacher) / alpha, (x_t - sigma * fake) / alpha
-    torch.testing.assert_close(detail_vsd_gradient(teacher, fake, sigma), alpha * (x0_fake - x0_teacher))
 
 
 def test_denoising_gradient_is_the_distance_to_the_teachers_picture(numbers):

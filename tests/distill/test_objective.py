@@ -21,7 +21,7 @@ EVERYTHING = DENOISING | {
     "guidance_scale": 3.0,
     "guidance_max_timestep": 0.6,
     "guidance_scale_above": 2.0,
-    "weighting": "sigma",
+    "weighting": "normalized",
 }
 CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
 LOSSES = {
@@ -155,9 +155,8 @@ def test_a_denoising_term_without_weight_changes_no_bit():
     assert same(snapshot(plain), snapshot(other))
 
 
-@pytest.mark.parametrize("weighting", ["sigma_squared", "sigma"])
-def test_weighting_is_the_equation(weighting):
-    trainer = make(weighting=weighting, guidance_scale=1.0, fake_guidance_scale=1.0)
+def test_the_normalized_gradient_is_the_equation():
+    trainer = make(weighting="normalized", guidance_scale=1.0, fake_guidance_scale=1.0)
     trainer.step(0)
     inputs, parameters = trainer.draw(1), trainer.student_parameters
     level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[inputs.t].view(-1, 1, 1, 1)
@@ -167,8 +166,8 @@ def test_weighting_is_the_equation(weighting):
         plain_epsilon(trainer, network, x_t, inputs.t, inputs.condition)
         for network in (trainer.teacher, trainer.fake)
     )
-    weight = 1 - level if weighting == "sigma_squared" else (1 - level).sqrt()
-    loss = (x0 * (weight * (teacher - fake)).detach()).sum() / x0.numel()
+    size = (teacher - inputs.noise).abs().mean((1, 2, 3), keepdim=True)
+    loss = (x0 * ((teacher - fake) / size).detach()).sum() / x0.numel()
     expected = torch.autograd.grad(loss, list(parameters.values()))
     found, _ = student_gradients(trainer, inputs)
     assert_same_gradients(found, dict(zip(parameters, expected, strict=True)))
@@ -359,7 +358,7 @@ def test_fingerprint_of_the_defaults_is_as_before_these_options():
     """So that checkpoints of before can be gone on with; set, they count."""
     assert DistillConfig().fingerprint() == "86b81627ee828bf7"
     set_ones = {"guidance_max_timestep": 0.5}
-    set_ones |= {"denoising_weight": 0.5, "weighting": "sigma", "student_conv_rank": 2, "fake_conv_rank": 2}
+    set_ones |= {"denoising_weight": 0.5, "weighting": "normalized", "student_conv_rank": 2, "fake_conv_rank": 2}
     set_ones |= {"denoising_max_timestep": 0.2, "denoising_block_size": 3}
     for name, value in set_ones.items():
         assert dataclasses.replace(CONFIG, **{name: value}).fingerprint() != CONFIG.fingerprint()

@@ -141,9 +141,8 @@ class DistillConfig:
     max_timestep: float = 0.98
     """Highest timestep of the distillation gradient, as a fraction of all."""
 
-    weighting: Literal["sigma_squared", "sigma", "normalized"] = "sigma_squared"
-    """Weight of the distillation gradient: the paper's sigma_t^2, sigma_t (more of details, at low noise), or
-    DMD's normalization per sample."""
+    weighting: Literal["sigma_squared", "normalized"] = "sigma_squared"
+    """Weight of the distillation gradient: the paper's sigma_t^2, or DMD's normalization per sample."""
 
     fake_weighting: Literal["alpha_squared", "none"] = "alpha_squared"
     """Weight of the fake model's loss: the paper's alpha_t^2, or none."""

@@ -30,18 +30,6 @@ def vsd_gradient(eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: tor
     return sigma_t**2 * (eps_teacher - eps_fake)
 
 
-def detail_vsd_gradient(
-    eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: torch.Tensor
-) -> torch.Tensor:
-    """Variational score distillation with the weight sigma_t: alpha_t times the difference of x_0.
-
-    As eps = (x_t - alpha_t x_0) / sigma_t, sigma_t (eps_teacher - eps_fake) = alpha_t (x0_fake - x0_teacher):
-    a change of a picture counts nearly as much at little noise, where its details are decided, as in the
-    middle, while the paper's sigma_t^2 lets it fade.
-    """
-    return sigma_t * (eps_teacher - eps_fake)
-
-
 def normalized_vsd_gradient(
     eps_teacher: torch.Tensor, eps_fake: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:

@@ -25,7 +25,6 @@ from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import (
     denoising_gradient,
-    detail_vsd_gradient,
     fake_loss,
     generator_loss,
     guided,
@@ -303,8 +302,6 @@ class Trainer:
                 # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
                 if config.weighting == "normalized":
                     gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
-                elif config.weighting == "sigma":
-                    gradient = detail_vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 else:
                     gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
