@@ -214,8 +214,6 @@ def stack_key(config: DistillConfig) -> Hashable | None:
 
 NOT_STACKED = (
     "denoising_weight",
-    "student_conv_rank",
-    "fake_conv_rank",
     "gradient_accumulation_steps",
     "weighting",
     "fake_weighting",

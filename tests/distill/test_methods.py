@@ -53,26 +53,23 @@ def merged(weight, method, tensors, layer):
         return tensors[f"{layer}.weight"]
     if method == "oft":
         return turned_by_blocks(weight, tensors[f"{layer}.oft_R.default.weight"])
-    # a convolution's A (r, in, k, k) and B (out, r, 1, 1) are matrices too
-    A, B = (tensors[f"{layer}.lora_{factor}.default.weight"].flatten(1) for factor in "AB")
-    rows = weight.flatten(1) + B @ A
+    A, B = (tensors[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
+    rows = weight + B @ A
     if method == "dora":  # magnitude times direction, of a row each
         magnitude = tensors[f"{layer}.lora_magnitude_vector.default.weight"].view(-1, 1)
         rows = magnitude * rows / rows.norm(dim=1, keepdim=True)
-    return rows.view_as(weight)
+    return rows
 
 
-@pytest.mark.parametrize(
-    ("method", "conv_rank"), [("lora", None), ("lora", 3), ("dora", 3), ("oft", None), ("full", None)]
-)
-def test_the_pipeline_is_the_averaged_student(options, tmp_path, method, conv_rank):
-    folder = run(options, tmp_path / "run", student_method=method, student_conv_rank=conv_rank)
+@pytest.mark.parametrize("method", ["lora", "dora", "oft", "full"])
+def test_the_pipeline_is_the_averaged_student(options, tmp_path, method):
+    folder = run(options, tmp_path / "run", student_method=method)
     average = load_tensors(folder / "checkpoints/step-000002/ema.safetensors")
     teacher = load_pipeline(options.pretrained_model_name_or_path).unet
     student = load_pipeline(folder / "pipeline").unet
     assert not any(isinstance(module, BaseTunerLayer) for module in student.modules())
     assert not (folder / "adapter").exists()
-    layers = sorted(student_config(teacher, 2, conv_rank).target_modules)
+    layers = sorted(student_config(teacher, 2).target_modules)
     changed = 0
     for layer in layers:
         before, after = (network.get_submodule(layer).weight for network in (teacher, student))
@@ -107,31 +104,16 @@ def test_all_start_as_the_teacher_and_leave_it_alone(teacher_folder, student, fa
     assert merged_state(roles.student, before).keys() == before.keys()
 
 
-@pytest.mark.parametrize("method", ["lorad", "lora", "dora"])
-def test_convolutions_have_a_rank_of_their_own(teacher_folder, method):
-    base = load_pipeline(teacher_folder).unet
-    roles = build_roles(base, method_config(method, student_config(base, 2, conv_r=3)), None, seed=0)
-    first, ranks = ".lorad_B." if method == "lorad" else ".lora_A.", {}
-    for name, parameter in trainable(roles.student).items():
-        if first in name:
-            ranks[name.split(first)[0]] = parameter.shape[0]
-    convolutions = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Conv2d)}
-    assert {name for name, rank in ranks.items() if rank == 3} == convolutions
-    assert {name for name, rank in ranks.items() if rank == 2} == set(student_config(base, 2).target_modules)
-
-
 @pytest.mark.parametrize(("method", "share"), [("lorad", 2), ("lora", 1)])
 def test_trainable_numbers_are_those_of_the_shapes(method, share):
-    """A (out, r) and B (r, fan-in; LoRaD: half of it) in linear layers of blocks and in convolutions."""
-    ranks = {"student_rank": 2, "student_conv_rank": 3, "fake_rank": 4, "fake_conv_rank": 5}
+    """A (out, r) and B (r, fan-in; LoRaD: half of it) in the linear layers of blocks."""
+    ranks = {"student_rank": 2, "fake_rank": 4}
     trainer = make(student_method=method, fake_method=method, **ranks)
     expected = {"student": 0, "fake": 0}
     for name, module in trainer.backbone.network.named_modules():
-        convolution = isinstance(module, torch.nn.Conv2d)
-        if convolution or (isinstance(module, torch.nn.Linear) and "block" in name):
+        if isinstance(module, torch.nn.Linear) and "block" in name:
             for who in expected:
-                r = ranks[f"{who}_conv_rank" if convolution else f"{who}_rank"]
-                expected[who] += r * (len(module.weight) + module.weight[0].numel() // share)
+                expected[who] += ranks[f"{who}_rank"] * (len(module.weight) + module.in_features // share)
     for who, count in expected.items():
         assert sum(p.numel() for p in getattr(trainer, f"{who}_parameters").values()) == count
 

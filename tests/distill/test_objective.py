@@ -23,7 +23,6 @@ EVERYTHING = DENOISING | {
     "guidance_scale_above": 2.0,
     "weighting": "normalized",
 }
-CONVOLUTIONS = {"student_conv_rank": 2, "fake_conv_rank": 3}  # a U-Net's; a transformer has none
 LOSSES = {
     "student_loss",
     "fake_loss",
@@ -201,16 +200,8 @@ def test_transformer_trains_with_every_option(tmp_path):
     assert all(row["skipped_steps"] == 0 and row.keys() >= LOSSES for row in rows)
 
 
-def test_a_transformer_has_no_convolutions_to_turn(tmp_path):
-    tiny_pixart().save_pretrained(tmp_path / "teacher")
-    options = resumable(tmp_path / "teacher", tmp_path, "run", student_conv_rank=2, alpha_T_squared=0.0047)
-    with pytest.raises(WadiError, match=r"--student-conv-rank.*Transformer2DModel has no conv") as error:
-        distill(options)
-    assert "\n" not in str(error.value)
-
-
 def everything(**changes):
-    return make(**EVERYTHING | CONVOLUTIONS | changes)
+    return make(**EVERYTHING | changes)
 
 
 def test_resumed_with_every_option_goes_on_the_same(tmp_path):
@@ -285,7 +276,7 @@ def test_metrics_have_every_term(tmp_path):
 
 def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
     """The gradients are averaged over both."""
-    changes = EVERYTHING | CONVOLUTIONS | {"max_train_steps": 3, "validation_steps": 0}
+    changes = EVERYTHING | {"max_train_steps": 3, "validation_steps": 0}
     changes["fake_layers"] = "student"
     (tmp_path / "one").mkdir()
     one = distill(launched(teacher_folder, tmp_path / "one", **changes))
@@ -328,24 +319,6 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
             {"denoising_weight": 1.0, "min_timestep": 0.2},
             "--min-timestep: must not exceed --denoising-max-timestep",
         ),
-        ({"student_conv_rank": 0}, "--student-conv-rank: must be at least 1"),
-        ({"fake_conv_rank": 4}, "--fake-conv-rank: needs --fake-layers student"),
-        (
-            {"student_conv_rank": 4, "student_method": "oft"},
-            "--student-conv-rank: has no meaning with --student-method oft",
-        ),
-        (
-            {"student_conv_rank": 4, "student_method": "full"},
-            "--student-conv-rank: has no meaning with --student-method full",
-        ),
-        (
-            {"fake_conv_rank": 4, "fake_layers": "student", "fake_method": "oft"},
-            "--fake-conv-rank: has no meaning with --fake-method oft",
-        ),
-        (
-            {"fake_conv_rank": 4, "fake_layers": "student", "fake_method": "full"},
-            "--fake-conv-rank: has no meaning with --fake-method full",
-        ),
     ],
 )
 def test_bad_values_get_one_line(options, message):
@@ -354,14 +327,17 @@ def test_bad_values_get_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_fingerprint_of_the_defaults_is_as_before_these_options():
-    """So that checkpoints of before can be gone on with; set, they count."""
-    assert DistillConfig().fingerprint() == "86b81627ee828bf7"
-    set_ones = {"guidance_max_timestep": 0.5}
-    set_ones |= {"denoising_weight": 0.5, "weighting": "normalized", "student_conv_rank": 2, "fake_conv_rank": 2}
-    set_ones |= {"denoising_max_timestep": 0.2, "denoising_block_size": 3}
-    for name, value in set_ones.items():
-        assert dataclasses.replace(CONFIG, **{name: value}).fingerprint() != CONFIG.fingerprint()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance_max_timestep": 0.5},
+        {"denoising_weight": 0.5},
+        {"denoising_max_timestep": 0.2},
+        {"weighting": "normalized"},
+    ],
+)
+def test_what_changes_the_training_changes_the_fingerprint(change):
+    assert dataclasses.replace(CONFIG, **change).fingerprint() != CONFIG.fingerprint()
 
 
 @pytest.mark.gpu

@@ -91,36 +91,6 @@ def test_any_size_and_an_already_adapted_model():
     inject_adapter_in_model(fake, unet, "fake")
 
 
-def test_convolutions_turn_at_a_rank_of_their_own():
-    unet = tiny_pipeline().unet
-    convolutions = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Conv2d)}
-    # A (out, r) and B (r, in k k / 2) of each, an odd fan-in rounded down
-    by_hand = sum(
-        3 * (m.out_channels + m.in_channels * m.kernel_size[0] * m.kernel_size[1] // 2)
-        for m in convolutions.values()
-    )
-    linear = count(tiny_pipeline().unet, student_config(unet, r=2))
-    config = student_config(unet, r=2, conv_r=3)
-    targets = set(config.target_modules)  # PEFT shortens the list of the configuration that it is given
-    assert convolutions.keys() <= targets
-    assert count(unet, config) == linear + by_hand
-    for name, module in convolutions.items():
-        assert unet.get_submodule(name).lorad_B["default"].shape[0] == 3, name
-        assert unet.get_submodule(name).base_layer is module
-    # of a model that has an adapter already, the same layers
-    assert student_config(unet, r=2, conv_r=3).target_modules == targets
-
-
-def test_convolutions_need_a_unet():
-    with pytest.raises(ValueError, match="needs the model instead of its name"):
-        student_config("sd15", conv_r=4)
-    with (
-        torch.device("meta"),
-        pytest.raises(ValueError, match="PixArtTransformer2DModel has no convolutions"),
-    ):
-        student_config(ARCHITECTURES["pixart"](), conv_r=4)
-
-
 def test_unknown_architectures():
     with pytest.raises(ValueError, match="Unknown architecture 'sd3'; choose one of sd15, sd21, pixart"):
         student_config("sd3")

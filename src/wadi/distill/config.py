@@ -96,10 +96,6 @@ class DistillConfig:
     student_rank: int = 256
     """Rank of the student's LoRaD adapter."""
 
-    student_conv_rank: int | None = None
-    """Rank of a U-Net's convolutions in the student's adapter; without it they stay the teacher's, as in the
-    paper."""
-
     student_method: Method = "lorad"
     """What is trained of the student: LoRaD, for comparison another adapter of the same layers and rank (of
     OFT: size of its blocks), or everything (full). Of others than LoRaD the run folder has pipeline/ only."""
@@ -109,9 +105,6 @@ class DistillConfig:
 
     fake_rank: int = 32
     """Rank of the fake model's adapter. As large as the student's, with two updates, it keeps diversity."""
-
-    fake_conv_rank: int | None = None
-    """Rank of a U-Net's convolutions in the fake model's adapter; needs --fake-layers student."""
 
     fake_layers: Literal["attention", "student"] = "attention"
     """Layers of the fake model's adapter: the paper's smaller selection, or the student's own."""
@@ -239,12 +232,6 @@ class DistillConfig:
             raise WadiError(
                 "--student-method, --fake-method: full trains the base's own dtype; use --mixed-precision no"
             )
-        for who in ("student", "fake"):
-            method = getattr(self, f"{who}_method")
-            if getattr(self, f"{who}_conv_rank") is not None and method in ("oft", "full"):
-                raise WadiError(f"--{who}-conv-rank: has no meaning with --{who}-method {method}")
-        if self.fake_conv_rank is not None and self.fake_layers == "attention":
-            raise WadiError("--fake-conv-rank: needs --fake-layers student")
         if self.student_adapter is not None and self.student_method != "lorad":
             raise WadiError(f"--student-adapter: is LoRaD's, --student-method is {self.student_method}")
         if self.validation_steps and not self.validation_seeds:
@@ -327,8 +314,6 @@ LATER = frozenset(
     {
         "guidance_max_timestep",
         "guidance_scale_above",
-        "student_conv_rank",
-        "fake_conv_rank",
         "denoising_weight",
         "denoising_max_timestep",
         "denoising_block_size",
@@ -373,9 +358,7 @@ _RULES = (
             "gradient_accumulation_steps",
             "max_train_steps",
             "student_rank",
-            "student_conv_rank",
             "fake_rank",
-            "fake_conv_rank",
             "fake_updates",
             "max_skipped_steps",
             "logging_steps",

@@ -166,14 +166,9 @@ class Trainer:
     def _make_roles(self) -> Roles:
         """Teacher, student and fake model as the options want them."""
         config, base = self.config, self.backbone.network
-        try:
-            student = student_config(base, config.student_rank, config.student_conv_rank)
-            if config.fake_layers == "attention":
-                fake = fake_config(base, config.fake_rank)
-            else:
-                fake = student_config(base, config.fake_rank, config.fake_conv_rank)
-        except ValueError as error:
-            raise WadiError(f"--student-conv-rank, --fake-conv-rank: {error}") from error
+        student = student_config(base, config.student_rank)
+        fake_layers = fake_config if config.fake_layers == "attention" else student_config
+        fake = fake_layers(base, config.fake_rank)
         roles = build_roles(
             base,
             method_config(config.student_method, student),

@@ -6,14 +6,12 @@
 | Stable Diffusion 2.1 | 94.43 M at rank 256 | 9.51 M at rank 32 |
 | PixArt-alpha XL/2 | 81.22 M at rank 128 | 20.13 M at rank 32 |
 
-The student turns every `nn.Linear` of a U-Net's down, mid and up blocks (convolutions stay as they are, or
-turn at a rank of their own), or every `nn.Linear` of a PixArt transformer but those of `adaln_single`. The
-fake model turns the attention and feed-forward layers only.
+The student turns every `nn.Linear` of a U-Net's down, mid and up blocks (convolutions stay as they are), or
+every `nn.Linear` of a PixArt transformer but those of `adaln_single`. The fake model turns the attention and
+feed-forward layers only.
 """
 
 from __future__ import annotations
-
-import re
 
 from torch import nn
 
@@ -47,32 +45,22 @@ _PRESETS: dict[str, tuple[int, str, str]] = {
 }
 
 
-def student_config(
-    architecture: str | nn.Module, r: int | None = None, conv_r: int | None = None
-) -> LoRaDConfig:
+def student_config(architecture: str | nn.Module, r: int | None = None) -> LoRaDConfig:
     """Return the adapter of a student: every linear layer that the paper turns.
 
     Args:
         architecture: "sd15", "sd21" or "pixart", or a `UNet2DConditionModel` or `PixArtTransformer2DModel`
             of any size, whose layers are then listed by name.
         r: rank; by default 256 for a U-Net and 128 for PixArt.
-        conv_r: rank of a U-Net's convolutions, all of which turn too; without it they do not.
 
     Raises:
-        ValueError: the name or the model is not one of those, or is not a U-Net model and `conv_r` is given.
+        ValueError: the name or the model is not one of those.
     """
     if isinstance(architecture, str):
         default_r, modules, _ = _preset(architecture)
-        if conv_r is not None:
-            raise ValueError("`conv_r` needs the model instead of its name.")
         return LoRaDConfig(r=default_r if r is None else r, target_modules=modules)
     default_r, names = _linear_layers(architecture)
-    convolutions = [] if conv_r is None else _convolutions(architecture)
-    return LoRaDConfig(
-        r=default_r if r is None else r,
-        target_modules=names + convolutions,
-        rank_pattern={re.escape(name): conv_r for name in convolutions},
-    )
+    return LoRaDConfig(r=default_r if r is None else r, target_modules=names)
 
 
 def fake_config(architecture: str | nn.Module, r: int | None = None) -> LoRaDConfig:
@@ -90,17 +78,6 @@ def fake_config(architecture: str | nn.Module, r: int | None = None) -> LoRaDCon
         if not name.endswith(_NOT_IN_FAKE) and not name.startswith("caption_projection")
     ]
     return LoRaDConfig(r=r, target_modules=kept)
-
-
-def _convolutions(model: nn.Module) -> list[str]:
-    """Return the names of a U-Net's convolutions."""
-    if not hasattr(model, "down_blocks"):
-        raise ValueError(f"{type(model).__name__} has no convolutions to turn; leave their rank out.")
-    return [
-        name.removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
 
 
 def _preset(name: str) -> tuple[int, str, str]:
