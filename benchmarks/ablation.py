@@ -53,7 +53,6 @@ from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition, pick
-from wadi.distill.config import LATER
 from wadi.distill.methods import merged_state
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder
@@ -526,7 +525,7 @@ class Student:
         trainer = self.trainer
         config = {name: getattr(self.config, name) for name in REPORTED}
         defaults = DistillConfig()
-        for name in sorted(LATER):
+        for name in REPORTED_IF_SET:
             if (value := getattr(self.config, name)) != getattr(defaults, name):
                 config[name] = value
         return {
@@ -606,7 +605,14 @@ REPORTED = (
     "adam_weight_decay",
     "seed",
 )
-"""Options that every result names; `LATER` ones are named where they are not at their defaults."""
+"""Options that every result names."""
+REPORTED_IF_SET = (
+    "guidance_max_timestep",
+    "guidance_scale_above",
+    "denoising_weight",
+    "denoising_max_timestep",
+)
+"""Options that a result names where they are not at their defaults."""
 
 
 def _rounded(value: float) -> float | None:

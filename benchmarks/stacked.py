@@ -217,7 +217,6 @@ NOT_STACKED = (
     "gradient_accumulation_steps",
     "weighting",
     "fake_weighting",
-    "fake_fresh_samples",
 )
 """Options that a `Stack` knows at their defaults only."""
 

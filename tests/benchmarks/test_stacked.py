@@ -112,6 +112,5 @@ def test_what_cannot_be_stacked():
         {"fake_method": "full"},
         {"weighting": "normalized"},
         {"gradient_accumulation_steps": 2},
-        {"fake_fresh_samples": True},
     )
     assert {stacked.stack_key(dataclasses.replace(plain, **each)) for each in never} == {None}

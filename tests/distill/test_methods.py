@@ -24,7 +24,6 @@ def options(teacher_folder, tmp_path_factory):
     return dataclasses.replace(
         config(teacher_folder, tmp_path_factory.mktemp("methods")),
         max_train_steps=2,
-        fake_fresh_samples=False,
         validation_steps=0,
         student_learning_rate=1e-2,
     )

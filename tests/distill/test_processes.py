@@ -89,7 +89,6 @@ def config(teacher, folder, **options):
         student_rank=2,
         fake_rank=2,
         fake_updates=2,
-        fake_fresh_samples=True,
         null_prompt_probability=0.5,
         student_learning_rate=1e-3,
         fake_learning_rate=1e-3,

@@ -33,7 +33,6 @@ def config(teacher, folder, name, **options):
         student_rank=2,
         fake_rank=2,
         fake_updates=2,
-        fake_fresh_samples=True,
         student_learning_rate=1e-2,
         lr_decay_fraction=0.5,
         max_train_steps=8,

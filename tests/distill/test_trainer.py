@@ -158,20 +158,19 @@ def test_randomness_is_of_seed_and_step():
 
 def test_processes_share_the_draw_of_the_larger_batch():
     """Two processes of batch 2, one after the other, are one process of batch 4."""
-    changes = {"fake_fresh_samples": True, "fake_updates": 3}
+    changes = {"fake_updates": 3}
     whole, part, shares = make(train_batch_size=4, **changes).draw(3), make(**changes), []
     for rank in range(2):
         part.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
         shares.append(part.draw(3))
     assert torch.equal(whole.fake_null, shares[0].fake_null)
     assert torch.equal(whole.fake_null, shares[1].fake_null)
-    for name, dim in {"z": 0, "t": 0, "noise": 0, "fake_t": 1, "fake_noise": 1, "fresh_z": 1}.items():
+    for name, dim in {"z": 0, "t": 0, "noise": 0, "fake_t": 1, "fake_noise": 1}.items():
         first, second = (getattr(share, name) for share in shares)
         assert torch.equal(getattr(whole, name), torch.cat([first, second], dim))
         assert not torch.equal(first, second)
-    for name, dim in {"condition": 0, "fresh_condition": 1}.items():
-        parts = [getattr(share, name)["encoder_hidden_states"] for share in shares]
-        assert torch.equal(getattr(whole, name)["encoder_hidden_states"], torch.cat(parts, dim))
+    parts = [share.condition["encoder_hidden_states"] for share in shares]
+    assert torch.equal(whole.condition["encoder_hidden_states"], torch.cat(parts))
 
 
 def test_timesteps_stay_in_their_ranges():
@@ -214,16 +213,6 @@ def test_accumulation_equals_the_larger_batch():
         if "exp_avg" in name:
             scale = float(first[name].abs().max())
             torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-3 * scale + 1e-12)
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_fresh_samples_are_drawn_for_further_fake_updates(fresh):
-    trainer, calls = make(fake_fresh_samples=fresh, fake_updates=3), []
-    inner = trainer.generate
-    trainer.generate = lambda z, c: (calls.append((z, torch.is_grad_enabled())), inner(z, c))[1]
-    trainer.step(0)
-    assert [grad for _, grad in calls] == [True, False, False][: 3 if fresh else 1]
-    assert len({z.sum().item() for z, _ in calls}) == len(calls)
 
 
 def test_average_follows_its_recursion():
@@ -423,7 +412,6 @@ def test_cuda_graphs_without_cuda_are_refused():
     "changes", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, {"fake_updates": 1}]
 )
 def test_weights_turned_once_train_alike(changes):
-    changes = {"fake_fresh_samples": True} | changes
     usual, once = make(**changes), make(keep_rotated=True, **changes)
     for step in range(3):
         expected, losses = usual.step(step), once.step(step)
@@ -432,17 +420,15 @@ def test_weights_turned_once_train_alike(changes):
     assert_close_by_group(usual, once)
 
 
-@pytest.mark.parametrize(
-    ("fake_updates", "fresh", "usual", "kept"), [(1, False, 5, 2), (2, False, 7, 3), (2, True, 8, 4)]
-)
-def test_rotations_an_iteration(rotations, fake_updates, fresh, usual, kept):
+@pytest.mark.parametrize(("fake_updates", "usual", "kept"), [(1, 5, 2), (2, 7, 3)])
+def test_rotations_an_iteration(rotations, fake_updates, usual, kept):
     """Of each adapted layer, usually: student forward and back, fake model guided, then both too.
 
-    Fresh samples are generated before the second update of the fake model. Kept, a layer is turned once for
+    Kept, a layer is turned once for
     the student and once for the fake model, and again after an update.
     """
     for keep, expected in ((False, usual), (True, kept)):
-        trainer = make(fake_updates=fake_updates, fake_fresh_samples=fresh, keep_rotated=keep)
+        trainer = make(fake_updates=fake_updates, keep_rotated=keep)
         layers = sum(isinstance(module, LoRaDLayer) for module in trainer.student.modules())
         rotations.clear()
         trainer.step(0)
@@ -462,7 +448,7 @@ def test_rotations_an_iteration(rotations, fake_updates, fresh, usual, kept):
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_graph_replays_the_eager_iteration(changes, compiled):
-    changes = changes | {"fake_fresh_samples": True, "lr_decay_fraction": 0.5, "max_train_steps": 6}
+    changes = changes | {"lr_decay_fraction": 0.5, "max_train_steps": 6}
     eager, graphed = make(**changes), make(cuda_graphs=True, compile=compiled, **changes)
     for step in range(6):
         expected, losses = eager.step(step), graphed.step(step)

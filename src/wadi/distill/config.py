@@ -112,9 +112,6 @@ class DistillConfig:
     fake_updates: int = 1
     """Updates of the fake model per update of the student."""
 
-    fake_fresh_samples: bool = False
-    """Draw new pictures from the student for every further update of the fake model."""
-
     guidance_scale: float = 1.5
     """Classifier-free guidance of the teacher in the distillation gradient; 1 is none."""
 
@@ -152,10 +149,6 @@ class DistillConfig:
 
     denoising_max_timestep: float = 0.1
     """Highest timestep of that term, as a fraction of all; the lowest is --min-timestep."""
-
-    denoising_block_size: int = 4
-    """Side of the squares, in latent pixels, whose mean that term leaves alone: it would make colours and
-    sizes the likeliest ones."""
 
     student_learning_rate: float = 1e-4
     """Learning rate of the student."""
@@ -248,7 +241,6 @@ class DistillConfig:
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in CHANGEABLE
-            and not (field.name in LATER and getattr(self, field.name) == field.default)
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -310,19 +302,6 @@ CHANGEABLE = frozenset(
 the samples of a step stay as many, however they are shared
 among processes and micro-batches.)"""
 
-LATER = frozenset(
-    {
-        "guidance_max_timestep",
-        "guidance_scale_above",
-        "denoising_weight",
-        "denoising_max_timestep",
-        "denoising_block_size",
-    }
-)
-"""Options that came after the first checkpoints: at their defaults they change nothing, the fingerprint
-neither."""
-
-
 def _option(name: str) -> str:
     return name.replace("_", "-")
 
@@ -368,7 +347,6 @@ _RULES = (
         lambda v: v >= 1,
         "at least 1",
     ),
-    (("denoising_block_size",), lambda v: v >= 2, "at least 2"),
     (("seed", "lr_warmup_steps", "validation_steps"), lambda v: v >= 0, "zero or more"),
     (
         (

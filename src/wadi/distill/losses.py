@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+BLOCK_SIZE = 4
+"""Side of the squares, in latent pixels, whose mean the denoising term does not change: it would make colours
+and sizes the likeliest ones."""
+
 
 def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is () or (N, 1, 1, 1)."""
@@ -58,7 +62,7 @@ def denoising_gradient(
     return sigma_over_alpha * (eps_teacher - noise)
 
 
-def without_block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
+def without_block_means(x: torch.Tensor, block_size: int = BLOCK_SIZE) -> torch.Tensor:
     """(N, C, H, W) less its mean over each square of block_size x block_size, cut off at the right and below.
 
     What is left is finer than the squares: texture, no colour of an area.

@@ -55,8 +55,7 @@ WARMUP_ITERATIONS = 3
 class StepInputs:
     """Everything that is random or drawn from data in one step, on the device.
 
-    n = train_batch_size x gradient_accumulation_steps, this process's share; u = fake_updates; k = u - 1 if
-    fresh, else 0.
+    n = train_batch_size x gradient_accumulation_steps, this process's share; u = fake_updates.
     """
 
     z: torch.Tensor  # (n, C, H, W) float32, the student's noise
@@ -66,8 +65,6 @@ class StepInputs:
     fake_t: torch.Tensor  # (u, n) int64
     fake_noise: torch.Tensor  # (u, n, C, H, W) float32, to fake_t
     fake_null: torch.Tensor  # (u,) bool, whole batch on the empty prompt
-    fresh_z: torch.Tensor  # (k, n, C, H, W) float32
-    fresh_condition: Condition  # (k, n, ...)
     # for the denoising term: t (n,) int64 and noise (n, C, H, W) float32; or nothing
     denoising: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -226,21 +223,18 @@ class Trainer:
         own = config.train_batch_size * config.gradient_accumulation_steps
         first, n = self.accelerator.process_index * own, self.accelerator.num_processes * own
         share, u = slice(first, first + own), config.fake_updates
-        k = u - 1 if config.fake_fresh_samples else 0
         shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
         low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
         on_device = {"device": self.device, "generator": self.generator}
         # what an option adds is drawn last: the others keep their numbers
         return StepInputs(
             z=_keep(torch.randn(n, *shape, **on_device), share),
-            condition=pick(self._draw_prompts(1, n, share), 0),
+            condition=self._draw_prompts(n, share),
             t=_keep(torch.randint(low, high + 1, (n,), **on_device), share),
             noise=_keep(torch.randn(n, *shape, **on_device), share),
             fake_t=_keep(torch.randint(0, steps, (u, n), **on_device), share, 1),
             fake_noise=_keep(torch.randn(u, n, *shape, **on_device), share, 1),
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
-            fresh_z=_keep(torch.randn(k, n, *shape, **on_device), share, 1),
-            fresh_condition=self._draw_prompts(k, n, share),
             denoising=self._draw_denoising(n, share, low) if config.denoising_weight else {},
         )
 
@@ -252,21 +246,14 @@ class Trainer:
         """
         # unchecked, and refreshed after every update, for compiled blocks
         keep = self.config.keep_rotated, self.config.compile
-        with rotated_once(self.student, *keep) as student, rotated_once(self.fake, *keep) as fake:
+        with rotated_once(self.student, *keep), rotated_once(self.fake, *keep) as fake:
             x0, losses = self._update_student(inputs)
             finite = losses["student_grad_norm"].isfinite()
             self._update_ema(finite)
             for update in range(self.config.fake_updates):
-                condition = inputs.condition
                 if update > 0:
                     fake.refresh()
-                if self.config.fake_fresh_samples and update > 0:
-                    if update == 1:
-                        student.refresh()
-                    condition = pick(inputs.fresh_condition, update - 1)
-                    with torch.no_grad():
-                        x0 = self.generate(inputs.fresh_z[update - 1], condition)
-                condition = choose(inputs.fake_null[update], self.null, condition)
+                condition = choose(inputs.fake_null[update], self.null, inputs.condition)
                 losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
                 finite = finite & losses["fake_grad_norm"].isfinite()
         self._count_skipped(finite)
@@ -330,7 +317,7 @@ class Trainer:
             x_t = schedule.add_noise(x0, noise, t)
             eps = self._guided_epsilon(self.teacher, x_t, t, pick(inputs.condition, micro), 1.0)
             gradient = denoising_gradient(eps, noise, schedule.sigma(t) / schedule.alpha(t))
-        return generator_loss(x0, without_block_means(gradient, self.config.denoising_block_size))
+        return generator_loss(x0, without_block_means(gradient))
 
     def _backward(self, terms: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
         """Backward of a micro-batch's weighted terms; returns each term's share in the step's mean."""
@@ -482,16 +469,12 @@ class Trainer:
             }
         return optimizer
 
-    def _draw_prompts(self, batches: int, count: int, share: slice) -> Condition:
-        """A share of each of some batches of random prompts, copied to the device without waiting."""
+    def _draw_prompts(self, count: int, share: slice) -> Condition:
+        """A share of `count` random prompts, copied to the device without waiting."""
         embeddings = self.prompts.embeddings
-        indices = torch.randint(len(embeddings), (batches * count,), generator=self.prompt_generator)
-        own = indices.view(batches, count)[:, share]
-        chosen = embeddings.take(own.flatten(), pin_memory=self.device.type == "cuda")
-        return {
-            name: tensor.to(self.device, non_blocking=True).unflatten(0, own.shape)
-            for name, tensor in chosen.items()
-        }
+        indices = torch.randint(len(embeddings), (count,), generator=self.prompt_generator)
+        chosen = embeddings.take(indices[share], pin_memory=self.device.type == "cuda")
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in chosen.items()}
 
     def _draw_denoising(self, count: int, share: slice, low: int) -> dict[str, torch.Tensor]:
         """Timesteps and noise of a share of what the teacher cleans."""
