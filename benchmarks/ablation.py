@@ -67,12 +67,10 @@ from wadi.onestep.fast import to_bytes
 RATES = {
     "lorad": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "lora": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
-    "dora": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
-    "oft": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
     "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
 }
 """Learning rates of the student that are tried, as many for each method."""
-NAMES = {"lorad": "LoRaD", "lora": "LoRA", "dora": "DoRA", "oft": "OFT", "full": "full fine-tuning"}
+NAMES = {"lorad": "LoRaD", "lora": "LoRA", "full": "full fine-tuning"}
 SEEDS = (1, 2, 3, 4, 5)
 """Of the final runs; rates are chosen with seed 0."""
 SHARE = 0.10
@@ -171,7 +169,7 @@ def runs_of(suite: str, ranks: Ranks, rates: dict[str, float]) -> list[Run]:
             for m in RATES
         ]
     if kind == "next":
-        above = {m: _above(m, rates[m]) for m in ("lorad", "lora", "dora")}
+        above = {m: _above(m, rates[m]) for m in ("lorad", "lora")}
         return [
             Run(suite, f"{m}-seed{seed}", NAMES[m], student(m, rate, ranks.equal(m, SHARE)), seed)
             for seed in SEEDS
@@ -327,26 +325,12 @@ class Ranks:
         self.layers = [module for name, module in network.named_modules() if name in names]
 
     def equal(self, method: str, share: float) -> int:
-        """The rank (of OFT: the block size) whose number of parameters is nearest to `share` of all."""
+        """The rank whose number of parameters is nearest to `share` of all."""
         if method == "full":
             return 1
-        if method == "oft":
-            return min(range(8, 129, 8), key=lambda size: abs(self.blocks(size) - share * self.total))
         weight = 0.5 if method == "lorad" else 1.0
         a_rank = sum(layer.out_features + weight * layer.in_features for layer in self.layers)
-        magnitudes = sum(layer.out_features for layer in self.layers) if method == "dora" else 0
-        return max(1, round((share * self.total - magnitudes) / a_rank))
-
-    @staticmethod
-    def _block(features: int, size: int) -> int:
-        """The divisor of `features` that PEFT takes for a block size: the nearest, the smaller of two."""
-        divisors = [d for d in range(1, features + 1) if features % d == 0]
-        return min(divisors, key=lambda d: (abs(d - size), d))
-
-    def blocks(self, size: int) -> int:
-        """Parameters of OFT with blocks of this size."""
-        own = [(layer.in_features, self._block(layer.in_features, size)) for layer in self.layers]
-        return sum(features // block * block * (block - 1) // 2 for features, block in own)
+        return max(1, round(share * self.total / a_rank))
 
 
 def chosen_rates(out: Path, suite: str) -> dict[str, float]:

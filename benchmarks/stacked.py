@@ -14,7 +14,6 @@ were not timed on one card.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -62,32 +61,9 @@ def _lora(layer: Adapted, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(layer.repeated.unflatten(0, (len(A), -1)), B, A)
 
 
-def _dora(layer: Adapted, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    # W' = m (W + B A) / ||W + B A||, the norms of rows without a gradient (arXiv 2402.09353, section 4.3)
-    weight = _lora(layer, A, B)
-    return (magnitude / torch.linalg.vector_norm(weight.detach(), dim=-1))[..., None] * weight
-
-
-def _oft(layer: Adapted, vectors: torch.Tensor) -> torch.Tensor:
-    # x R W^T, R = diag(R_1, ...) by PEFT's own Cayley transform: W'[:, block] = W[:, block] R_block^T
-    R = layer.cayley(vectors.flatten(0, 1)).unflatten(0, vectors.shape[:2])
-    K, blocks, size, _ = R.shape
-    weight = layer.repeated.unflatten(0, (K, -1)).unflatten(-1, (blocks, size))
-    return torch.einsum("kobc,kbdc->kobd", weight, R).flatten(-2)
-
-
 KINDS: dict[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
     "lorad": ((".lorad_A.default", ".lorad_B.default"), _lorad),
     "lora": ((".lora_A.default.weight", ".lora_B.default.weight"), _lora),
-    "dora": (
-        (
-            ".lora_A.default.weight",
-            ".lora_B.default.weight",
-            ".lora_magnitude_vector.default.weight",
-        ),
-        _dora,
-    ),
-    "oft": ((".oft_R.default.weight",), _oft),
 }
 """Of each method the names of a layer's parameters behind the layer's, and what makes weights of them."""
 
@@ -100,7 +76,6 @@ class Adapted(nn.Module):
         method: one of `KINDS`.
         parameters: of each student, the layer's parameters in the order of `KINDS`. They come to lie in one
             tensor each, (K, ...), of which they are parts.
-        cayley: PEFT's, of an OFT layer.
     """
 
     def __init__(
@@ -108,11 +83,10 @@ class Adapted(nn.Module):
         weight: torch.Tensor,
         method: str,
         parameters: Sequence[Sequence[nn.Parameter]],
-        cayley: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.repeated = weight.detach().repeat(len(parameters), 1)
-        self.weights, self.cayley = KINDS[method][1], cayley
+        self.weights = KINDS[method][1]
         self.stacks: list[torch.Tensor] = []
         self.parts: list[tuple[nn.Parameter, ...]] = list(zip(*parameters, strict=True))
         for parts in self.parts:
@@ -186,16 +160,7 @@ def _adapted(linear: nn.Linear, layer: str, trainers: Sequence[Trainer], part: s
         [getattr(trainer, f"{part}_parameters")[layer + suffix] for suffix in KINDS[method][0]]
         for trainer in trainers
     ]
-    cayley = None
-    if method == "oft":
-        oft = getattr(trainers[0], part).get_submodule(layer).oft_R["default"]
-        cayley = partial(
-            oft._cayley_batch,
-            block_size=oft.block_size,
-            use_cayley_neumann=oft.use_cayley_neumann,
-            num_neumann_terms=oft.num_cayley_neumann_terms,
-        )
-    return Adapted(linear.weight, method, parameters, cayley)
+    return Adapted(linear.weight, method, parameters)
 
 
 # --- the training ---

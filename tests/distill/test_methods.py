@@ -16,7 +16,7 @@ from wadi.files import load_tensors
 from wadi.lorad import student_config
 from wadi.onestep import load_pipeline
 
-METHODS = ("lorad", "lora", "dora", "oft", "full")
+METHODS = ("lorad", "lora", "full")
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +33,15 @@ def run(options, folder, **changes):
     return distill(dataclasses.replace(options, output_dir=str(folder), **changes))
 
 
-def turned_by_blocks(weight, angles):
-    """OFT: W diag(R)^T with R = (I + Q)(I - Q)^-1 of each block, Q skew, `angles` (blocks, n (n - 1) / 2)."""
-    blocks = len(angles)
-    n = weight.shape[1] // blocks
-    upper = torch.zeros(blocks, n, n)
-    rows, columns = torch.triu_indices(n, n, 1)
-    upper[:, rows, columns] = angles
-    Q, one = upper - upper.mT, torch.eye(n)
-    R = (one + Q) @ torch.linalg.inv(one - Q)
-    assert torch.allclose(R @ R.mT, one.expand_as(R), atol=1e-5)
-    return torch.einsum("obn,bmn->obm", weight.unflatten(1, (blocks, n)), R).flatten(1)
-
-
 def merged(weight, method, tensors, layer):
     """The weight that an adapter's tensors make, from its paper."""
     if method == "full":
         return tensors[f"{layer}.weight"]
-    if method == "oft":
-        return turned_by_blocks(weight, tensors[f"{layer}.oft_R.default.weight"])
     A, B = (tensors[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
-    rows = weight + B @ A
-    if method == "dora":  # magnitude times direction, of a row each
-        magnitude = tensors[f"{layer}.lora_magnitude_vector.default.weight"].view(-1, 1)
-        rows = magnitude * rows / rows.norm(dim=1, keepdim=True)
-    return rows
+    return weight + B @ A
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "oft", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_pipeline_is_the_averaged_student(options, tmp_path, method):
     folder = run(options, tmp_path / "run", student_method=method)
     average = load_tensors(folder / "checkpoints/step-000002/ema.safetensors")
@@ -133,7 +114,7 @@ def test_a_full_student_resumes_the_same_bits(options, tmp_path):
         ({"student_method": "full", "mixed_precision": "bf16"}, "use --mixed-precision no"),
         ({"fake_method": "full", "mixed_precision": "bf16"}, "use --mixed-precision no"),
         ({"student_method": "lora", "student_adapter": "x"}, "--student-adapter: is LoRaD's"),
-        ({"student_method": "lokr"}, "--student-method: must be one of lorad, lora, dora, oft, full"),
+        ({"student_method": "lokr"}, "--student-method: must be one of lorad, lora, full"),
     ],
 )
 def test_what_does_not_go_together(changes, message):

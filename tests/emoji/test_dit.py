@@ -128,7 +128,7 @@ def test_a_new_transformer_predicts_nothing():
 
 
 def test_rows_that_nobody_reads_are_not_zero():
-    """DoRA divides by the norms of rows, so with a row of zeros its student is NaN at once."""
+    """Adapters such as DoRA divide by the norms of rows: a row of zeros would make them NaN at once."""
     norms = new_transformer().proj_out.weight.detach().unflatten(0, (4, 8)).norm(dim=-1)
     assert (norms[:, :4] == 0).all()
     assert (norms[:, 4:] > 0).all()

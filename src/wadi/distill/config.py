@@ -18,7 +18,7 @@ import yaml
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_text
 
-Method = Literal["lorad", "lora", "dora", "oft", "full"]
+Method = Literal["lorad", "lora", "full"]
 """See `wadi.distill.methods`."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -97,8 +97,8 @@ class DistillConfig:
     """Rank of the student's LoRaD adapter."""
 
     student_method: Method = "lorad"
-    """What is trained of the student: LoRaD, for comparison another adapter of the same layers and rank (of
-    OFT: size of its blocks), or everything (full). Of others than LoRaD the run folder has pipeline/ only."""
+    """What is trained of the student: LoRaD; for comparison LoRA (lora) on the same layers at the same rank,
+    or every weight (full). The run folder of these two has pipeline/ and no adapter/."""
 
     fake_method: Method = "lorad"
     """What is trained of the fake model."""

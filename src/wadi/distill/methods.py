@@ -1,4 +1,4 @@
-"""What is trained of student and fake model: LoRaD, or for comparison another adapter, or everything."""
+"""What is trained of student and fake model: LoRaD, or for comparison LoRA, or every weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from peft import LoraConfig, OFTConfig, PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from wadi.distill.config import Method
@@ -16,22 +16,18 @@ from wadi.lorad import LoRaDConfig
 def method_config(method: Method, like: LoRaDConfig) -> PeftConfig | None:
     """The adapter of a method on the layers and with the rank of `like`; None where everything is trained.
 
-    LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353) have alpha = r: their update is B A as it is. OFT
-    (arXiv 2306.07280) turns the input in blocks of r features, or of the nearest number that divides them.
+    LoRA (arXiv 2106.09685) has alpha = r: its update is B A as it is.
     """
     if method == "full":
         return None
     if method == "lorad":
         return like
-    if method == "oft":
-        return OFTConfig(r=0, oft_block_size=like.r, target_modules=like.target_modules)
     return LoraConfig(
         r=like.r,
         lora_alpha=like.r,
         rank_pattern=like.rank_pattern,
         alpha_pattern=like.rank_pattern,
         target_modules=like.target_modules,
-        use_dora=method == "dora",
     )
 
 

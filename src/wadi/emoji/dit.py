@@ -31,7 +31,7 @@ def new_transformer() -> PixArtTransformer2DModel:
         norm_type="ada_norm_single",
     )
     # Of a patch's rows the first half is noise, and nobody reads the other, the variance. It is not zero all
-    # the same: DoRA divides by the norms of rows.
+    # the same: adapters such as DoRA divide by the norms of rows.
     torch.nn.init.zeros_(transformer.proj_out.weight.data.unflatten(0, (-1, 8))[:, :4])
     torch.nn.init.zeros_(transformer.proj_out.bias)
     return transformer
