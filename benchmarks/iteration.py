@@ -62,6 +62,8 @@ PIXART = {
     "norm_type": "ada_norm_single",
 }
 PROMPTS = 64
+FAKE_GUIDANCE_SCALE = 1.5
+"""The paper's: the fake model predicts with and without the prompt, as the teacher does."""
 CHAIN = 3
 """Iterations between two waits for the device: training never waits within."""
 
@@ -140,7 +142,7 @@ def ours(
         gradient_checkpointing=checkpointing,
         compile=compiled,
         cuda_graphs=cuda_graphs,
-        null_prompt_probability=0.0,
+        fake_guidance_scale=FAKE_GUIDANCE_SCALE,
     )
     backbone = new_backbone(options)
     conditions = random_conditions(options, backbone.network)
@@ -198,7 +200,7 @@ class Plain:
             t = torch.randint(20, 981, (self.batch,), device=device)
             x_t = schedule.add_noise(x0, noise, t)
             teacher = self.guided(self.teacher, x_t, t, condition, config.guidance_scale)
-            fake = self.guided(self.fake, x_t, t, condition, config.fake_guidance_scale)
+            fake = self.guided(self.fake, x_t, t, condition, FAKE_GUIDANCE_SCALE)
             gradient = vsd_gradient(teacher, fake, schedule.sigma(t))
         generator_loss(x0, gradient).backward()
         self.update(0, self.student_hooks)

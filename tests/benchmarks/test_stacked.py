@@ -103,7 +103,7 @@ def test_what_cannot_be_stacked():
     plain = DistillConfig()
     alike = [{}, {"student_method": "lora"}, {"guidance_scale": 3.0}, {"fake_rank": 8}, {"seed": 5}]
     assert len({stacked.stack_key(dataclasses.replace(plain, **each)) for each in alike}) == 1
-    other = {"fake_updates": 2}, {"fake_guidance_scale": 1.0}, {"fake_layers": "student"}
+    other = {"fake_updates": 2}, {"fake_guidance_scale": 1.5}, {"fake_layers": "student"}
     keys = {stacked.stack_key(dataclasses.replace(plain, **each)) for each in ({}, *other)}
     assert len(keys) == 1 + len(other)
     never = (

@@ -109,6 +109,14 @@ def test_emoji_paper_preset_keeps_the_papers_proportions():
     assert config.fake_layers == "attention"
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_fake_model_is_guided_in_the_papers_presets_only(name):
+    paper = name == "emoji-paper" or not name.startswith("emoji")
+    config = PRESETS[name]
+    found = config.fake_guidance_scale, config.null_prompt_probability
+    assert found == ((1.5, 0.1) if paper else (1.0, 0.0))
+
+
 def test_fingerprint_follows_what_decides_the_numbers():
     config = DistillConfig()
     assert config.fingerprint() == dataclasses.replace(config, logging_steps=3, output_dir="x").fingerprint()

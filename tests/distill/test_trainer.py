@@ -32,6 +32,8 @@ CONFIG = DistillConfig(
     validation_steps=0,
     validation_prompts=("a red cat", "the sun"),
     validation_seeds=(0, 1, 2),
+    fake_guidance_scale=1.5,
+    null_prompt_probability=0.1,
 )
 
 

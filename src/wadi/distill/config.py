@@ -26,7 +26,10 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Options of `distill`, named as in diffusers' training scripts; the defaults are the paper's for SD 1.5.
+    """Options of `distill`, named as in diffusers' training scripts.
+
+    The defaults are the paper's for Stable Diffusion 1.5, but for the guidance of the fake model and its updates
+    on the empty prompt: only the presets with the paper's proportions set these.
 
     Raises:
         WadiError: a value is of the wrong type or outside its range; the message names the option.
@@ -122,8 +125,8 @@ class DistillConfig:
     guidance_scale_above: float = 1.0
     """Guidance of the teacher above --guidance-max-timestep."""
 
-    fake_guidance_scale: float = 1.5
-    """Classifier-free guidance of the fake model in the distillation gradient; 1 is none."""
+    fake_guidance_scale: float = 1.0
+    """Classifier-free guidance of the fake model in the distillation gradient; 1 is none. The paper has 1.5."""
 
     min_timestep: float = 0.02
     """Lowest timestep of the distillation gradient, as a fraction of all."""
@@ -137,8 +140,9 @@ class DistillConfig:
     fake_weighting: Literal["alpha_squared", "none"] = "alpha_squared"
     """Weight of the fake model's loss: the paper's alpha_t^2, or none."""
 
-    null_prompt_probability: float = 0.1
-    """Probability that an update of the fake model sees the empty prompt, the whole batch at once."""
+    null_prompt_probability: float = 0.0
+    """Probability that an update of the fake model sees the empty prompt, the whole batch at once. The paper
+    has 0.1; a fake model that is guided needs it."""
 
     alpha_T_squared: float | None = None  # noqa: N815
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
@@ -398,8 +402,6 @@ _EMOJI = DistillConfig(
     # Guidance of the teacher alone: the student settles on the guided teacher, and the fake model, which then
     # never answers the empty prompt, has no use for it.
     guidance_scale=1.5,
-    fake_guidance_scale=1.0,
-    null_prompt_probability=0.0,
     student_learning_rate=3e-3,
     fake_learning_rate=3e-3,
     lr_decay_fraction=0.4,
@@ -409,6 +411,8 @@ _SD15 = DistillConfig(
     pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
     output_dir="runs/sd15",
     mixed_precision="bf16",
+    fake_guidance_scale=1.5,
+    null_prompt_probability=0.1,
 )
 _PIXART = dataclasses.replace(
     _SD15,
