@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from wadi.distill.checkpoint import FORMAT, latest_checkpoint, load_checkpoint, save_checkpoint
 from wadi.errors import WadiError
 
 GROUPS = {"student": {"a": torch.arange(3.0)}, "fake": {"b": torch.ones(2, 2)}}
@@ -20,7 +20,7 @@ def test_round_trip(tmp_path):
     path = save(tmp_path / "checkpoints", 7)
     assert sorted(p.name for p in path.iterdir()) == ["fake.safetensors", "state.json", "student.safetensors"]
     groups, state = load_checkpoint(path, GROUPS, "abc")
-    assert state == {"step": 7, "config": "abc", "seconds": 1.5}
+    assert state == {"format": FORMAT, "step": 7, "config": "abc", "seconds": 1.5}
     assert all(torch.equal(groups[g][k], GROUPS[g][k]) for g in GROUPS for k in GROUPS[g])
 
 
@@ -61,7 +61,18 @@ def test_full_disk_leaves_one_line_and_the_old_checkpoint(tmp_path, monkeypatch)
         (lambda path: (path / "state.json").unlink(), "state.json"),
         (lambda path: (path / "state.json").write_text("{"), "not valid JSON"),
         (lambda path: (path / "state.json").write_text("[1]"), "state.json: damaged, it holds no object"),
-        (lambda path: (path / "state.json").write_text('{"step": 1}'), "other options"),
+        (
+            lambda path: (path / "state.json").write_text(f'{{"format": {FORMAT}, "step": 1}}'),
+            "other options",
+        ),
+        (
+            lambda path: (path / "state.json").write_text('{"step": 1, "config": "abc"}'),
+            "another version of wadi .checkpoint format 0, not 1.; start a new run",
+        ),
+        (
+            lambda path: (path / "state.json").write_text('{"format": 2, "config": "abc"}'),
+            "another version of wadi .checkpoint format 2, not 1.; start a new run",
+        ),
         (lambda path: (path / "fake.safetensors").unlink(), "fake.safetensors"),
         (lambda path: (path / "fake.safetensors").write_bytes(b"\0" * 20), "fake.safetensors"),
         (

@@ -172,6 +172,17 @@ def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
     )  # starts over, from (seed, step)
 
 
+def test_checkpoints_of_another_format_are_refused_before_their_options(options):
+    run = distill(options)
+    state = run / "checkpoints/step-000002/state.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "format"}))
+    with (run / "config.yaml").open("a") as file:
+        file.write("an_option_of_before: 0.1\n")
+    with pytest.raises(WadiError, match="step-000002: was written by another version of wadi") as error:
+        resolve(DistillConfig(resume_from_checkpoint=str(run)))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 def test_full_disk_while_logging_gives_one_line():
     with pytest.raises(WadiError, match=r"/dev/full: could not append.*No space left on device"):

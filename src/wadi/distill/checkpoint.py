@@ -3,8 +3,8 @@
     student.safetensors, fake.safetensors             the adapters
     ema.safetensors                                   the student's moving average
     student_optimizer.safetensors, fake_optimizer...  AdamW's moments and step, as "<parameter>.<moment>"
-    state.json                                        step, config fingerprint, samples a step, seconds,
-                                                      steps skipped (in all, in a row), loss scale
+    state.json                                        format, step, config fingerprint, samples a step,
+                                                      seconds, steps skipped (in all, in a row), loss scale
 
 Noise needs no entry: it derives from (seed, step).
 """
@@ -24,6 +24,9 @@ from wadi.files import explain_os_errors, load_tensors, read_json, replacing_fol
 
 Tensors = Mapping[str, torch.Tensor]
 
+FORMAT = 1
+"""Number of the format above; a checkpoint of another one is refused."""
+
 
 def save_checkpoint(
     folder: Path, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], limit: int | None
@@ -37,7 +40,7 @@ def save_checkpoint(
     with replacing_folder(path) as temporary:
         for name, tensors in groups.items():
             save_tensors(temporary / f"{name}.safetensors", tensors)
-        write_json(temporary / "state.json", {"step": step, **state})
+        write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state})
     for old in _checkpoints(folder)[: -limit if limit else 0]:
         with explain_os_errors(old, "remove the old checkpoint"):
             shutil.rmtree(old)
@@ -53,11 +56,11 @@ def checkpoint_batch(path: Path) -> int:
     """Samples a step, of all processes together, with which a checkpoint was trained.
 
     Raises:
-        WadiError: missing or damaged.
+        WadiError: missing, damaged or of another format.
     """
-    batch = _read_state(path).get("batch")
+    batch = read_state(path).get("batch")
     if not isinstance(batch, int) or batch < 1:
-        raise WadiError(f"{path}: does not say how many samples a step has; it is of another version of wadi")
+        raise WadiError(f"{path}: does not say how many samples a step has; go on from another checkpoint")
     return batch
 
 
@@ -70,9 +73,10 @@ def load_checkpoint(
         Its groups of tensors, on the CPU, and its state.
 
     Raises:
-        WadiError: missing or damaged files, other names or shapes, or a run with other options.
+        WadiError: missing or damaged files, another format, other names or shapes, or a run with other
+            options.
     """
-    state = _read_state(path)
+    state = read_state(path)
     if state.get("config") != fingerprint:
         raise WadiError(f"{path}: was trained with other options; resume it with its own config.yaml")
     groups = {name: load_tensors(path / f"{name}.safetensors") for name in expected}
@@ -83,10 +87,20 @@ def load_checkpoint(
     return groups, state
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors: the content of its state.json.
+
+    Raises:
+        WadiError: missing, damaged or of another format.
+    """
     state = read_json(path / "state.json")
     if not isinstance(state, dict):
         raise WadiError(f"{path / 'state.json'}: damaged, it holds no object; go on from another checkpoint")
+    if state.get("format") != FORMAT:
+        raise WadiError(
+            f"{path}: was written by another version of wadi (checkpoint format {state.get('format', 0)}, "
+            f"not {FORMAT}); start a new run, or resume it with that version"
+        )
     return state
 
 

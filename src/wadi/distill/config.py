@@ -28,8 +28,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class DistillConfig:
     """Options of `distill`, named as in diffusers' training scripts.
 
-    The defaults are the paper's for Stable Diffusion 1.5, but for the guidance of the fake model and its updates
-    on the empty prompt: only the presets with the paper's proportions set these.
+    The defaults are the paper's for Stable Diffusion 1.5, except the guidance of the fake model and its
+    updates on the empty prompt, which only the presets with the paper's proportions set.
 
     Raises:
         WadiError: a value is of the wrong type or outside its range; the message names the option.
@@ -126,7 +126,7 @@ class DistillConfig:
     """Guidance of the teacher above --guidance-max-timestep."""
 
     fake_guidance_scale: float = 1.0
-    """Classifier-free guidance of the fake model in the distillation gradient; 1 is none. The paper has 1.5."""
+    """Classifier-free guidance of the fake model in the distillation gradient; 1 is none (the paper: 1.5)."""
 
     min_timestep: float = 0.02
     """Lowest timestep of the distillation gradient, as a fraction of all."""

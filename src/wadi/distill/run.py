@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache
-from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint
+from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.methods import merged_state
 from wadi.distill.processes import hosts_group, together
@@ -137,6 +137,8 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     run = given.parent.parent if given.parent.name == "checkpoints" else given
     if not (run / "config.yaml").is_file():
         raise WadiError(f"{given}: not a run folder (no config.yaml) nor one of its checkpoints")
+    if checkpoint is not None:
+        read_state(checkpoint)  # another format is refused before options that are not known any more
     saved, defaults = DistillConfig.load(run / "config.yaml"), DistillConfig()
     changed = {}
     for field in dataclasses.fields(DistillConfig):
