@@ -306,6 +306,7 @@ CHANGEABLE = frozenset(
 the samples of a step stay as many, however they are shared
 among processes and micro-batches.)"""
 
+
 def _option(name: str) -> str:
     return name.replace("_", "-")
 
