@@ -14,7 +14,7 @@ and sizes the likeliest ones."""
 
 
 def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is () or (N, 1, 1, 1)."""
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is (N, 1, 1, 1)."""
     return null + scale * (cond - null)
 
 

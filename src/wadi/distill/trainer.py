@@ -365,26 +365,17 @@ class Trainer:
         condition: Condition,
         scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        """The noise that `_guided` stands for."""
-        return self.schedule.epsilon(self._guided(network, x_t, t, condition, scale), x_t, t)
-
-    def _guided(
-        self,
-        network: torch.nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        scale: float | torch.Tensor,
-    ) -> torch.Tensor:
-        """Guided prediction: null prompt and condition in one call; s = 1 needs no null prompt.
+        """Guided noise: null prompt and condition in one call; a scale of 1 needs no null prompt.
 
         The host does not read a scale that is a tensor: that would wait for the device.
         """
         if not isinstance(scale, torch.Tensor) and scale == 1:
-            return self._predict(network, x_t, t, condition)
-        both = concatenate([repeat(self.null, len(t)), condition])
-        prediction = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        return guided(*prediction.chunk(2), scale)
+            prediction = self._predict(network, x_t, t, condition)
+        else:
+            both = concatenate([repeat(self.null, len(t)), condition])
+            pair = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+            prediction = guided(*pair.chunk(2), scale)
+        return self.schedule.epsilon(prediction, x_t, t)
 
     def _micro_batches(
         self, network: torch.nn.Module
@@ -435,10 +426,10 @@ class Trainer:
 
     def _set_rates(self, step: int) -> None:
         factor = learning_rate_factor(self.config, step)
-        rates = [
+        rates = (
             (self.student_optimizer, self.config.student_learning_rate),
             (self.fake_optimizer, self.config.fake_learning_rate),
-        ]
+        )
         for optimizer, rate in rates:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], torch.Tensor):
