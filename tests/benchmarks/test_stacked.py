@@ -49,7 +49,7 @@ def assert_alike(own, together, start):
     "common",
     [
         {"fake_guidance_scale": 1.0, "null_prompt_probability": 0.0},
-        {"fake_guidance_scale": 1.5, "null_prompt_probability": 0.5},
+        {"fake_guidance_scale": 1.2, "null_prompt_probability": 0.5},
         {"fake_guidance_scale": 1.0, "fake_layers": "attention", "max_timestep": 0.5},
     ],
     ids=["plain", "guided-fake", "other-timesteps"],
