@@ -108,8 +108,6 @@ class Options:
     """This process's share of the runs, as (i, n): every n-th from the i-th, for several devices."""
     seconds: float = math.inf
     """Begin no further run after this long."""
-    keep_rotated: bool = False
-    """As of `wadi distill`: rounding aside the same students, perhaps sooner."""
     compile: bool = False
     """As of `wadi distill`."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -432,7 +430,7 @@ def run_config(run: Run, options: Options) -> DistillConfig:
     preset = PRESETS["emoji-dit" if run.teacher == "dit" else "emoji"]
     common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
     common |= {"cuda_graphs": options.device.startswith("cuda"), "allow_tf32": True, "ema_decay": 0.99}
-    common |= {"keep_rotated": options.keep_rotated, "compile": options.compile}
+    common |= {"compile": options.compile}
     # a fake model as large as the student, and as fast
     common |= {"fake_rank": preset.student_rank, "fake_learning_rate": 3e-3}
     return dataclasses.replace(preset, **(common | run.changes), seed=run.seed)

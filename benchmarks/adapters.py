@@ -40,9 +40,9 @@ from torch import nn
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
-from wadi.lorad import rotated_once, student_config
+from wadi.lorad import student_config
 from wadi.lorad.layer import LoRaDLayer
-from wadi.lorad.rotation import angles, rotate, rotated_weight, rotated_weights
+from wadi.lorad.rotation import angles, rotate, rotated_weight
 
 CONFIGS = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768},
@@ -58,12 +58,9 @@ CONFIGS = {
     },
 }
 RANKS = {"sd15": 256, "tiny": 4}
-METHODS = ("lorad", "lorad_once", "hook", "lora", "full", "dora", "oft")
-WAYS = {"in one launch": None, "on 1 stream": 1, "on 4 streams": 4, "on 8 streams": 8, "on 12 streams": 12}
-"""How `rotated_weights` shares its work."""
+METHODS = ("lorad", "hook", "lora", "full", "dora", "oft")
 NAMES = {
     "lorad": "LoRaD",
-    "lorad_once": "LoRaD, turned once",
     "hook": "LoRaD, forward hook",
     "lora": "LoRA (PEFT)",
     "dora": "DoRA (PEFT)",
@@ -80,7 +77,7 @@ class Options:
     """Configuration of the U-Net; its weights are random."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """Latents a step."""
-    methods: tuple[Literal["lorad", "lorad_once", "hook", "lora", "full", "dora", "oft"], ...] = METHODS
+    methods: tuple[Literal["lorad", "hook", "lora", "full", "dora", "oft"], ...] = METHODS
     """What to compare."""
     compile: bool = False
     """Compile the repeated blocks, of every method alike."""
@@ -161,7 +158,7 @@ def adapt(network: nn.Module, method: str, r: int) -> nn.Module:
     names = set(config.target_modules)
     layers = [module for name, module in network.named_modules() if name in names]
     equal = sum(r * (layer.out_features + layer.in_features // 2) for layer in layers)
-    if method in ("lorad", "lorad_once"):
+    if method == "lorad":
         inject_adapter_in_model(config, network)
     elif method in ("lora", "dora"):
         rank = equal_rank(network, names, equal)
@@ -200,20 +197,17 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=clock.cuda)
 
-    once = method == "lorad_once"
-
     def predict() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             return network(x.bfloat16(), t, states, return_dict=False)[0]
 
     def step() -> None:
-        with rotated_once(network, once, unchecked=options.compile):
-            F.mse_loss(predict().float(), target).backward()
+        F.mse_loss(predict().float(), target).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     with compiling() if options.compile else contextlib.nullcontext():
-        with torch.no_grad(), rotated_once(network, once, unchecked=options.compile):
+        with torch.no_grad():
             forward, _ = clock(predict)
         whole, peak = clock(step)
         graph = _replayed(step, clock) if clock.cuda else float("nan")
@@ -239,11 +233,8 @@ def rotation(options: Options, clock: Clock) -> dict:
         nn.init.normal_(layer.lorad_A["default"], std=0.1)
     work = [(layer.base_layer.weight.detach(), layer._factors(["default"])) for layer in layers]
 
-    weights, adapters = zip(*work, strict=True)
-    milliseconds = {
-        name: _replayed(partial(rotated_weights, weights, adapters, streams), clock)
-        for name, streams in WAYS.items()
-    }
+    with torch.no_grad():
+        milliseconds = _replayed(lambda: [rotated_weight(*each) for each in work], clock)
     return {"layers": len(layers), "milliseconds": milliseconds, "relative_error": rotation_error(work)}
 
 
@@ -275,12 +266,10 @@ def rotation_error(work: list) -> dict[str, float]:
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
         errors = []
-        weights = [weight.to(dtype) for weight, _ in work]
-        together = rotated_weights(weights, [factors for _, factors in work])
-        for weight, (_, factors), other in zip(weights, work, together, strict=True):
-            exact = rotate(weight.double(), angles(*(f.double() for f in factors[0][:2])))
-            for ours in (rotated_weight(weight, factors), other):
-                errors.append(((ours.double() - exact).norm() / exact.norm()).item())
+        for weight, factors in work:
+            exact = rotate(weight.to(dtype).double(), angles(*(f.double() for f in factors[0][:2])))
+            ours = rotated_weight(weight.to(dtype), factors)
+            errors.append(((ours.double() - exact).norm() / exact.norm()).item())
         torch.backends.cuda.matmul.allow_tf32 = allowed
         worst[str(dtype).removeprefix("torch.")] = max(errors)
     return worst
@@ -331,9 +320,7 @@ def main(options: Options) -> None:
     print(header(options), flush=True)
     turned = rotation(options, clock)
     print(
-        f"all {turned['layers']} layers turned once: "
-        + ", ".join(f"{ms:.2f} ms {way}" for way, ms in turned["milliseconds"].items())
-        + "; "
+        f"all {turned['layers']} layers turned once: {turned['milliseconds']:.2f} ms; "
         + ", ".join(
             f"relative error in {name} {error:.1e}" for name, error in turned["relative_error"].items()
         ),

@@ -126,7 +126,6 @@ def ours(
     checkpointing: bool,
     compiled: bool = False,
     cuda_graphs: bool = False,
-    keep_rotated: bool = False,
     micro_batches: int = 1,
 ) -> Callable[[], object]:
     """The project's trainer, a step at a time."""
@@ -134,7 +133,6 @@ def ours(
     config = DistillConfig(
         train_batch_size=batch // micro_batches,
         gradient_accumulation_steps=micro_batches,
-        keep_rotated=keep_rotated,
         student_rank=student_rank,
         fake_rank=fake_rank,
         mixed_precision="bf16",
@@ -322,7 +320,6 @@ def main(options: Options) -> None:
     if cuda:
         makers["ours, CUDA graph"] = partial(ours, cuda_graphs=True)
         makers["ours, CUDA graph, in two parts"] = partial(ours, cuda_graphs=True, micro_batches=2)
-        makers["ours, CUDA graph, kept"] = partial(ours, cuda_graphs=True, keep_rotated=True)
     if options.compile:
         compiled = partial(ours, compiled=True, cuda_graphs=cuda)
         makers["ours, compiled"] = compiled

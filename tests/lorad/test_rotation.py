@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from wadi.lorad.rotation import (
     Factors,
+    angle_gradient,
     angles,
     rotate,
     rotated_linear,
     rotated_weight,
-    rotated_weights,
     unrotate,
 )
 
@@ -293,61 +293,12 @@ def test_cuda_graph_equals_eager(dtype):
         torch.testing.assert_close(ours, eager)
 
 
-def many(device="cpu"):
+def test_gradient_of_the_angles_by_autograd_of_the_equations():
     torch.manual_seed(0)
-    shapes = [(6, 8), (5, 7), (16, 4), (3, 2)]
-    weights = [torch.randn(*shape, device=device) for shape in shapes]
-    adapters = [
-        [Factors(torch.randn(out, 2, device=device), torch.randn(2, fan_in // 2, device=device), 0.5)]
-        for out, fan_in in shapes
-    ]
-    return weights, adapters
-
-
-def test_many_weights_turned_at_once():
-    weights, adapters = many()
-    for weight, adapter, turned in zip(weights, adapters, rotated_weights(weights, adapters), strict=True):
-        A, B, scale = adapter[0]
-        exact = naive_rotate(weight.double(), scale * A.double() @ B.double())
-        torch.testing.assert_close(turned.double(), exact, rtol=1e-5, atol=1e-6)
-        assert not turned.requires_grad
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("streams", [1, 3, 16])
-def test_many_weights_on_several_streams_and_in_a_graph(streams):
-    weights, adapters = many("cuda")
-    alone = [rotated_weight(*work) for work in zip(weights, adapters, strict=True)]
-    turned = rotated_weights(weights, adapters, streams)
-    assert all(torch.equal(a, b) for a, b in zip(alone, turned, strict=True))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = rotated_weights(weights, adapters, streams)
-    for weight in weights:
-        weight.mul_(-2)
-    graph.replay()
-    for a, b in zip(alone, captured, strict=True):
-        torch.testing.assert_close(b, -2 * a, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.gpu
-def test_memory_is_not_given_back_before_the_current_stream_is_done_with_it():
-    """The host runs ahead: results are freed and their memory asked for again while they wait to be read."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight, A, B = (
-        torch.randn(n, m, generator=generator, device="cuda") for n, m in ((512, 512), (512, 4), (4, 256))
-    )
-    adapters = [[Factors(A * k, B)] for k in range(8)]
-    alone = [rotated_weight(weight, adapter) for adapter in adapters]
-    torch.cuda.synchronize()
-    read = []
-    for shift in range(8):
-        order = [(i + shift) % 8 for i in range(8)]  # other values at the same addresses
-        turned = rotated_weights([weight] * 8, [adapters[i] for i in order], 4)
-        torch.cuda._sleep(20_000_000)
-        read.append([t.clone() for t in turned])
-        del turned
-    for shift, copies in enumerate(read):
-        for i, copy in enumerate(copies):
-            assert torch.equal(copy, alone[(i + shift) % 8])
+    for columns in (6, 7):
+        weight = torch.randn(5, columns, dtype=torch.float64)
+        theta = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+        turned = naive_rotate(weight, theta)
+        grad = torch.randn_like(turned)
+        (expected,) = torch.autograd.grad(turned, theta, grad)
+        torch.testing.assert_close(angle_gradient(turned.detach(), grad), expected)

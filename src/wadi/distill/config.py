@@ -88,10 +88,6 @@ class DistillConfig:
     """Record one iteration as a CUDA graph and replay it: spares the host the launching, which takes longer
     than the work itself at small batches. One process only."""
 
-    keep_rotated: bool = False
-    """Turn the weights of student and fake model once between their updates instead of at every use. Takes
-    the memory of one more copy of the adapted weights for each, and gains about 1 % with Stable Diffusion."""
-
     compile: bool = False
     """Compile the repeated blocks of the networks before the first step: some minutes, then faster steps in
     less memory."""
@@ -298,7 +294,6 @@ CHANGEABLE = frozenset(
         "validation_seeds",
         "report_to",
         "cuda_graphs",
-        "keep_rotated",
         "compile",
     }
 )

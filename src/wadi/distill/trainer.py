@@ -43,7 +43,6 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
 from wadi.interrupt import catch_interrupt
 from wadi.lorad.io import copy_adapter
-from wadi.lorad.once import rotated_once
 from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
 
@@ -244,18 +243,13 @@ class Trainer:
         Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
         hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
         """
-        # unchecked, and refreshed after every update, for compiled blocks
-        keep = self.config.keep_rotated, self.config.compile
-        with rotated_once(self.student, *keep), rotated_once(self.fake, *keep) as fake:
-            x0, losses = self._update_student(inputs)
-            finite = losses["student_grad_norm"].isfinite()
-            self._update_ema(finite)
-            for update in range(self.config.fake_updates):
-                if update > 0:
-                    fake.refresh()
-                condition = choose(inputs.fake_null[update], self.null, inputs.condition)
-                losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
-                finite = finite & losses["fake_grad_norm"].isfinite()
+        x0, losses = self._update_student(inputs)
+        finite = losses["student_grad_norm"].isfinite()
+        self._update_ema(finite)
+        for update in range(self.config.fake_updates):
+            condition = choose(inputs.fake_null[update], self.null, inputs.condition)
+            losses |= self._update_fake(x0, condition, inputs.fake_t[update], inputs.fake_noise[update])
+            finite = finite & losses["fake_grad_norm"].isfinite()
         self._count_skipped(finite)
         return losses
 

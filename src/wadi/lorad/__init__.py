@@ -8,7 +8,6 @@ from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.io import average_adapters, load_adapter, save_adapter
 from wadi.lorad.layer import LoRaDConv2d, LoRaDLayer, LoRaDLinear
 from wadi.lorad.model import LoRaDModel
-from wadi.lorad.once import rotated_once
 from wadi.lorad.presets import fake_config, student_config
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "average_adapters",
     "fake_config",
     "load_adapter",
-    "rotated_once",
     "save_adapter",
     "student_config",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -11,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from wadi.lorad.config import LoRaDConfig
-from wadi.lorad.rotation import Factors, rotated_linear, rotated_weight, turned_linear, turned_weight
+from wadi.lorad.rotation import Factors, rotated_linear, rotated_weight
 
 
 class LoRaDLayer(nn.Module, BaseTunerLayer):
@@ -52,7 +51,6 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         self._original_weight: list[
             nn.Parameter
         ] = []  # in a list: a Parameter attribute would enter the state dict
-        self.kept: Any = None  # within rotated_once, the turned weight
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
@@ -144,29 +142,10 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
-        factors = [] if self.merged else self.active_factors()
+        factors = [] if self.merged else self._factors(self._active())
         if not factors:
             return self.base_layer(x)
-        if self.kept is not None and self.kept.fits(self.base_layer.weight, factors):
-            return self._kept_forward(x, self.kept.weight, factors)
         return self._rotated_forward(x, factors)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles: what `rotated_once` keeps stays with this layer."""
-        return self.__dict__ | {"kept": None}
-
-    @property
-    def turns(self) -> bool:
-        """Whether `forward` turns the weight: an adapter is active, not disabled and not merged."""
-        return not (self._disable_adapters or self.merged) and bool(self._active())
-
-    def active_factors(self) -> list[Factors]:
-        """The factors of the active adapters."""
-        return self._factors(self._active())
-
-    def matrix(self) -> torch.Tensor:
-        """The base's weight as a matrix (out, fan-in)."""
-        return self._as_matrix(self.base_layer.weight)
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
@@ -188,10 +167,6 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     def _rotated_forward(self, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         raise NotImplementedError
 
-    def _kept_forward(self, x: torch.Tensor, turned: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
-        """As `_rotated_forward`, by the matrix (out, fan-in) that `factors` gave."""
-        raise NotImplementedError
-
     def __repr__(self) -> str:
         return "lorad." + super().__repr__()
 
@@ -208,9 +183,6 @@ class LoRaDLinear(LoRaDLayer):
     def _rotated_forward(self, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         base_layer = self.base_layer
         return rotated_linear(x, self._as_matrix(base_layer.weight), base_layer.bias, factors)
-
-    def _kept_forward(self, x: torch.Tensor, turned: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
-        return turned_linear(x, turned, self.base_layer.bias, factors)
 
 
 class LoRaDConv2d(LoRaDLayer):
@@ -233,8 +205,3 @@ class LoRaDConv2d(LoRaDLayer):
         base_layer = self.base_layer
         # the method behind Conv2d.forward, for its padding modes
         return base_layer._conv_forward(x, self._rotated(base_layer.weight, factors), base_layer.bias)
-
-    def _kept_forward(self, x: torch.Tensor, turned: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
-        base_layer = self.base_layer
-        weight = turned_weight(turned, factors).view(base_layer.weight.shape)
-        return base_layer._conv_forward(x, weight, base_layer.bias)

@@ -26,16 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from wadi.lorad import kernels
-
-STREAMS = 8
-"""CUDA streams that `rotated_weights` shares its work among where one launch cannot do it."""
 
 
 class Factors(NamedTuple):
@@ -95,71 +91,6 @@ def rotated_weight(weight: torch.Tensor, adapters: Sequence[Factors]) -> torch.T
     return _rotated(weight, _total_angles(adapters, weight.dtype)).to(weight.dtype)
 
 
-@torch.no_grad()
-def rotated_weights(
-    weights: Sequence[torch.Tensor], adapters: Sequence[Sequence[Factors]], streams: int | None = None
-) -> list[torch.Tensor]:
-    """Turn many weights at once, without gradients: `rotated_weight` for each.
-
-    On a GPU all in one launch where that can be (`wadi.lorad.kernels.supports_together`), and elsewhere over
-    several streams, because one small layer alone leaves most of it idle. May be captured in a CUDA graph.
-
-    Args:
-        weights: (out, in) each, all on one device.
-        adapters: of each weight.
-        streams: how many streams share the work, instead of one launch; docs/performance.md compares.
-
-    Returns:
-        The turned weights, in order, ready on the current stream.
-    """
-    if len(weights) < 2 or streams == 1 or not weights[0].is_cuda:
-        return [rotated_weight(*work) for work in zip(weights, adapters, strict=True)]
-    if streams is None and all(len(each) == 1 for each in adapters):
-        works = [kernels.Work(weight, *each[0]) for weight, each in zip(weights, adapters, strict=True)]
-        if kernels.supports_together(works):
-            return kernels.rotate_together(works)
-    streams = streams or STREAMS
-    current = torch.cuda.current_stream(weights[0].device)
-    sides = _side_streams(weights[0].device, streams)
-    for side in sides:
-        side.wait_stream(current)
-    turned: list[torch.Tensor] = [weights[0]] * len(weights)
-    load = [0] * streams
-    for i in sorted(range(len(weights)), key=lambda i: -weights[i].numel()):
-        least = load.index(min(load))
-        load[least] += weights[i].numel()
-        with torch.cuda.stream(sides[least]):
-            turned[i] = rotated_weight(weights[i], adapters[i])
-        # its memory is the side stream's, which must not have it back before the current one is done with it
-        turned[i].record_stream(current)
-    for side in sides:
-        current.wait_stream(side)
-    return turned
-
-
-@cache
-def _side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(count)]
-
-
-def turned_weight(turned: torch.Tensor, adapters: Sequence[Factors]) -> torch.Tensor:
-    """A weight that has been turned already, as a function of the factors that turned it.
-
-    Backward reads the turned weight alone: ``dL/dTheta = g_e o' - g_o e'`` needs neither W nor the angles.
-
-    Args:
-        turned: (out, in), what `rotated_weight` gave for these `adapters`, without a graph.
-        adapters: the same, unchanged since.
-
-    Returns:
-        `turned` itself, with gradients for A and B.
-    """
-    factors = [tensor for adapter in adapters for tensor in adapter[:2]]
-    if _needs_graph(*factors):
-        return _TurnedWeight.apply(turned, tuple(adapter.scale for adapter in adapters), *factors)
-    return turned
-
-
 def angle_gradient(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """``dL/dTheta = g_e o' - g_o e'``.
 
@@ -177,13 +108,6 @@ def angle_gradient(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     turned, grad = turned.to(wide), grad.to(wide)
     gradient = grad[:, 1:paired:2] * turned[:, 0:paired:2]
     return gradient.addcmul_(grad[:, 0:paired:2], turned[:, 1:paired:2], value=-1)
-
-
-def turned_linear(
-    x: torch.Tensor, turned: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]
-) -> torch.Tensor:
-    """`rotated_linear` by a weight that has been turned already, see `turned_weight`."""
-    return _linear(x, turned_weight(turned, adapters), bias, _compute_dtype(turned))
 
 
 def rotated_linear(
@@ -229,28 +153,6 @@ class _RotatedWeight(torch.autograd.Function):
         _, grad_theta = turn.with_gradient(grad, with_weight=False)
         grad_weight = turn.undone(grad) if needs_weight else None
         return grad_weight, None, *_factor_gradients(grad_theta, adapters, needs_factors)
-
-
-class _TurnedWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, turned: torch.Tensor, scales: tuple[float, ...], *factors: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(turned, *factors)
-        ctx.scales = scales
-        return turned.view_as(turned)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise RuntimeError(
-                "rotated_once: the turned weight is kept without its graph; "
-                "take second derivatives outside it"
-            )
-        turned, *factors = ctx.saved_tensors
-        _, _, *needs_factors = ctx.needs_input_grad
-        grad_theta = angle_gradient(turned, grad)
-        return None, None, *_factor_gradients(grad_theta, _pack(factors, ctx.scales), needs_factors)
 
 
 class _RotatedLinear(torch.autograd.Function):
