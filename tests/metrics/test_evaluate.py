@@ -174,6 +174,7 @@ def test_two_processes_make_the_pictures_of_one(config, tmp_path):
     assert both.keys() == alone.keys()
     assert all(np.abs(alone[name].astype(int) - both[name]).max() <= 1 for name in alone)
     assert done.stdout.count("spread") == 1
+    assert done.stderr.count("images: 0/") == 1  # one process tells how far it is
 
 
 @pytest.mark.parametrize(

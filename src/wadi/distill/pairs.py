@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition
@@ -20,6 +19,7 @@ from wadi.distill.config import DistillConfig
 from wadi.distill.processes import Hosts, together
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
+from wadi.progress import progress
 
 Predict = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 """What the guided teacher predicts for latents (N, C, H, W), timesteps (N,) and N prompts; float32."""
@@ -101,7 +101,7 @@ def sample_pairs(
     """
     x0, size = torch.zeros_like(z), max(1, NUMBERS_AT_ONCE // z[0].numel())
     own = range(process[0] * size, len(z), process[1] * size)
-    with torch.no_grad(), tqdm(total=len(z), disable=not show, unit="pair", desc="teacher pairs") as bar:
+    with torch.no_grad(), progress(total=len(z), disable=not show, unit="pair", desc="teacher pairs") as bar:
         for start in own:
             batch = slice(start, start + size)
             condition = {

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
@@ -54,6 +53,7 @@ from wadi.lorad.io import copy_adapter
 from wadi.lorad.once import rotated_once
 from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
+from wadi.progress import progress
 
 WARMUP_ITERATIONS = 3
 """Eager iterations before a CUDA graph is recorded: they allocate what the recording may not."""
@@ -706,8 +706,7 @@ class Trainer:
         """
         config, start = self.config, time.monotonic() - self.seconds
         self.sample_teacher()
-        main = self.accelerator.is_main_process
-        bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
+        bar = progress(total=config.max_train_steps, initial=self.global_step, desc="distilling", unit="step")
         with bar, self._catch_interrupt() as interrupted:
             while self.global_step < config.max_train_steps:
                 losses = self.step(self.global_step)

@@ -21,7 +21,6 @@ import transformers
 from accelerate import PartialState
 from PIL import Image
 from safetensors import safe_open
-from tqdm import tqdm
 
 from wadi._version import __version__
 from wadi.errors import WadiError
@@ -31,6 +30,7 @@ from wadi.metrics.diversity import spread
 from wadi.metrics.extractors import Clip, Extractor, extract, load_extractor
 from wadi.metrics.frechet import feature_statistics, frechet_distance
 from wadi.metrics.precision_recall import precision_recall
+from wadi.progress import progress
 
 RESULT_FILE, SETTINGS_FILE, PICTURES = "result.json", "settings.json", "pictures"
 REFERENCE_FEATURES = 10_000
@@ -233,7 +233,7 @@ def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState
         config.device or str(state.device),
     )
     pipeline.set_progress_bar_config(disable=True)
-    bar = tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc="pictures", unit="picture")
+    bar = progress(total=len(tasks), initial=len(tasks) - len(missing), desc="images", unit="image")
     with bar, torch.no_grad():
         for first in range(0, len(missing), config.batch_size):
             part = missing[first : first + config.batch_size]
@@ -263,7 +263,7 @@ def _resized(image: Image.Image, config: EvaluateConfig) -> Image.Image:
 def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterator[torch.Tensor]:
     """Pictures (N, 3, H, W) uint8 from files, cropped and resized."""
     starts = range(0, len(files), config.batch_size)
-    for first in tqdm(starts, desc=what, unit="batch", leave=False):
+    for first in progress(starts, desc=what, unit="batch", leave=False):
         pictures = []
         for file in files[first : first + config.batch_size]:
             with explain_os_errors(file, "read the picture"), Image.open(file) as image:
