@@ -46,6 +46,7 @@ from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
 from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing, frozen, trainable, view
 from wadi.distill.schedule import Schedule
+from wadi.distill.trackers import check_tracker
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
 from wadi.interrupt import catch_interrupt
@@ -105,7 +106,11 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
 
     Of mixed precision it brings the loss scaling that fp16 needs. Autocast stays off: the base itself is in
     the compute dtype.
+
+    Raises:
+        WadiError: the precision or the tracker cannot be used here.
     """
+    check_tracker(config.report_to)
     try:
         return Accelerator(
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
@@ -118,7 +123,7 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
             ],
         )
     except (ValueError, ImportError) as error:
-        raise WadiError(f"--mixed-precision or --report-to: {' '.join(str(error).split())}") from error
+        raise WadiError(f"--mixed-precision: {' '.join(str(error).split())}") from error
 
 
 class Trainer:
