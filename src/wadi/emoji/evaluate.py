@@ -16,7 +16,14 @@ from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import FREE, render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
-from wadi.metrics import entropy_bits, feature_statistics, frechet_distance, precision_recall
+from wadi.metrics import (
+    entropy_bits,
+    feature_statistics,
+    fewest_images,
+    frechet_distance,
+    precision_recall,
+)
+from wadi.metrics.extractors import WIDTHS
 from wadi.progress import progress
 
 Generate = Callable[[list[str], list[int]], torch.Tensor]
@@ -255,9 +262,11 @@ def drawn_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Generate, judge, and write the figures."""
-    if config.num_samples < 256:
+    fewest = fewest_images(WIDTHS["emoji"])
+    if config.num_samples < fewest:
         raise WadiError(
-            f"--num-samples {config.num_samples}: a Frechet distance of 128 features needs at least 256"
+            f"--num-samples {config.num_samples}: a Frechet distance of {WIDTHS['emoji']} features needs "
+            f"at least {fewest}"
         )
     if config.adapter is not None and config.num_inference_steps != 1:
         raise WadiError(
