@@ -335,7 +335,7 @@ def _saved_reference(config: EvaluateConfig) -> dict[str, torch.Tensor]:
         raise WadiError(f"--reference {path}: was made with {', '.join(wrong)}; give the same here")
     if (width := reference["features"].shape[1]) != WIDTHS[config.features]:
         raise WadiError(
-            f"--reference {path}: has {width} features an image, --features {config.features} not"
+            f"--reference {path}: has {width} features an image; give the --features that made it"
         )
     return reference
 
