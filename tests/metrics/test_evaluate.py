@@ -18,7 +18,7 @@ from wadi.cli import main
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import save_tensors
 from wadi.metrics import feature_statistics, spread
-from wadi.metrics.evaluate import EvaluateConfig, _too_few, evaluate
+from wadi.metrics.evaluate import EvaluateConfig, _distances, _too_few, evaluate
 from wadi.metrics.extractors import WIDTHS, Clip, load_extractor
 
 CAPTIONS = [f"a {thing} number {i}" for i, thing in enumerate(("cat", "dog", "cup", "kite") * 2)]
@@ -101,17 +101,16 @@ def test_a_set_against_itself(config):
         evaluate(dataclasses.replace(again, resize="box", out=config.out.parent / "box"))
 
 
-def test_the_distance_of_enough_images(config, tmp_path):
-    """Zero between a set and itself, in files or in statistics; far from noise."""
-    (tmp_path / "captions.txt").write_text("\n".join(f"a cat number {i}" for i in range(256)))
-    config = dataclasses.replace(config, num_samples=256, spread_prompts=0, batch_size=64)
-    config = dataclasses.replace(config, reference=real_images(tmp_path / "real", 256))
-    assert evaluate(config)["frechet_distance"] > 1
-    saved = tmp_path / "statistics.safetensors"
-    itself = dataclasses.replace(config, reference=config.out / "pictures", save_reference=saved)
-    assert evaluate(itself)["frechet_distance"] == pytest.approx(0, abs=1e-3)
-    again = dataclasses.replace(itself, reference=saved, save_reference=None)
-    assert evaluate(again)["frechet_distance"] == pytest.approx(0, abs=1e-3)
+def test_the_distance_is_given_from_twice_the_features_on(tmp_path):
+    features = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+
+    def figures(real, generated):
+        return _distances(feature_statistics(real) | {"features": real}, generated)
+
+    assert figures(features[:24], features[:24])["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert figures(features[:24], features + 2)["frechet_distance"] > 12
+    for real, generated in ((features[:23], features), (features, features[:23])):
+        assert figures(real, generated).keys() == {"reference_samples", "precision", "recall"}
 
 
 @pytest.mark.parametrize(("generated", "real"), [(3, 6), (6, 3), (1, 1)])
