@@ -41,7 +41,7 @@ def loss_curves(metrics: Sequence[Mapping[str, float]]) -> str:
 
 def _draw(axes: Axes, steps: Sequence[float], losses: Sequence[float], colour: str) -> None:
     axes.set_xlabel("update")
-    axes.set_ylabel("loss (mean squared error)")
+    axes.set_ylabel("loss (mean square)")
     axes.spines[["top", "right"]].set_visible(False)
     if not steps:
         axes.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=axes.transAxes)
