@@ -268,8 +268,8 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         raise WadiError(f"{path}: is empty; the run has not logged a step yet")
     for line, row in enumerate(rows, 1):
         known = isinstance(row, dict) and row.keys() >= {"step", "seconds"}
-        known = known and all(map(math.isfinite, (row["step"], row["seconds"])))
-        if not known or not all(map(is_number, row.values())):
+        known = known and all(map(is_number, row.values()))
+        if not known or not all(map(math.isfinite, (row["step"], row["seconds"]))):
             raise WadiError(f"{path}: line {line} is not a step's numbers; remove the line")
     return rows
 
