@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.cli import _distill_options, main
-from wadi.distill.config import DistillConfig
+from wadi.distill.config import PRESETS, DistillConfig
 from wadi.distill.figures import Figure
 from wadi.distill.report import (
     Comparison,
@@ -204,17 +204,32 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
     assert "from diffusers import " + type(student.pipeline).__name__ in html
 
 
-def test_the_command_repeats_the_run_beside_it(run, pictures):
-    again = snippet(write_report(run, pictures).read_text(), "again")
-    program, command, *arguments = shlex.split(again)
+def parsed(command):
+    """The options that `wadi distill` would have."""
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("wadi", "distill")
     default = _distill_options(arguments)
     options = tyro.cli(type(default), default=default, args=arguments)
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(DistillConfig)}
+
+
+def test_the_command_repeats_the_run_beside_it(run, pictures):
+    again = parsed(snippet(write_report(run, pictures).read_text(), "again"))
     config = DistillConfig.load(run / "config.yaml")
-    assert (program, command) == ("wadi", "distill")
-    assert options.output_dir == f"{run}-again"
-    for field in dataclasses.fields(config):
-        if field.name != "output_dir":
-            assert getattr(options, field.name) == getattr(config, field.name)
+    assert again == dataclasses.asdict(config) | {"output_dir": f"{run}-again"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
+    config = dataclasses.replace(
+        PRESETS[preset],
+        alpha_T_squared=None,
+        prompts='it\'s my "file".txt',
+        validation_prompts=("a\nb", "c $HOME `d`"),
+        validation_seeds=(3,),
+        gradient_checkpointing=not PRESETS[preset].gradient_checkpointing,
+    )
+    assert parsed(command_line(config)) == dataclasses.asdict(config)
 
 
 def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):

@@ -80,12 +80,12 @@ def before_after(
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def in_one_step(pipeline: OneStepPipeline, prompt: str) -> list[Image.Image]:
+        images = pipeline(prompt, generator=generators(), num_images_per_prompt=len(seeds))
         bar.update()
-        return pipeline(prompt, generator=generators(), num_images_per_prompt=len(seeds))
+        return images
 
     def in_many_steps(prompt: str) -> list[Image.Image]:
-        bar.update()
-        return many_steps(
+        images = many_steps(
             prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -93,6 +93,8 @@ def before_after(
             generator=generators(),
             **stock_arguments(teacher),
         ).images
+        bar.update()
+        return images
 
     with bar:
         before = [in_one_step(one_step_teacher, prompt) for prompt in prompts]
@@ -119,12 +121,12 @@ def before_after(
 
 
 def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None = None) -> Path:
-    """Make the pictures of a finished run and write its `report.html`.
+    """Make the images of a finished run and write its `report.html`.
 
     Args:
         run_folder: what `distill` returned.
-        steps: DDIM steps of the teacher's pictures.
-        guidance_scale: guidance of the teacher's pictures; that of the distillation's end when ``None``.
+        steps: DDIM steps of the teacher's images.
+        guidance_scale: guidance of the teacher's images; that of the distillation's end when ``None``.
 
     Returns:
         The path of the report.
