@@ -42,7 +42,8 @@ def test_demo_trains_measures_and_reports(small_world, tmp_path, monkeypatch, ca
         ("Fréchet distance", 100.0, 50.0, None),
     ]
     html = (out / "report.html").read_text()
-    assert "25 steps became one" in html
+    assert "Distilled with 2 updates: " in html
+    assert "of 4 figures better than before" in html
     assert html.count("<img") == 3 * len(demo.PROMPTS) * len(demo.SEEDS) + len(
         list((out / "samples").iterdir())
     )

@@ -3,17 +3,24 @@
 import dataclasses
 import json
 import re
+import shlex
+import shutil
+from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from wadi.distill.config import DistillConfig
+from tests.onestep.test_pipeline import tiny_pixart
+from wadi.cli import _distill_options, main
+from wadi.distill.config import PRESETS, DistillConfig
+from wadi.distill.figures import Figure
 from wadi.distill.report import (
     Comparison,
-    Figure,
     _duration,
     before_after,
     command_line,
@@ -40,7 +47,7 @@ def run(tmp_path, teacher_folder):
     )
     config.save(run / "config.yaml")
     rows = [
-        {"step": s, "student_loss": 1 / s, "fake_loss": 0.5, "seconds": 2.0 * s} for s in range(10, 60, 10)
+        {"step": s, "student_loss": 1 / s, "fake_loss": 0.5, "seconds": 1.0 * s} for s in range(10, 110, 10)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(10, 110, 10):
@@ -61,16 +68,19 @@ def test_report_is_complete_and_needs_nothing_else(run, pictures):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert "http-equiv" not in html
     assert "<script" not in html
-    grids = html.count("samples at step")
+    grids = html.count("images of the student at step")
     assert grids == 4
     assert html.count("data:image/") == 2 * 2 * 3 + grids
     for step in (10, 40, 70, 100):
-        assert f"after {step}" in html
+        assert f"images of the student at step {step}" in html
     assert "1 min 40 s" in html  # the last row's 100 seconds
     assert "0.78" in html
     assert "25 times faster" in html
     assert html.count("<svg") == 1
     assert "--student-rank 4" in html
+    assert (
+        html.count('type="checkbox"') == html.count("<img") == html.count("alt=")
+    )  # each enlarges, each is told
 
 
 def test_report_escapes_prompts(run, pictures):
@@ -80,9 +90,9 @@ def test_report_escapes_prompts(run, pictures):
 
 
 def test_figures_are_kept_for_a_later_report(run, pictures):
-    assert "In figures" not in write_report(run, pictures).read_text()
+    assert FIGURES[0].meaning not in write_report(run, pictures).read_text()
     write_report(run, pictures, FIGURES)
-    assert "Share of sentences that the picture obeys." in write_report(run, pictures).read_text()
+    assert FIGURES[0].meaning in write_report(run, pictures).read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +104,7 @@ def test_figures_are_kept_for_a_later_report(run, pictures):
         ('{"step": 1, "seconds": 1}\n[1]', "line 2 is not"),
         ('{"student_loss": 1}', "line 1 is not"),
         ('{"step": 1, "seconds": "long"}', "line 1 is not"),
+        ('{"step": 1, "seconds": NaN}', "line 1 is not"),
     ],
 )
 def test_broken_metrics_are_one_line(run, pictures, content, message):
@@ -106,28 +117,119 @@ def test_broken_metrics_are_one_line(run, pictures, content, message):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("row", "title"),
     [
-        "3",
-        '{"name": "Alignment"}',
-        "[[1]]",
-        '[{"name": "Alignment"}]',
-        json.dumps([dataclasses.asdict(FIGURES[0]) | {"more": 1}]),
-        json.dumps([dataclasses.asdict(FIGURES[0]) | {"before": "0.1"}]),
-        json.dumps([dataclasses.asdict(FIGURES[0]) | {"better": ["higher"]}]),
+        ({"step": 4}, "Distilled with 4 updates: none of 2 figures better than before"),
+        ({"step": 1}, "Distilled with 1 update: none of 2 figures better than before"),
+        ({"step": 1, "skipped_steps": 1}, "Distilled with 0 updates: none of 2 figures better than before"),
+        ({"step": 30_000, "skipped_steps": 2}, "Distilled with 29,998 updates: none of 2 figures"),
     ],
 )
-def test_other_figures_are_one_line(run, pictures, content):
-    (run / "figures.json").write_text(content)
-    with pytest.raises(WadiError, match=r"figures\.json: not a list of figures, .*delete it") as error:
+def test_the_title_says_what_was_done(run, pictures, row, title):
+    (run / "metrics.jsonl").write_text(json.dumps({"seconds": 2.0, **row}) + "\n")
+    alike = dataclasses.replace(pictures, after=pictures.before)
+    html = write_report(run, alike).read_text()
+    assert html.count(title) == 2  # the tab and the headline
+    assert ("skipped, because" in html) == ("skipped_steps" in row)
+    assert "better</td>" in html
+    assert ">better<" not in html
+
+
+def test_samples_that_the_run_has_abandoned_or_never_made_are_not_shown(run, pictures):
+    """A run that went on from an earlier checkpoint, for fewer steps than before."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    (run / "samples" / "step-last.png").write_bytes(b"")
+    html = write_report(run, pictures).read_text()
+    assert [step for step in range(10, 110, 10) if f"student at step {step}" in html] == [10, 20, 30]
+    (run / "samples" / "step-000010.png").write_bytes(b"no image")
+    with pytest.raises(WadiError, match=r"step-000010\.png: could not read the image"):
         write_report(run, pictures)
-    assert "\n" not in str(error.value)
-    assert not (run / "report.html").exists()
 
 
-def test_a_run_that_skipped_every_logged_step_has_a_report(run, pictures):
-    (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.0, "skipped_steps": 1}\n')
-    assert write_report(run, pictures).read_text().count("<svg") == 1
+def test_a_run_without_samples_has_a_report(run, pictures):
+    shutil.rmtree(run / "samples")
+    html = write_report(run, pictures).read_text()
+    assert "student at step" not in html
+    assert "<svg" in html
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "words"),
+    [(2.5, 0.1, "25 times faster"), (1.3, 1.0, "1.3 times faster"), (1.0, 2.0, "2 times slower")],
+)
+def test_the_student_is_as_fast_as_it_was(run, pictures, teacher, student, words):
+    timed = dataclasses.replace(pictures, teacher_seconds=teacher, student_seconds=student)
+    assert words in write_report(run, timed).read_text()
+
+
+def snippet(html, name):
+    (text,) = re.findall(f'<pre id="{name}">(.*?)</pre>', html, re.DOTALL)
+    return unescape(text)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("sd", "lorad"), ("pixart", "full")])
+def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
+    run, tmp_path, teacher_folder, monkeypatch, kind, method
+):
+    """Names and prompts that need quoting; another directory than the run's."""
+    teacher = tmp_path / "teacher"
+    (load_pipeline(teacher_folder) if kind == "sd" else tiny_pixart()).save_pretrained(teacher)
+    prompts = ('it\'s "1 < 2" & a\\b\nc', "a red cat")
+    config = DistillConfig.load(run / "config.yaml")
+    changes = {"validation_prompts": prompts, "student_method": method}
+    if method == "lorad":
+        changes["student_adapter"] = "old & <new>"
+    dataclasses.replace(config, pretrained_model_name_or_path=str(teacher), **changes).save(
+        run / "config.yaml"
+    )
+    run = run.rename(tmp_path / 'my run\'s "first"')
+    OneStepPipeline.from_pretrained(teacher).save_pretrained(run / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    html = report(run.name, steps=2).read_text()
+    student = OneStepPipeline.from_pretrained(run / "pipeline")
+    (expected,) = student(prompts[0], seed=0)
+    assert ("from the adapter <code>old &amp; &lt;new&gt;" in html) == (method == "lorad")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    image = Path("image.png")
+    wadi, *arguments = shlex.split(snippet(html, "shell"))
+    for execute in (lambda: exec(snippet(html, "python"), {}), lambda: main(arguments)):
+        execute()
+        made = np.asarray(Image.open(image).convert("RGB"), int)
+        assert np.abs(made - np.asarray(expected, int)).max() <= 1
+        image.unlink()
+    assert wadi == "wadi"
+    assert "from diffusers import " + type(student.pipeline).__name__ in html
+
+
+def parsed(command):
+    """The options that `wadi distill` would have."""
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("wadi", "distill")
+    default = _distill_options(arguments)
+    options = tyro.cli(type(default), default=default, args=arguments)
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(DistillConfig)}
+
+
+def test_the_command_repeats_the_run_beside_it(run, pictures):
+    again = parsed(snippet(write_report(run, pictures).read_text(), "again"))
+    config = DistillConfig.load(run / "config.yaml")
+    assert again == dataclasses.asdict(config) | {"output_dir": f"{run}-again"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
+    config = dataclasses.replace(
+        PRESETS[preset],
+        alpha_T_squared=None,
+        prompts='it\'s my "file".txt',
+        validation_prompts=("a\nb", "c $HOME `d`"),
+        validation_seeds=(3,),
+        gradient_checkpointing=not PRESETS[preset].gradient_checkpointing,
+    )
+    assert parsed(command_line(config)) == dataclasses.asdict(config)
 
 
 def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):
@@ -156,9 +258,16 @@ def test_report_of_a_run_folder(run, teacher_folder):
     with pytest.raises(WadiError, match="no pipeline/"):
         report(run)
     OneStepPipeline.from_pretrained(teacher_folder).save_pretrained(run / "pipeline")
+    config = DistillConfig.load(run / "config.yaml")
+    config = dataclasses.replace(config, validation_steps=0, validation_seeds=())  # the default's then
+    config.save(run / "config.yaml")
     html = report(run, steps=2).read_text()
-    assert "2 steps became one" in html
+    assert "takes 2 steps" in html
     assert "guidance\n1.5" in html
+    assert "seed 3" in html
+    dataclasses.replace(config, validation_prompts=()).save(run / "config.yaml")
+    with pytest.raises(WadiError, match="names no validation_prompts"):
+        report(run)
 
 
 def test_command_line_names_every_changed_option():

@@ -132,7 +132,6 @@ def test_other_pipelines_are_refused(options, tmp_path):
         ({"prompts": "none.txt"}, "none.txt"),
         ({"mixed_precision": "fp16"}, "--mixed-precision"),
         ({"cuda_graphs": True}, "--cuda-graphs"),
-        ({"report_to": "nobody"}, "--report-to"),
         ({"validation_prompts": ("x" * 99,)}, "--validation-prompts.*tokens"),
     ],
 )

@@ -15,10 +15,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from tests.tiny import tiny_tokenizer
 from wadi.cli import main
-from wadi.errors import WadiError
-from wadi.metrics import spread
-from wadi.metrics.evaluate import EvaluateConfig, evaluate
-from wadi.metrics.extractors import Clip, load_extractor
+from wadi.errors import WadiError, WadiWarning
+from wadi.files import save_tensors
+from wadi.metrics import feature_statistics, spread
+from wadi.metrics.evaluate import EvaluateConfig, _distances, _too_few, evaluate
+from wadi.metrics.extractors import WIDTHS, Clip, load_extractor
 
 CAPTIONS = [f"a {thing} number {i}" for i, thing in enumerate(("cat", "dog", "cup", "kite") * 2)]
 
@@ -56,6 +57,14 @@ def clip_folder(tmp_path_factory):
     return str(folder)
 
 
+def real_images(folder, count):
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(noise.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
 def pictures(out):
     return {path.name: np.asarray(Image.open(path)) for path in sorted((out / "pictures").iterdir())}
 
@@ -65,7 +74,7 @@ def same(one, other):
 
 
 def test_a_set_against_itself(config):
-    """Distance zero, all of it inside; the spread is that of the judge's features of the pictures."""
+    """All of it inside; the spread is that of the judge's features of the pictures."""
     evaluate(config)
     made = pictures(config.out)
     assert list(made) == [f"{i:06d}.png" for i in range(6)] + [
@@ -77,17 +86,70 @@ def test_a_set_against_itself(config):
     for i in range(6):
         shutil.copy(config.out / f"pictures/{i:06d}.png", reference)
     config = dataclasses.replace(config, reference=reference, save_reference=reference / "s.safetensors")
-    figures = evaluate(config)
-    assert figures["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    with pytest.warns(WadiWarning, match="the Frechet distance is omitted.*at least 256 .* holds 6"):
+        figures = evaluate(config)
+    assert "frechet_distance" not in figures
     assert (figures["precision"], figures["recall"]) == (1.0, 1.0)
     assert (figures["samples"], figures["reference_samples"]) == (6, 6)
     stacked = torch.stack([torch.from_numpy(made[n].copy()).permute(2, 0, 1) for n in made if "spread" in n])
     features = load_extractor("emoji")(stacked)
     assert figures["spread"] == pytest.approx(spread(features.unflatten(0, (2, 3))), rel=1e-4)
     again = dataclasses.replace(config, reference=reference / "s.safetensors", save_reference=None)
-    assert evaluate(again)["frechet_distance"] == pytest.approx(figures["frechet_distance"], abs=1e-9)
+    with pytest.warns(WadiWarning, match="omitted"):
+        assert evaluate(again) == figures
     with pytest.raises(WadiError, match="was made with --resize lanczos; give the same"):
         evaluate(dataclasses.replace(again, resize="box", out=config.out.parent / "box"))
+
+
+def test_the_distance_is_given_from_twice_the_features_on(tmp_path):
+    features = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+
+    def figures(real, generated):
+        return _distances(feature_statistics(real) | {"features": real}, generated)
+
+    assert figures(features[:24], features[:24])["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert figures(features[:24], features + 2)["frechet_distance"] > 12
+    for real, generated in ((features[:23], features), (features, features[:23])):
+        assert figures(real, generated).keys() == {"reference_samples", "precision", "recall"}
+
+
+@pytest.mark.parametrize(("generated", "real"), [(3, 6), (6, 3), (1, 1)])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_too_few_images_for_any_figure_are_refused_first(config, tmp_path, generated, real, statistics):
+    reference = real_images(tmp_path / "real", real)
+    if statistics:
+        features = torch.zeros(real, 128)
+        reference = tmp_path / "statistics.safetensors"
+        save_tensors(reference, feature_statistics(features) | {"features": features})
+    config = dataclasses.replace(config, num_samples=generated, spread_prompts=0, reference=reference)
+    message = f"at least 4 images .* 256, but --num-samples is {generated}, --reference holds {real}"
+    with pytest.raises(WadiError, match=message) as error:
+        evaluate(config)
+    assert "\n" not in str(error.value)
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize("features", WIDTHS)
+def test_the_distance_is_omitted_just_below_its_minimum(config, features):
+    """Asked of the check alone: thousands of images would have to be made."""
+    fewest = 2 * WIDTHS[features]
+    reference = config.out.parent / "statistics.safetensors"
+    zeros = torch.zeros(5, WIDTHS[features])
+    for count, said in ((fewest, ""), (fewest - 1, f"omitted, because it needs at least {fewest} images")):
+        save_tensors(
+            reference, {**feature_statistics(zeros), "count": torch.tensor(count), "features": zeros}
+        )
+        asked = dataclasses.replace(config, num_samples=fewest, features=features, reference=reference)
+        assert said in _too_few(asked)
+        assert bool(_too_few(asked)) == bool(said)
+
+
+def test_statistics_of_another_feature_space_are_refused_first(config, tmp_path):
+    statistics = feature_statistics(torch.zeros(9, 7)) | {"features": torch.zeros(9, 7)}
+    save_tensors(tmp_path / "s.safetensors", statistics)
+    with pytest.raises(WadiError, match="has 7 features an image"):
+        evaluate(dataclasses.replace(config, reference=tmp_path / "s.safetensors"))
+    assert not config.out.exists()
 
 
 def test_what_is_missing_is_made_again_to_the_same_bits(config):
@@ -144,7 +206,7 @@ def test_clip_reads_long_captions(clip_folder):
 
 
 def test_a_reference_that_is_no_picture_is_named(config, tmp_path):
-    (tmp_path / "real").mkdir()
+    real_images(tmp_path / "real", 3)
     (tmp_path / "real" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(WadiError, match=r"broken.png: could not read the picture"):
         evaluate(dataclasses.replace(config, reference=tmp_path / "real"))
@@ -174,6 +236,7 @@ def test_two_processes_make_the_pictures_of_one(config, tmp_path):
     assert both.keys() == alone.keys()
     assert all(np.abs(alone[name].astype(int) - both[name]).max() <= 1 for name in alone)
     assert done.stdout.count("spread") == 1
+    assert done.stderr.count("images: 0/") == 1  # one process tells how far it is
 
 
 @pytest.mark.parametrize(

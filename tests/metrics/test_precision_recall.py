@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from wadi.errors import WadiError
 from wadi.metrics import precision_recall
 
 
@@ -63,3 +64,10 @@ def test_a_collapsed_generator_is_precise_but_recalls_little():
     precision, recall = precision_recall(real, fake)
     assert precision == 1.0
     assert recall <= 2 / 200
+
+
+@pytest.mark.parametrize(("real", "fake"), [(3, 10), (10, 3), (0, 10)])
+def test_too_few_are_one_line(real, fake):
+    with pytest.raises(WadiError, match=f"at least 4 .* {real} real and {fake} generated"):
+        precision_recall(torch.zeros(real, 2), torch.zeros(fake, 2))
+    assert precision_recall(torch.zeros(4, 2), torch.zeros(4, 2)) == (1.0, 1.0)

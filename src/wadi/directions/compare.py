@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from wadi.directions.change import (
     RowChanges,
@@ -31,6 +30,7 @@ from wadi.directions.plot import save_scatter, save_spectrum
 from wadi.directions.weights import Weights, check_pair, open_weights
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder, write_json, write_text
+from wadi.progress import progress
 
 RANK_SHARES = torch.arange(51, dtype=torch.float64) / 50
 """Shares of full rank at which the running share of energy is kept."""
@@ -163,12 +163,12 @@ def compare_models(
     layers = []
     total = sum(math.prod(shapes[f"{name}.weight"]) for name in names)
     with (
-        tqdm(total=total, desc="weights", unit="", unit_scale=True, disable=None, leave=False) as progress,
+        progress(total=total, desc="weights", unit="", unit_scale=True, leave=False) as bar,
         _one_layer_a_thread() as run,
     ):
         for layer in run(lambda name: layer_change(name, before, after), names):
             layers.append(layer)
-            progress.update(layer.rows * layer.columns)
+            bar.update(layer.rows * layer.columns)
     others = sorted(shapes.keys() - {f"{name}.weight" for name in names})
     changed = sum(not torch.equal(before.read(key), after.read(key)) for key in others)
     return Comparison(before.name, after.name, tuple(layers), len(others), changed)

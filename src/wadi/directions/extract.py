@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from peft import inject_adapter_in_model
 from torch import nn
-from tqdm import tqdm
 
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
@@ -22,6 +21,7 @@ from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import one_step_scheduler, write_alpha_T_squared
 from wadi.onestep.loading import load_denoiser
+from wadi.progress import progress
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
 FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"
@@ -147,7 +147,7 @@ def extract_adapter(
     names = [name for name, _ in network.named_modules() if name in config.target_modules]
     names.sort(key=lambda name: _FLOW.get(name.split(".")[0], 0))
     layers, factors = [], {}
-    for name in tqdm(names, desc="layers", disable=None, leave=False):
+    for name in progress(names, desc="layers", unit="layer", leave=False):
         pair = (before[f"{name}.weight"].to(device), after[f"{name}.weight"].to(device))
         factors[name] = best_factors(*pair, config.r, max_sweeps)
         layers.append(_layer_figures(name, *pair, factors[name]))

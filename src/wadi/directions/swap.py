@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from wadi.directions.change import with_norms_of
 from wadi.directions.compare import layers_with_rows
@@ -26,6 +25,7 @@ from wadi.errors import WadiError
 from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
 from wadi.onestep import one_step_scheduler, read_alpha_T_squared
 from wadi.onestep.loading import forget_origin, pipeline_folder
+from wadi.progress import progress
 
 Part = Literal["norms", "directions"]
 
@@ -95,16 +95,14 @@ def _write_shards(folder: Path, before: Weights, after: Weights, take: Part, dty
     shards = list(_shards(shapes, dtype.itemsize))
     places = {}
     sizes = {key: math.prod(shape) for key, shape in shapes.items()}
-    with tqdm(
-        total=sum(sizes.values()), desc="weights", unit="", unit_scale=True, disable=None, leave=False
-    ) as progress:
+    with progress(total=sum(sizes.values()), desc="weights", unit="", unit_scale=True, leave=False) as bar:
         for number, keys in enumerate(shards, 1):
             tensors = {}
             for key in keys:
                 # cloned: what was read is a view of the whole file's pages
                 tensor = swapped(before, after, key, take, key in with_rows)
                 tensors[key] = tensor.to(dtype, copy=True)
-                progress.update(sizes[key])
+                bar.update(sizes[key])
             stem, _, kind = WEIGHTS_NAME.partition(".")
             name = WEIGHTS_NAME if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{kind}"
             save_tensors(folder / name, tensors, {"format": "pt"})

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from wadi.distill.condition import Condition
 from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors, write_json
+from wadi.progress import progress
 
 SHARD_SIZE = 256
 """Prompts a shard: 30 MB of SD 1.5's in bfloat16, of T5-XXL's 2 MB for each token of the longest. A multiple
@@ -116,7 +117,7 @@ class EmbeddingCache:
             count = sum(_lengths(sets[i])[shard] for i, shards in enumerate(missing) for shard in shards)
             with (
                 self.encoder.loaded(),
-                tqdm(total=count, desc="encoding prompts", unit="prompt") as bar,
+                progress(total=count, desc="encoding prompts", unit="prompt") as bar,
             ):
                 for prompts, shards in zip(sets, missing, strict=True):
                     for shard in shards:

@@ -202,7 +202,7 @@ class DistillConfig:
     """Seeds of the sample grids, one column each."""
 
     report_to: str | None = None
-    """Tracker of Accelerate that gets the metrics too, such as "tensorboard"."""
+    """Tracker of Accelerate that gets the metrics too, such as tensorboard; it must be installed."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

@@ -6,49 +6,38 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
-import matplotlib
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from matplotlib.figure import Figure as Plot
 from PIL import Image
 
+from wadi.distill.charts import loss_curves
 from wadi.distill.config import DistillConfig
+from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_figures, read_figures
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, read_json, write_json, write_text
+from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
 from wadi.onestep.loading import stock_arguments
+from wadi.progress import progress
 
 FIGURES_FILE = "figures.json"
 GRIDS_SHOWN = 4
 """Sample grids in the report, evenly spread over the run."""
-WIDEST = 384
-"""Pixels: wider pictures are scaled down before they are embedded."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One row of the table of figures."""
-
-    name: str
-    before: float
-    after: float
-    teacher: float | None
-    better: Literal["higher", "lower"]
-    meaning: str
-    """One sentence for someone who has never heard of it."""
+WIDEST, WIDEST_GRID = 768, 1600
+"""Pixels: wider images and sample grids are scaled down before they are embedded."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same prompts and the same noise, three times; pictures are indexed by prompt, then by seed."""
+    """The same prompts and the same noise, three times; images are indexed by prompt, then by seed."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -58,9 +47,13 @@ class Comparison:
     after: Sequence[Sequence[Image.Image]]
     teacher: Sequence[Sequence[Image.Image]]
     student_seconds: float
-    """Seconds per picture in one step, measured on these pictures."""
+    """Seconds per image in one step, measured on these images."""
     teacher_seconds: float
-    """Seconds per picture of the teacher in `steps` steps."""
+    """Seconds per image of the teacher in `steps` steps."""
+    pipeline_class: str = "DiffusionPipeline"
+    """Class of diffusers that loads the student."""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What a call of that class needs beside one step without guidance."""
 
 
 def before_after(
@@ -81,14 +74,18 @@ def before_after(
         teacher.scheduler.config, timestep_spacing="trailing", clip_sample=False
     )
 
+    bar = progress(total=3 * len(prompts), desc="images of the report", unit="prompt")
+
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def in_one_step(pipeline: OneStepPipeline, prompt: str) -> list[Image.Image]:
-        return pipeline(prompt, generator=generators(), num_images_per_prompt=len(seeds))
+        images = pipeline(prompt, generator=generators(), num_images_per_prompt=len(seeds))
+        bar.update()
+        return images
 
     def in_many_steps(prompt: str) -> list[Image.Image]:
-        return many_steps(
+        images = many_steps(
             prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -96,13 +93,17 @@ def before_after(
             generator=generators(),
             **stock_arguments(teacher),
         ).images
+        bar.update()
+        return images
 
-    before = [in_one_step(one_step_teacher, prompt) for prompt in prompts]  # warms up, too
-    start = time.perf_counter()
-    after = [in_one_step(student, prompt) for prompt in prompts]
-    middle = time.perf_counter()
-    reference = [in_many_steps(prompt) for prompt in prompts]
-    end = time.perf_counter()
+    with bar:
+        before = [in_one_step(one_step_teacher, prompt) for prompt in prompts]
+        student(prompts[0], generator=generators(), num_images_per_prompt=len(seeds))  # warms up
+        start = time.perf_counter()
+        after = [in_one_step(student, prompt) for prompt in prompts]
+        middle = time.perf_counter()
+        reference = [in_many_steps(prompt) for prompt in prompts]
+        end = time.perf_counter()
     count = len(prompts) * len(seeds)
     return Comparison(
         prompts=prompts,
@@ -114,22 +115,24 @@ def before_after(
         teacher=reference,
         student_seconds=(middle - start) / count,
         teacher_seconds=(end - middle) / count,
+        pipeline_class=type(student.pipeline).__name__,
+        arguments=stock_arguments(student.pipeline),
     )
 
 
 def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None = None) -> Path:
-    """Make the pictures of a finished run and write its `report.html`.
+    """Make the images of a finished run and write its `report.html`.
 
     Args:
         run_folder: what `distill` returned.
-        steps: DDIM steps of the teacher's pictures.
-        guidance_scale: guidance of the teacher's pictures; that of the distillation's end when ``None``.
+        steps: DDIM steps of the teacher's images.
+        guidance_scale: guidance of the teacher's images; that of the distillation's end when ``None``.
 
     Returns:
         The path of the report.
 
     Raises:
-        WadiError: the folder is not a finished run, or its teacher is gone.
+        WadiError: the folder is not a finished run, its teacher is gone, or it names no prompts.
     """
     run = Path(run_folder)
     config = DistillConfig.load(run / "config.yaml")
@@ -137,12 +140,19 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         raise WadiError(
             f"{run}: has no pipeline/ yet; go on with wadi distill --resume-from-checkpoint {run}"
         )
+    if not config.validation_prompts:
+        raise WadiError(f"{run / 'config.yaml'}: names no validation_prompts, of which the report has images")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_pipeline(config.pretrained_model_name_or_path).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
     guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
     pictures = before_after(
-        teacher, student, config.validation_prompts, config.validation_seeds, steps, guidance_scale
+        teacher,
+        student,
+        config.validation_prompts,
+        config.validation_seeds or DistillConfig.validation_seeds,
+        steps,
+        guidance_scale,
     )
     return write_report(run, pictures)
 
@@ -154,8 +164,8 @@ def write_report(
 
     Args:
         run_folder: holds `config.yaml`, `metrics.jsonl`, and `samples/` if the run made any.
-        pictures: from `before_after`.
-        figures: measurements; kept in the run's `figures.json`, from which a later report takes them.
+        pictures: from `before_after`; what can be measured of their pixels is measured here.
+        figures: more measurements; kept in the run's `figures.json`, from which a later report takes them.
 
     Returns:
         The path of the report.
@@ -168,22 +178,32 @@ def write_report(
     if figures is not None:
         write_json(run / FIGURES_FILE, [dataclasses.asdict(figure) for figure in figures])
     elif (run / FIGURES_FILE).exists():
-        figures = _read_figures(run / FIGURES_FILE)
+        figures = read_figures(run / FIGURES_FILE)
+    figures = [*(figures or ()), *pixel_figures(pictures.before, pictures.after, pictures.teacher)]
     metrics = _read_metrics(run / "metrics.jsonl")
+    skipped = int(metrics[-1].get("skipped_steps", 0))
+    updates = int(metrics[-1]["step"]) - skipped
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wadi.distill", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"embed": _embed, "number": _number, "duration": _duration}
+    environment.filters |= {"embed": _embed, "number": _number, "duration": _duration, "counted": _counted}
     html = environment.get_template("report.html.j2").render(
         pictures=pictures,
-        figures=figures or (),
-        grids=_spread(sorted((run / "samples").glob("step-*.png"))),
-        curves=_curves(metrics),
-        steps=metrics[-1]["step"],
+        figures=figures,
+        headline=headline(updates, figures),
+        widest_grid=WIDEST_GRID,
+        clearly=f"{CLEARLY:.0%}",
+        grids=_spread(_sample_grids(run / "samples", metrics[-1]["step"])),
+        curves=loss_curves(metrics),
+        updates=updates,
+        skipped=skipped,
         seconds=metrics[-1]["seconds"],
-        command=command_line(config),
+        faster=_faster(pictures.teacher_seconds / pictures.student_seconds),
+        command=_again(config, run),
         config=dataclasses.asdict(config),
-        folder=run.name,
+        folder=run.absolute(),
+        in_python=in_python(run, pictures),
+        in_shell=in_shell(run, pictures),
     )
     write_text(run / "report.html", html)
     return run / "report.html"
@@ -205,28 +225,38 @@ def command_line(config: DistillConfig) -> str:
     return shlex.join(words)
 
 
-def _read_figures(path: Path) -> list[Figure]:
-    rows = read_json(path)
-    if not isinstance(rows, list) or not all(map(_is_figure, rows)):
-        names = ", ".join(field.name for field in dataclasses.fields(Figure))
-        raise WadiError(f"{path}: not a list of figures, each with {names}; write it again or delete it")
-    return [Figure(**row) for row in rows]
+def in_python(run_folder: str | Path, pictures: Comparison) -> str:
+    """A script that makes the student's first image of the report anew, with diffusers alone.
+
+    It runs in any directory, because it names the run folder by its whole path.
+    """
+    arguments = "".join(f", {name}={value!r}" for name, value in pictures.arguments.items())
+    return f"""\
+import torch
+from diffusers import {pictures.pipeline_class}
+
+pipeline = {pictures.pipeline_class}.from_pretrained({str(_pipeline(run_folder))!r})
+image = pipeline(
+    {pictures.prompts[0]!r},
+    generator=torch.Generator().manual_seed({pictures.seeds[0]}),
+    num_inference_steps=1, guidance_scale=1.0{arguments}
+).images[0]
+image.save("image.png")"""
 
 
-def _is_figure(row: Any) -> bool:
-    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Figure)}:
-        return False
-    numbers = [row["before"], row["after"], 0 if row["teacher"] is None else row["teacher"]]
-    texts = [row["name"], row["meaning"]]
-    return (
-        all(map(_is_number, numbers))
-        and all(isinstance(text, str) for text in texts)
-        and row["better"] in ("higher", "lower")
-    )
+def in_shell(run_folder: str | Path, pictures: Comparison) -> str:
+    """The command that makes the same image as `in_python`."""
+    words = ["wadi", "generate", pictures.prompts[0], "--model", str(_pipeline(run_folder))]
+    return shlex.join([*words, "--seed", str(pictures.seeds[0]), "-n", "1", "--out", "image.png"])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _pipeline(run_folder: str | Path) -> Path:
+    return Path(run_folder).absolute() / "pipeline"
+
+
+def _again(config: DistillConfig, run: Path) -> str:
+    """The command that repeats a run, beside it: the run's own folder is in use."""
+    return command_line(dataclasses.replace(config, output_dir=f"{run.absolute()}-again"))
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
@@ -240,56 +270,49 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         raise WadiError(f"{path}: is empty; the run has not logged a step yet")
     for line, row in enumerate(rows, 1):
         known = isinstance(row, dict) and row.keys() >= {"step", "seconds"}
-        if not known or not all(map(_is_number, row.values())):
+        known = known and all(map(is_number, row.values()))
+        if not known or not all(map(math.isfinite, (row["step"], row["seconds"]))):
             raise WadiError(f"{path}: line {line} is not a step's numbers; remove the line")
     return rows
 
 
-def _spread(paths: list[Path]) -> list[tuple[int, Image.Image]]:
-    """Step and picture of at most `GRIDS_SHOWN` sample grids, first and last among them."""
-    last = min(GRIDS_SHOWN, len(paths)) - 1
-    chosen = [paths[round(i * (len(paths) - 1) / max(last, 1))] for i in range(last + 1)]
-    return [(int(path.stem.removeprefix("step-")), Image.open(path)) for path in chosen]
+def _sample_grids(folder: Path, last_step: float) -> list[tuple[int, Path]]:
+    """Step and file of the grids that the run wrote, in order; later ones it has abandoned."""
+    names = (path.stem.removeprefix("step-") for path in folder.glob("step-*.png"))
+    steps = sorted(int(name) for name in names if name.isdecimal() and int(name) <= last_step)
+    return [(step, folder / f"step-{step:06d}.png") for step in steps]
 
 
-def _curves(metrics: list[dict[str, float]]) -> str:
-    """Loss curves as SVG: every logged value, and an exponential average over a tenth of the run."""
-    names = [("student_loss", "Student", "#2563eb"), ("fake_loss", "Fake model", "#d97706")]
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "wadi"}):
-        plot = Plot(figsize=(9, 2.6), layout="constrained")
-        for axes, (name, title, colour) in zip(plot.subplots(1, 2), names, strict=True):
-            rows = [row for row in metrics if name in row]  # a skipped step has no losses
-            steps, losses = [row["step"] for row in rows], [row[name] for row in rows]
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-            axes.plot(steps, _smooth(losses), color=colour, linewidth=2)
-            axes.set_title(title, loc="left", fontsize=11)
-            axes.set_xlabel("step")
-            axes.set_ylabel("loss")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.2)
-        stream = io.StringIO()
-        plot.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = stream.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    keep = max(0.0, 1 - 10 / max(len(values), 1))
-    average, smooth = next(iter(values), 0.0), []
-    for value in values:
-        average = keep * average + (1 - keep) * value
-        smooth.append(average)
-    return smooth
+def _spread(grids: list[tuple[int, Path]]) -> list[tuple[int, Image.Image]]:
+    """Step and image of at most `GRIDS_SHOWN` sample grids, first and last among them."""
+    last = min(GRIDS_SHOWN, len(grids)) - 1
+    chosen = [grids[round(i * (len(grids) - 1) / max(last, 1))] for i in range(last + 1)]
+    images = []
+    for step, path in chosen:
+        with explain_os_errors(path, "read the image"), Image.open(path) as image:
+            images.append((step, image.convert("RGB")))
+    return images
 
 
 def _embed(image: Image.Image, widest: int = WIDEST) -> str:
-    """A data URL: PNG for small pictures, JPEG for photographs' sizes."""
+    """A data URL: PNG for small images, JPEG for photographs' sizes."""
     image = image.convert("RGB")
     if image.width > widest:
         image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
     stream, kind = io.BytesIO(), "PNG" if image.width < 256 else "JPEG"
     image.save(stream, kind, quality=90)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _counted(count: int, what: str) -> str:
+    """A number and its noun: "1 update", "4 updates"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _faster(ratio: float) -> str:
+    """Words for the student's speed: "25 times faster"."""
+    words = f"{max(ratio, 1 / ratio):.2g} times"
+    return f"{words} {'faster' if ratio >= 1 else 'slower'}"
 
 
 def _number(value: Any) -> str:

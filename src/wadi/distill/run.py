@@ -15,6 +15,7 @@ from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.methods import merged_state
 from wadi.distill.processes import hosts_group, together
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
+from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json
@@ -180,11 +181,7 @@ def _begin(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
         trainer.load_checkpoint(checkpoint)
     if accelerator.is_main_process:
         truncate_metrics(run / "metrics.jsonl", trainer.global_step)
-    if config.report_to:
-        accelerator.init_trackers(
-            "wadi",
-            {k: v if isinstance(v, (int, float)) else str(v) for k, v in dataclasses.asdict(config).items()},
-        )
+    start_trackers(accelerator, config)
 
 
 def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) -> PromptEmbeddings:

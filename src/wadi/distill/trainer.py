@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
@@ -39,12 +38,14 @@ from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
 from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing, trainable, view
 from wadi.distill.schedule import Schedule
+from wadi.distill.trackers import check_tracker
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
 from wadi.interrupt import catch_interrupt
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
+from wadi.progress import progress
 
 WARMUP_ITERATIONS = 3
 """Eager iterations before a CUDA graph is recorded: they allocate what the recording may not."""
@@ -89,7 +90,11 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
 
     Of mixed precision it brings the loss scaling that fp16 needs. Autocast stays off: the base itself is in
     the compute dtype.
+
+    Raises:
+        WadiError: the precision or the tracker cannot be used here.
     """
+    check_tracker(config.report_to)
     try:
         return Accelerator(
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
@@ -102,7 +107,7 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
             ],
         )
     except (ValueError, ImportError) as error:
-        raise WadiError(f"--mixed-precision or --report-to: {' '.join(str(error).split())}") from error
+        raise WadiError(f"--mixed-precision: {' '.join(str(error).split())}") from error
 
 
 class Trainer:
@@ -513,8 +518,7 @@ class Trainer:
             SystemExit: code 2, where that happened in another process, which tells.
         """
         config, start = self.config, time.monotonic() - self.seconds
-        main = self.accelerator.is_main_process
-        bar = tqdm(total=config.max_train_steps, initial=self.global_step, disable=not main, unit="step")
+        bar = progress(total=config.max_train_steps, initial=self.global_step, desc="distilling", unit="step")
         with bar, self._catch_interrupt() as interrupted:
             while self.global_step < config.max_train_steps:
                 losses = self.step(self.global_step)

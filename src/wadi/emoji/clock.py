@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 
 import torch
-from tqdm import tqdm
 
 from wadi.errors import WadiError
+from wadi.progress import progress
 
 
 class TimedSteps:
@@ -24,7 +24,7 @@ class TimedSteps:
         self.seconds, self.max_train_steps = seconds, max_train_steps
         self.done, self.elapsed, self.loss = 0, 0.0, 0.0
         self.start = time.monotonic()
-        self.bar = tqdm(total=1.0, desc=label, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
+        self.bar = progress(total=1.0, desc=label, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         self.start = time.monotonic()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from wadi.emoji import assets_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, RELATIONS, SIZES, Caption, sample_captions, stated
@@ -17,7 +16,15 @@ from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import FREE, render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
-from wadi.metrics import entropy_bits, feature_statistics, frechet_distance, precision_recall
+from wadi.metrics import (
+    entropy_bits,
+    feature_statistics,
+    fewest_images,
+    frechet_distance,
+    precision_recall,
+)
+from wadi.metrics.extractors import WIDTHS
+from wadi.progress import progress
 
 Generate = Callable[[list[str], list[int]], torch.Tensor]
 """Prompts and seeds to pictures (N, 3, 64, 64) uint8."""
@@ -195,7 +202,7 @@ def evaluation_captions(prompts: str, count: int) -> list[Caption]:
 def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch_size: int) -> torch.Tensor:
     """(N, 3, 64, 64) uint8; picture i has seed `seed` + i, whatever the batch size."""
     batches = []
-    for first in tqdm(range(0, len(prompts), batch_size), desc="pictures", unit="batch"):
+    for first in progress(range(0, len(prompts), batch_size), desc="images", unit="batch"):
         part = prompts[first : first + batch_size]
         batches.append(generate(part, [seed + first + i for i in range(len(part))]).cpu())
     return torch.cat(batches)
@@ -248,16 +255,18 @@ def drawn_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch
     atlas = load_atlas(config.atlas).to(config.device).float() / 255
     columns = {name: column.to(config.device) for name, column in stated(captions).items()}
     scenes = sample_scenes(columns, torch.Generator(config.device).manual_seed(config.seed))
-    starts = tqdm(range(0, len(captions), config.batch_size), desc="pictures", unit="batch")
+    starts = progress(range(0, len(captions), config.batch_size), desc="images", unit="batch")
     batches = [render(scenes[first : first + config.batch_size], atlas) for first in starts]
     return torch.cat([(batch * 255).round().to(torch.uint8).cpu() for batch in batches])
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Generate, judge, and write the figures."""
-    if config.num_samples < 256:
+    fewest = fewest_images(WIDTHS["emoji"])
+    if config.num_samples < fewest:
         raise WadiError(
-            f"--num-samples {config.num_samples}: a Frechet distance of 128 features needs at least 256"
+            f"--num-samples {config.num_samples}: a Frechet distance of {WIDTHS['emoji']} features needs "
+            f"at least {fewest}"
         )
     if config.adapter is not None and config.num_inference_steps != 1:
         raise WadiError(

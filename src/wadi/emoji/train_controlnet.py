@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
-from tqdm import tqdm
 
 from wadi.emoji import teacher_folder
 from wadi.emoji.captions import RELATIONS, Caption, Split, sample_captions, stated
@@ -27,6 +26,7 @@ from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
 from wadi.onestep.loading import forget_origin, load_pipeline
+from wadi.progress import progress
 from wadi.tasks.control import canny, layout_map
 
 ENCODED_BATCH = 2000
@@ -153,7 +153,7 @@ def make_pool(
     columns = {name: column.to(device) for name, column in stated(captions).items()}
     parts = []
     size = min(ENCODED_BATCH, config.pictures)
-    for _ in tqdm(range(math.ceil(config.pictures / size)), desc="pictures", unit="batch"):
+    for _ in progress(range(math.ceil(config.pictures / size)), desc="images", unit="batch"):
         index = torch.randint(len(captions), (size,), generator=generator, device=device)
         scenes = sample_scenes({name: column[index] for name, column in columns.items()}, generator)
         images = render(scenes, atlas)

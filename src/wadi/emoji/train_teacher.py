@@ -21,7 +21,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from wadi.emoji.captions import Caption, sample_captions, stated
@@ -35,6 +34,7 @@ from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
 from wadi.onestep.loading import pipeline_class_name
+from wadi.progress import progress
 
 ENCODED_BATCH = 2000
 """Pictures at a time when latents are encoded ahead."""
@@ -179,7 +179,7 @@ def encode_pool(
         facts = Recombination(tokenizer, "cpu").facts(captions)
     facts = facts.to(device)
     latents, ids, known = [], [], []
-    for _ in tqdm(range(math.ceil(pictures / ENCODED_BATCH)), desc="pictures", unit="batch"):
+    for _ in progress(range(math.ceil(pictures / ENCODED_BATCH)), desc="images", unit="batch"):
         index = torch.randint(len(captions), (ENCODED_BATCH,), generator=generator, device=device)
         images = render(
             sample_scenes({name: column[index] for name, column in columns.items()}, generator), atlas

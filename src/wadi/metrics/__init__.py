@@ -1,7 +1,14 @@
 """Figures of merit: how far generated pictures are from real ones, and how much they vary."""
 
 from wadi.metrics.diversity import entropy_bits, spread
-from wadi.metrics.frechet import feature_statistics, frechet_distance
+from wadi.metrics.frechet import feature_statistics, fewest_images, frechet_distance
 from wadi.metrics.precision_recall import precision_recall
 
-__all__ = ["entropy_bits", "feature_statistics", "frechet_distance", "precision_recall", "spread"]
+__all__ = [
+    "entropy_bits",
+    "feature_statistics",
+    "fewest_images",
+    "frechet_distance",
+    "precision_recall",
+    "spread",
+]

@@ -21,16 +21,16 @@ import transformers
 from accelerate import PartialState
 from PIL import Image
 from safetensors import safe_open
-from tqdm import tqdm
 
 from wadi._version import __version__
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors, load_tensors, read_json, replacing_file, save_tensors, write_json
 from wadi.metrics.captions import Chosen, choose_captions
 from wadi.metrics.diversity import spread
-from wadi.metrics.extractors import Clip, Extractor, extract, load_extractor
-from wadi.metrics.frechet import feature_statistics, frechet_distance
-from wadi.metrics.precision_recall import precision_recall
+from wadi.metrics.extractors import WIDTHS, Clip, Extractor, extract, load_extractor
+from wadi.metrics.frechet import feature_statistics, fewest_images, frechet_distance
+from wadi.metrics.precision_recall import NEIGHBOURS, precision_recall
+from wadi.progress import progress
 
 RESULT_FILE, SETTINGS_FILE, PICTURES = "result.json", "settings.json", "pictures"
 REFERENCE_FEATURES = 10_000
@@ -71,7 +71,8 @@ class EvaluateConfig:
     adapter: str | None = None
     """Folder or hub id of a student's adapter."""
     reference: Path | None = None
-    """Folder of real pictures, or statistics that --save-reference wrote; no distances without it."""
+    """Folder of real images, or statistics that --save-reference wrote; no distances without it. The Frechet
+    distance needs 4096 images on each side (emoji: 256); of fewer it is omitted."""
     save_reference: Path | None = None
     """Write the statistics of the reference folder here (.safetensors), to spare the next run its reading."""
     caption_column: str = "caption"
@@ -122,13 +123,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Of several processes (`accelerate launch -m wadi evaluate ...`) each makes its share of the pictures, and
     the first one measures.
 
+    A Frechet distance of too few images is omitted, which is told before anything is generated.
+
     Raises:
-        WadiError: an input cannot be read, or the folder holds pictures of other settings.
+        WadiError: an input cannot be read, the folder holds pictures of other settings, or the images are too
+            few for every figure that the reference is for.
     """
     _check(config)
+    omitted = _too_few(config)
     chosen = choose_captions(config.captions, config.num_samples, config.choice_seed, config.caption_column)
     state = PartialState(cpu=not torch.cuda.is_available())  # else it would not see processes on the CPU
     if state.is_main_process:
+        if omitted:
+            tell(omitted)
         _open_folder(config, chosen)
     state.wait_for_everyone()
     tasks = _tasks(config, chosen)
@@ -182,6 +189,27 @@ def _check(config: EvaluateConfig) -> None:
         raise WadiError(f"--reference {config.reference}: no such file or folder")
 
 
+def _too_few(config: EvaluateConfig) -> str:
+    """Why the Frechet distance is omitted, in one line; nothing if it is not.
+
+    Raises:
+        WadiError: precision and recall, which need fewest, have too few images.
+    """
+    if config.reference is None:
+        return ""
+    generated, real = config.num_samples, _reference_count(config)
+    given = f"--num-samples is {generated}, --reference holds {real}"
+    fewest = fewest_images(WIDTHS[config.features])
+    if min(generated, real) <= NEIGHBOURS:
+        raise WadiError(
+            f"--num-samples, --reference: precision and recall need at least {NEIGHBOURS + 1} images on each "
+            f"side, and a Frechet distance {fewest}, but {given}"
+        )
+    if min(generated, real) >= fewest:
+        return ""
+    return f"the Frechet distance is omitted, because it needs at least {fewest} images on each side; {given}"
+
+
 def _tasks(config: EvaluateConfig, chosen: Chosen) -> list[Task]:
     """A picture of each caption, then the pictures of which the spread is taken."""
     tasks = [Task(f"{i:06d}.png", caption, config.seed + i) for i, caption in enumerate(chosen.captions)]
@@ -233,7 +261,7 @@ def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState
         config.device or str(state.device),
     )
     pipeline.set_progress_bar_config(disable=True)
-    bar = tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc="pictures", unit="picture")
+    bar = progress(total=len(tasks), initial=len(tasks) - len(missing), desc="images", unit="image")
     with bar, torch.no_grad():
         for first in range(0, len(missing), config.batch_size):
             part = missing[first : first + config.batch_size]
@@ -263,7 +291,7 @@ def _resized(image: Image.Image, config: EvaluateConfig) -> Image.Image:
 def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterator[torch.Tensor]:
     """Pictures (N, 3, H, W) uint8 from files, cropped and resized."""
     starts = range(0, len(files), config.batch_size)
-    for first in tqdm(starts, desc=what, unit="batch", leave=False):
+    for first in progress(starts, desc=what, unit="batch", leave=False):
         pictures = []
         for file in files[first : first + config.batch_size]:
             with explain_os_errors(file, "read the picture"), Image.open(file) as image:
@@ -276,41 +304,58 @@ def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterat
 
 def _reference(config: EvaluateConfig, extractor: Extractor) -> dict[str, torch.Tensor]:
     """Sums of the features, and the first of them."""
-    path = config.reference
-    how = {"features": config.features, "resolution": str(config.resolution), "resize": config.resize}
-    if path.is_file():
-        reference = load_tensors(path)
-        if missing := sorted({"sum", "cov_sum", "count", "features"} - reference.keys()):
-            raise WadiError(f"--reference {path}: lacks {', '.join(missing)}; make it with --save-reference")
-        with safe_open(path, "pt") as file:
-            made = file.metadata() or {}
-        if wrong := [f"--{name} {made[name]}" for name in how if made.get(name, how[name]) != how[name]]:
-            raise WadiError(f"--reference {path}: was made with {', '.join(wrong)}; give the same here")
-        return reference
-    kinds = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds)
-    if not files:
-        raise WadiError(f"--reference {path}: holds no pictures ({', '.join(sorted(kinds))})")
-    features = extract(extractor, _batches(files, config, "reference"))
+    if config.reference.is_file():
+        return _saved_reference(config)
+    features = extract(extractor, _batches(_reference_files(config.reference), config, "reference"))
     reference = feature_statistics(features) | {"features": features[:REFERENCE_FEATURES]}
     if config.save_reference is not None:
-        save_tensors(config.save_reference, reference, how)
+        save_tensors(config.save_reference, reference, _made_how(config))
     return reference
 
 
+def _reference_count(config: EvaluateConfig) -> int:
+    if config.reference.is_file():
+        return int(_saved_reference(config)["count"])
+    return len(_reference_files(config.reference))
+
+
+def _made_how(config: EvaluateConfig) -> dict[str, str]:
+    return {"features": config.features, "resolution": str(config.resolution), "resize": config.resize}
+
+
+def _saved_reference(config: EvaluateConfig) -> dict[str, torch.Tensor]:
+    """What --save-reference wrote, if it was made as this evaluation is."""
+    path, how = config.reference, _made_how(config)
+    reference = load_tensors(path)
+    if missing := sorted({"sum", "cov_sum", "count", "features"} - reference.keys()):
+        raise WadiError(f"--reference {path}: lacks {', '.join(missing)}; make it with --save-reference")
+    with safe_open(path, "pt") as file:
+        made = file.metadata() or {}
+    if wrong := [f"--{name} {made[name]}" for name in how if made.get(name, how[name]) != how[name]]:
+        raise WadiError(f"--reference {path}: was made with {', '.join(wrong)}; give the same here")
+    if (width := reference["features"].shape[1]) != WIDTHS[config.features]:
+        raise WadiError(
+            f"--reference {path}: has {width} features an image; give the --features that made it"
+        )
+    return reference
+
+
+def _reference_files(path: Path) -> list[Path]:
+    kinds = {".png", ".jpg", ".jpeg", ".webp"}
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds)
+    if not files:
+        raise WadiError(f"--reference {path}: holds no images ({', '.join(sorted(kinds))})")
+    return files
+
+
 def _distances(reference: dict[str, torch.Tensor], features: torch.Tensor) -> dict[str, float | int]:
-    width = reference["features"].shape[1]
-    if width != features.shape[1]:
-        raise WadiError(f"--reference: has {width} features a picture, --features gives {features.shape[1]}")
     real = reference["features"]
     count = min(len(real), len(features), REFERENCE_FEATURES)
     precision, recall = precision_recall(real[:count], features[:count])
-    return {
-        "reference_samples": int(reference["count"]),
-        "frechet_distance": frechet_distance(reference, feature_statistics(features)),
-        "precision": precision,
-        "recall": recall,
-    }
+    figures: dict[str, float | int] = {"reference_samples": int(reference["count"])}
+    if min(figures["reference_samples"], len(features)) >= fewest_images(features.shape[1]):
+        figures["frechet_distance"] = frechet_distance(reference, feature_statistics(features))
+    return figures | {"precision": precision, "recall": recall}
 
 
 def _versions(device: str) -> dict[str, str]:

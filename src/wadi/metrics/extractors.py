@@ -18,6 +18,9 @@ Extractor = Callable[[torch.Tensor], torch.Tensor]
 
 Name = Literal["inception", "emoji"]
 
+WIDTHS: dict[Name, int] = {"inception": 2048, "emoji": 128}
+"""Features of an image, by extractor."""
+
 
 def load_extractor(name: Name, device: str | torch.device = "cpu") -> Extractor:
     """The extractor of that name, on the device.

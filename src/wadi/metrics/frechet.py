@@ -23,6 +23,15 @@ def feature_statistics(features: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"sum": features.sum(0), "cov_sum": features.T @ features, "count": torch.tensor(len(features))}
 
 
+def fewest_images(features: int) -> int:
+    """How many images a Frechet distance needs of each side: twice as many as there are features.
+
+    With fewer the covariances are singular or nearly so, and the distance tells the number of images rather
+    than what they show.
+    """
+    return 2 * features
+
+
 def frechet_distance(real: Mapping[str, torch.Tensor], fake: Mapping[str, torch.Tensor]) -> float:
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., arXiv 1706.08500).
 

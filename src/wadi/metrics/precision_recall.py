@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from wadi.errors import WadiError
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+NEIGHBOURS = 3
+"""As in the paper."""
+
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Share of fake samples inside the real manifold, and of real samples inside the fake one.
 
     A manifold is the union of balls around its samples, each reaching to the k-th nearest other sample.
@@ -17,7 +22,15 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
         real: (N, D) features.
         fake: (M, D) features.
         k: neighbours, 3 in the paper.
+
+    Raises:
+        WadiError: a side has no k others.
     """
+    if min(len(real), len(fake)) <= k:
+        raise WadiError(
+            f"precision and recall of {k} neighbours: need at least {k + 1} images of each side; "
+            f"there are {len(real)} real and {len(fake)} generated ones"
+        )
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
 

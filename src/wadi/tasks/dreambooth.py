@@ -31,7 +31,6 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from wadi.distill.backbone import BACKBONES, Backbone
@@ -55,6 +54,7 @@ from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
 from wadi.onestep.loading import forget_origin, prompt_limit, stock_arguments
+from wadi.progress import progress
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Kinds of files that are read as pictures of the subject."""
@@ -313,7 +313,7 @@ class DreamBooth:
             WadiError: the loss was not finite, or a file cannot be written.
         """
         config = self.config
-        bar = tqdm(total=config.max_train_steps, initial=self.global_step, unit="step", desc="subject")
+        bar = progress(total=config.max_train_steps, initial=self.global_step, unit="step", desc="subject")
         with bar, catch_interrupt() as interrupted:
             while self.global_step < config.max_train_steps:
                 loss = self.step(self.global_step)
@@ -504,7 +504,8 @@ def class_pictures(
     names = [f"{i:04d}.png" for i in range(len(prompts))]
     if prompts and not (folder / names[-1]).is_file():
         with replacing_folder(folder) as temporary:
-            for first in tqdm(range(0, len(prompts), GENERATED_AT_ONCE), desc="class pictures", unit="batch"):
+            starts = range(0, len(prompts), GENERATED_AT_ONCE)
+            for first in progress(starts, desc="class images", unit="batch"):
                 part = list(prompts[first : first + GENERATED_AT_ONCE])
                 images = _paint(pipeline, part, config, config.seed + first)
                 for name, image in zip(names[first:], images, strict=False):

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from tqdm import tqdm
 
 from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep.loading import load_pipeline
+from wadi.progress import progress
 from wadi.tasks.exemplars import Exemplars, read_exemplars, square
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
@@ -550,7 +550,7 @@ def _train(pipeline: StableDiffusionPipeline, words: Sequence[_Word], steps: int
     groups = [{"params": [word.rows], "lr": word.learning_rate} for word in words]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bar = tqdm(range(steps), desc="new word", unit="step")
+    bar = progress(range(steps), desc="new word", unit="step")
     try:
         with _frozen(pipeline.unet, pipeline.vae, pipeline.text_encoder):
             for step in bar:
