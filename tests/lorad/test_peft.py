@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.lorad.cases import CASES, Case, ConvNet, gpt2, mlp, numbers
 from wadi import LoRaDConfig
-from wadi.lorad import LoRaDConv2d, LoRaDLayer, LoRaDLinear
+from wadi.lorad import LoRaDConv, LoRaDLayer, LoRaDLinear
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MLP, CONVOLUTIONS = CASES[0], CASES[5]
@@ -64,7 +64,7 @@ def test_parameters_and_what_trains(case):
             layer.get_base_layer().nf if "c_attn" in name and weight.shape[0] == 16 else weight.shape[0]
         )
         assert layer.lorad_A["default"].shape[1] == layer.r["default"]
-        if isinstance(layer, LoRaDConv2d) or isinstance(layer.get_base_layer(), nn.Linear):
+        if isinstance(layer, LoRaDConv) or isinstance(layer.get_base_layer(), nn.Linear):
             r = layer.r["default"]
             count = sum(p.numel() for p in layer.parameters() if p.requires_grad)
             assert count == r * (out_features + weight[0].numel() // 2)
@@ -284,7 +284,7 @@ def test_pointwise_convolution_equals_linear():
     conv, linear = nn.Conv2d(8, 4, 1), nn.Linear(8, 4)
     conv.weight.data, conv.bias = linear.weight.data[:, :, None, None].clone(), linear.bias
     torch.manual_seed(1)
-    turned_conv = LoRaDConv2d(conv, "default", LoRaDConfig(init_weights=False), 3)
+    turned_conv = LoRaDConv(conv, "default", LoRaDConfig(init_weights=False), 3)
     torch.manual_seed(1)
     turned_linear = LoRaDLinear(linear, "default", LoRaDConfig(init_weights=False), 3)
     x = numbers(2, 8, 3, 3)
@@ -577,4 +577,4 @@ def test_unmerging_twice_warns():
 
 
 def test_repr_names_the_method():
-    assert "lorad.LoRaDConv2d" in repr(get_peft_model(ConvNet(), LoRaDConfig(target_modules=["plain"])))
+    assert "lorad.LoRaDConv" in repr(get_peft_model(ConvNet(), LoRaDConfig(target_modules=["plain"])))
