@@ -1,4 +1,4 @@
-"""What a layer promises whatever happens around it: merging next to another tuner, mixed batches, its kind."""
+"""What a layer promises whatever happens around it: merging next to a LoRA, mixed batches, its kind."""
 
 import copy
 import pickle
@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.lorad.cases import CASES, numbers
 from wadi.lorad import LoRaDConfig, LoRaDConv, LoRaDLayer, LoRaDLinear
@@ -47,8 +48,10 @@ def turned(weight: torch.Tensor, layer: LoRaDLayer, names: list[str]) -> torch.T
 
 
 @pytest.mark.filterwarnings("ignore:Already")
-@pytest.mark.parametrize("make", [LAYERS["linear"], LAYERS["convolution"]], ids=["linear", "convolution"])
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize(
+    "make", [LAYERS["linear"], lambda: nn.Conv2d(3, 6, 3, padding=1)], ids=["linear", "convolution"]
+)
+@settings(max_examples=40, deadline=None)
 @given(actions=st.lists(st.sampled_from(["a", "b", "unmerge", "lora"]), max_size=8))
 def test_merging_in_any_order_next_to_a_lora(make, actions):
     """The weight is what was found, turned by what is merged, plus what the LoRA has added since."""
@@ -224,8 +227,6 @@ def test_a_convolution_is_the_stock_one_with_turned_filters(make):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_mixed_batches_give_each_sample_its_adapter(case):
-    from peft import get_peft_model
-
     torch.manual_seed(1)
     model = get_peft_model(case.model(), case.config()).eval()
     model.add_adapter("other", case.config())
@@ -243,4 +244,58 @@ def test_mixed_batches_give_each_sample_its_adapter(case):
                 expected.append(case.output(model, x)[index])
         mixed = model(x, adapter_names=names)
     torch.testing.assert_close(getattr(mixed, "logits", mixed), torch.stack(expected), **CLOSE)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_mixed_batches_where_a_layer_lacks_the_adapter():
+    case = CASES[0]
+    torch.manual_seed(1)
+    model = get_peft_model(case.model(), case.config()).eval()
+    model.add_adapter("other", case.config(target_modules=["2"]))
+    x = case.inputs()
+    model.set_adapter("other")
+    expected = model(x)
+    torch.testing.assert_close(model(x, adapter_names=["other"] * len(x)), expected, **CLOSE)
+
+
+def test_mixed_batches_of_beam_search():
+    """The decoder sees every sample once for each beam, the encoder once."""
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+    )
+    config = LoRaDConfig(r=8, target_modules=["q", "v"], init_weights=False, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(base, config).eval()
+    model.add_adapter("other", config)
+    for layer in model.modules():
+        if isinstance(layer, LoRaDLayer):
+            layer.set_scale("other", -5.0)
+    names, x = ["other", "default", "__base__"], torch.arange(3, 18).reshape(3, 5)
+    options = {"num_beams": 2, "do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6}
+    mixed = model.generate(input_ids=x, adapter_names=names, **options)
+    for index, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        assert torch.equal(mixed[index], model.generate(input_ids=x, **options)[index])
+    with model.disable_adapter():
+        assert torch.equal(mixed[2], model.generate(input_ids=x, **options)[2])
+
+
+@pytest.mark.parametrize(
+    ("state", "names", "message"),
+    [
+        ("eval", ["default"], "Length of `adapter_names` should be the same .* got 1 and 5"),
+        ("eval", ["default"] * 4 + ["nobody"], "non-existing adapter.*: nobody; there are default"),
+        ("train", ["default"] * 5, "in training mode"),
+        ("merged", ["default"] * 5, "please call `unmerge_adapter` first"),
+    ],
+    ids=["length", "name", "training", "merged"],
+)
+def test_mixed_batches_refuse(state, names, message):
+    model = get_peft_model(CASES[0].model(), CASES[0].config()).train(state == "train")
+    if state == "merged":
+        model.merge_adapter()
+    with pytest.raises(ValueError, match=message):
+        model(CASES[0].inputs(), adapter_names=names)
     assert not any(module._forward_pre_hooks for module in model.modules())

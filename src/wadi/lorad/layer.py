@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.rotation import Factors, rotated_linear, rotated_weight, turned_linear, turned_weight
 
-
 SHARED = "shared_by_views"
 """Attribute of a Parameter that several networks hold, set by who shares it: it must not be merged into."""
 
@@ -26,11 +25,11 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     (sequential CPU offload, layerwise casting) do not run then. A trainable base weight gets its gradient,
     a frozen one costs nothing.
 
-    Merging writes into the base's `nn.Parameter` and keeps a copy of the original weight (twice the memory of
-    the adapted weights), so unmerging restores the original bit for bit. What another tuner adds to the weight
-    meanwhile, as a LoRA around this layer does, stays in it: the two may be unmerged in any order. Merge LoRaD
-    first: it turns all that it finds in the weight. Other modules that hold the same Parameter (tied weights)
-    see the merged weight too, as with PEFT's LoRA.
+    Merging writes into the base's `nn.Parameter` and keeps a copy of the original weight (twice the memory
+    of the adapted weights), so unmerging restores the original bit for bit. What another tuner adds to the
+    weight meanwhile, as a LoRA around this layer does, stays in it: the two may be unmerged in any order.
+    Merge LoRaD first: it turns all that it finds in the weight. Other modules that hold the same Parameter
+    (tied weights) see the merged weight too, as with PEFT's LoRA.
 
     Attributes:
         in_features, out_features: of the base layer; for convolutions its input and output channels.
@@ -240,8 +239,8 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
             )
         if getattr(weight, SHARED, False):
             raise ValueError(
-                "The weight is shared by several views of one base, which a merge would all turn: merge a copy "
-                "(`copy.deepcopy`) of the network instead."
+                "The weight is shared by several views of one base, and a merge would turn it for all of them: "
+                "merge a copy (`copy.deepcopy`) of the network instead."
             )
         return weight
 
@@ -324,6 +323,11 @@ class LoRaDConv(LoRaDLayer):
 
     Backward keeps the turned weight, as any convolution keeps its weight.
     """
+
+    @property
+    def groups(self) -> int:
+        """The groups of the base layer: PEFT's LoRA asks the layer that it is put around."""
+        return self.get_base_layer().groups
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts linear layers only."""

@@ -96,7 +96,7 @@ class LoRaDModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, the adapter of each sample of a batch, to all adapted layers, as PEFT's LoRA does.
+        """Hand `adapter_names`, the adapter of each sample of a batch, to all adapted layers.
 
         Raises:
             ValueError: the model is in training mode, or no layer has an adapter of that name.
