@@ -239,7 +239,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
             )
         if getattr(weight, SHARED, False):
             raise ValueError(
-                "The weight is shared by several views of one base, and a merge would turn it for all of them: "
+                "The weight is shared by several views of one base, and merging would change all of them: "
                 "merge a copy (`copy.deepcopy`) of the network instead."
             )
         return weight
