@@ -43,8 +43,8 @@ def fetch_source() -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
         if subprocess.run([*pip, "--dest", str(BUILD), requirement]).returncode or not archive.exists():
             sys.exit(
-                f"peft-suite: the source of {requirement}, with its tests, could not be fetched from PyPI (see "
-                f"above); connect to it, or put {archive.name} into {BUILD} by hand"
+                f"peft-suite: {requirement} with its tests could not be fetched from PyPI (see above); "
+                f"connect to it, or put {archive.name} into {BUILD} by hand"
             )
     return archive
 
