@@ -130,7 +130,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _higher_rate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train at a rate of 10 where PEFT asks whether everything moved: it has such exceptions for other methods.
+    """Train at a rate of 10 where PEFT asks what moved: the test has such exceptions for other methods.
 
     A starts at zero, so that B hardly moves in the three steps of that test at its rate of 0.5.
     """
