@@ -1,6 +1,7 @@
 # make demo    distil the built-in teacher and open the report that it prints
 # make test    run the tests
 # make lint    check style
+# make peft-suite   run PEFT's own tests on LoRaD; they are fetched from PyPI
 # make setup   only the virtual environment (the others call it)
 # make clean   remove the environment and all caches; runs/ stays
 
@@ -15,7 +16,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' requirements-lock.txt)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint peft-suite clean
 
 setup: $(READY)
 
@@ -40,6 +41,9 @@ demo: setup
 test: setup
 	@echo "test: pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+
+peft-suite: setup
+	@$(BIN)/python peft_suite/run.py --numprocesses 2
 
 lint: setup
 	@echo "lint: ruff"

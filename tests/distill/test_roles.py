@@ -1,10 +1,13 @@
 """Three views of one base: the same storages, separate adapters, gradients under checkpointing."""
 
+import copy
+
 import pytest
 import torch
 
 from tests.tiny import tiny_pipeline
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable, view
+from wadi.lorad import LoRaDLayer
 from wadi.lorad.presets import fake_config, student_config
 
 
@@ -35,6 +38,21 @@ def test_views_hold_the_same_tensors(unet):
         assert own.keys() == teacher.keys()
         assert all(own[name] is teacher[name] for name in teacher)
         assert not any(module in set(roles.teacher.modules()) for module in network.modules())
+
+
+def test_one_view_is_not_merged_but_its_copy_is(unet):
+    """Merging writes in place, and the base is that of all three."""
+    roles, x = build(unet), torch.randn(2, 4, 8, 8)
+    expected = call(roles.teacher, x)
+    with pytest.raises(ValueError, match=r"shared by several views .* copy"):
+        roles.student.apply(lambda module: module.merge() if isinstance(module, LoRaDLayer) else None)
+    merged = copy.deepcopy(roles.student)
+    for module in merged.modules():
+        if isinstance(module, LoRaDLayer):
+            torch.nn.init.normal_(module.lorad_A["default"])
+            module.merge()
+    assert not torch.allclose(call(merged, x), expected)
+    assert torch.equal(call(roles.teacher, x), expected)
 
 
 def test_a_view_shares_buffers_too():

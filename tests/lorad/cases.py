@@ -29,6 +29,22 @@ class ConvNet(nn.Module):
         return self.head(self.depthwise(self.pointwise(x).tanh()).mean((2, 3)))
 
 
+class OtherConvNet(nn.Module):
+    """Along one axis (odd fan-in, reflected padding; grouped) and along three (circular; strided)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.grouped_line = nn.Conv1d(8, 12, 3, stride=2, groups=4, bias=False)
+        self.volume = nn.Conv3d(1, 4, (1, 2, 3), padding=1, padding_mode="circular")
+        self.grouped_volume = nn.Conv3d(4, 6, 3, dilation=(1, 2, 1), groups=2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped_line(self.line(x).tanh()).tanh().view(len(x), 1, 3, 4, -1)
+        return self.head(self.grouped_volume(self.volume(x).tanh()).mean((2, 3, 4)))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 4, bias=False)
@@ -120,5 +136,12 @@ CASES = [
         tokens,
         4,
         {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    ),
+    Case(
+        "convolutions, one and three axes",
+        OtherConvNet,
+        lambda: numbers(2, 3, 13),
+        4,
+        {"target_modules": r"(?!head).+"},
     ),
 ]

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.lorad.cases import CASES, Case, ConvNet, gpt2, mlp, numbers
 from wadi import LoRaDConfig
-from wadi.lorad import LoRaDConv2d, LoRaDLayer, LoRaDLinear
+from wadi.lorad import LoRaDConv, LoRaDLayer, LoRaDLinear
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MLP, CONVOLUTIONS = CASES[0], CASES[5]
@@ -64,7 +64,7 @@ def test_parameters_and_what_trains(case):
             layer.get_base_layer().nf if "c_attn" in name and weight.shape[0] == 16 else weight.shape[0]
         )
         assert layer.lorad_A["default"].shape[1] == layer.r["default"]
-        if isinstance(layer, LoRaDConv2d) or isinstance(layer.get_base_layer(), nn.Linear):
+        if isinstance(layer, LoRaDConv) or isinstance(layer.get_base_layer(), nn.Linear):
             r = layer.r["default"]
             count = sum(p.numel() for p in layer.parameters() if p.requires_grad)
             assert count == r * (out_features + weight[0].numel() // 2)
@@ -284,7 +284,7 @@ def test_pointwise_convolution_equals_linear():
     conv, linear = nn.Conv2d(8, 4, 1), nn.Linear(8, 4)
     conv.weight.data, conv.bias = linear.weight.data[:, :, None, None].clone(), linear.bias
     torch.manual_seed(1)
-    turned_conv = LoRaDConv2d(conv, "default", LoRaDConfig(init_weights=False), 3)
+    turned_conv = LoRaDConv(conv, "default", LoRaDConfig(init_weights=False), 3)
     torch.manual_seed(1)
     turned_linear = LoRaDLinear(linear, "default", LoRaDConfig(init_weights=False), 3)
     x = numbers(2, 8, 3, 3)
@@ -329,41 +329,6 @@ def test_merge_remembers_its_scale_and_survives_a_deleted_adapter():
         model.merge_adapter(["other"])
     torch.testing.assert_close(model(x), expected, **CLOSE)
     model.unmerge_adapter()
-    assert all(torch.equal(w, originals[name]) for name, w in base_weights(model).items())
-
-
-def test_merge_leaves_other_owners_of_the_weight_alone():
-    """Several views of one frozen base share its parameters; merging one view must not turn the others."""
-    base = MLP.model()
-    memo = {id(p): p for p in base.parameters()}
-    view = get_peft_model(copy.deepcopy(base, memo), MLP.config())
-    x = MLP.inputs()
-    expected = base(x)
-    turned = view(x)
-    view.merge_adapter()
-    assert torch.equal(base(x), expected)
-    torch.testing.assert_close(view(x), turned, **CLOSE)
-    view.unmerge_adapter()
-    assert view.base_model.model[0].weight is base[0].weight
-
-
-def test_model_may_change_dtype_while_merged():
-    model = adapted(MLP)
-    originals = base_weights(model)
-    model.merge_adapter()
-    model.double()
-    model.unmerge_adapter()
-    for name, weight in base_weights(model).items():
-        torch.testing.assert_close(weight, originals[name].double(), rtol=0, atol=0)  # the dtype as well
-
-
-def test_safe_merge_refuses_a_broken_adapter():
-    model = adapted(MLP)
-    originals = base_weights(model)
-    layer = next(iter(lorad_layers(model).values()))
-    layer.lorad_A["default"].data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
     assert all(torch.equal(w, originals[name]) for name, w in base_weights(model).items())
 
 
@@ -548,14 +513,27 @@ class Quantized(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "error", "message"),
     [
-        (nn.Embedding(4, 8), TypeError, "not supported"),
-        (nn.LayerNorm(4), TypeError, "not supported"),
+        (
+            nn.Embedding(4, 8),
+            ValueError,
+            r"Target module Embedding\(4, 8\) is not supported. Currently, only",
+        ),
+        (nn.LayerNorm(4), ValueError, "is not supported"),
+        (nn.ConvTranspose2d(4, 4, 3), ValueError, "is not supported"),
         (Quantized(), TypeError, "quantized"),
         (NonDynamicallyQuantizableLinear(4, 4), TypeError, "exclude"),
         (nn.Linear(1, 4), ValueError, "fan-in of 1"),
         (nn.Conv2d(4, 4, 1, groups=4), ValueError, "fan-in of 1"),
     ],
-    ids=["embedding", "norm", "quantized", "output of MultiheadAttention", "one input", "depthwise 1x1"],
+    ids=[
+        "embedding",
+        "norm",
+        "transposed",
+        "quantized",
+        "output of MultiheadAttention",
+        "one input",
+        "depthwise 1x1",
+    ],
 )
 def test_unsupported_layers(layer, error, message):
     with pytest.raises(error, match=message):
@@ -577,4 +555,4 @@ def test_unmerging_twice_warns():
 
 
 def test_repr_names_the_method():
-    assert "lorad.LoRaDConv2d" in repr(get_peft_model(ConvNet(), LoRaDConfig(target_modules=["plain"])))
+    assert "lorad.LoRaDConv" in repr(get_peft_model(ConvNet(), LoRaDConfig(target_modules=["plain"])))

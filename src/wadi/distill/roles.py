@@ -17,6 +17,8 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
+from wadi.lorad.layer import SHARED
+
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
@@ -30,8 +32,13 @@ class Roles:
 
 
 def view(module: Module) -> Module:
-    """Copy the modules of `module` but none of its parameters and buffers: both hold the same tensors."""
+    """Copy the modules of `module` but none of its parameters and buffers: both hold the same tensors.
+
+    An adapter of one view cannot be merged, which would change all views; merge into a `copy.deepcopy` of it.
+    """
     memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    for tensor in memo.values():
+        setattr(tensor, SHARED, True)
     return copy.deepcopy(module, memo)
 
 

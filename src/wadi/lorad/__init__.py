@@ -6,13 +6,13 @@ from peft.utils import PeftType, register_peft_method
 
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.io import average_adapters, load_adapter, save_adapter
-from wadi.lorad.layer import LoRaDConv2d, LoRaDLayer, LoRaDLinear
+from wadi.lorad.layer import LoRaDConv, LoRaDLayer, LoRaDLinear
 from wadi.lorad.model import LoRaDModel
 from wadi.lorad.presets import fake_config, student_config
 
 __all__ = [
     "LoRaDConfig",
-    "LoRaDConv2d",
+    "LoRaDConv",
     "LoRaDLayer",
     "LoRaDLinear",
     "LoRaDModel",

@@ -20,7 +20,8 @@ class LoRaDConfig(PeftConfig):
         target_modules (`list[str] | str | None`):
             Names of the modules to adapt: a list of names or name endings, a regular expression that matches
             the whole name, or `"all-linear"`. Without it, PEFT's usual choice for the model's architecture.
-            `torch.nn.Linear`, `torch.nn.Conv2d` and transformers' `Conv1D` are supported.
+            `torch.nn.Linear`, `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, and transformers' `Conv1D` are
+            supported. Embeddings are not turned.
         exclude_modules (`list[str] | str | None`):
             Names of modules to leave out, as a list of names or name endings, or as a regular expression.
         rank_pattern (`dict[str, int]`):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.rotation import Factors, rotated_linear, rotated_weight
+
+SHARED = "shared_by_views"
+"""Attribute of a Parameter that several networks hold, set by who shares it: it must not be merged into."""
 
 
 class LoRaDLayer(nn.Module, BaseTunerLayer):
@@ -20,9 +24,14 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     (sequential CPU offload, layerwise casting) do not run then. A trainable base weight gets its gradient,
     a frozen one costs nothing.
 
-    While merged, the layer keeps the original weight beside the turned one (twice the memory of the adapted
-    weights), so unmerging restores the very same `nn.Parameter` bit for bit; other modules that share it are
-    not affected by a merge.
+    Merging writes into the base's `nn.Parameter` and keeps a copy of the original weight (twice the memory
+    of the adapted weights), so unmerging restores the original bit for bit. What another tuner adds to the
+    weight meanwhile, as a LoRA around this layer does, stays in it: the two may be unmerged in any order.
+    Merge LoRaD first: it turns all that it finds in the weight. Other modules that hold the same Parameter
+    (tied weights) see the merged weight too, as with PEFT's LoRA.
+
+    Attributes:
+        in_features, out_features: of the base layer; for convolutions its input and output channels.
 
     Raises:
         TypeError: the base layer is quantized or already carries another kind of adapter.
@@ -41,16 +50,16 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         if not base_layer.weight.is_floating_point():
             raise TypeError(f"LoRaD needs a floating-point weight, {type(base_layer).__name__} is quantized.")
         self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.lorad_A = nn.ParameterDict({})
         self.lorad_B = nn.ParameterDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._merged_factors: list[Factors] = []
-        self._original_weight: list[
-            nn.Parameter
-        ] = []  # in a list: a Parameter attribute would enter the state dict
+        self._merged_factors: list[Factors] = []  # copies: the adapter may be trained or deleted meanwhile
+        self._original: torch.Tensor | None = None  # no Parameter and no buffer: not in the state dict
+        self._written = 0  # the checksum of the weight that was merged
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
@@ -104,40 +113,58 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Turn the base weight by the angles of `adapter_names` (default: the active ones).
+        """Turn the base weight, in place, by the angles of `adapter_names` (default: the active ones).
 
         All merged adapters turn the original weight at once, each with the scale it had when it was merged.
 
         Raises:
-            ValueError: `safe_merge`, and the turned weight is not finite.
+            ValueError: `safe_merge`, and the turned weight is not finite; or the weight cannot be written to:
+                it has no values (it is offloaded), or is shared by the views of one base.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
-        base_layer, original = self.get_base_layer(), self._unmerged_weight()
-        factors = self._merged_factors + self._factors(names)
-        with torch.no_grad():
-            weight = self._rotated(original, factors)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
-        base_layer.weight = nn.Parameter(weight, requires_grad=original.requires_grad)
-        self._original_weight = [original]
-        self._merged_factors = factors
+        weight, added = self._writable_weight(), self._added_by_others()
+        original = (weight if self._original is None else self._original).detach().to(weight, copy=True)
+        factors = [Factors(A.detach().clone(), B.detach().clone(), s) for A, B, s in self._factors(names)]
+        turned = self._turned(original, self._merged_factors + factors)
+        if safe_merge and not torch.isfinite(turned).all():
+            raise ValueError(
+                "NaNs detected in the merged weights. "
+                f"The adapter {self._broken(names, original)} seems to be broken"
+            )
+        self._write(turned, added)
+        self._original = original
+        self._merged_factors += factors
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+        """Put the original weight back, bit for bit, plus what others have added to it since.
+
+        Raises:
+            ValueError: as `merge`, for a weight that cannot be written to.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base_layer, original = self.get_base_layer(), self._unmerged_weight()
-        original.data = original.data.to(base_layer.weight)  # the model may have moved while it was merged
-        base_layer.weight = original
-        self._original_weight, self._merged_factors = [], []
+        weight, added = self._writable_weight(), self._added_by_others()
+        self._write(self._original.to(weight), added)
+        self._original, self._merged_factors = None, []
         self.merged_adapters.clear()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the base layer with its weight turned by the sum of the active adapters' angles."""
+    def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """Apply the base layer with its weight turned by the sum of the active adapters' angles.
+
+        Args:
+            x: what the base layer takes.
+            adapter_names: for each sample of `x` the one adapter that turns the weight for it, instead of the
+                active ones; `"__base__"`, or an adapter that this layer lacks, for the weight as it is.
+
+        Raises:
+            ValueError: `adapter_names` is not as long as `x`, or adapters are merged.
+        """
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names)
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -147,14 +174,90 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         return self._rotated_forward(x, factors)
 
+    def _mixed_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Apply to each sample its own adapter: one forward for each adapter of the batch."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, "
+                "please call `unmerge_adapter` first."
+            )
+        samples: dict[str | None, list[int]] = {}
+        for index, name in enumerate(adapter_names):
+            turns = name in self.r and not self._disable_adapters
+            samples.setdefault(name if turns else None, []).append(index)
+        outputs = [
+            self.base_layer(x[indices])
+            if name is None
+            else self._rotated_forward(x[indices], self._factors([name]))
+            for name, indices in samples.items()
+        ]
+        order = torch.tensor([index for indices in samples.values() for index in indices])
+        return torch.cat(outputs)[order.argsort().to(x.device)]
+
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
 
     def _factors(self, names: list[str]) -> list[Factors]:
         return [Factors(self.lorad_A[name], self.lorad_B[name], self.scaling[name]) for name in names]
 
-    def _unmerged_weight(self) -> nn.Parameter:
-        return self._original_weight[0] if self._original_weight else self.get_base_layer().weight
+    def _unmerged_weight(self) -> torch.Tensor:
+        weight = self.get_base_layer().weight
+        return weight if self._original is None else self._original.to(weight)
+
+    def _writable_weight(self) -> nn.Parameter:
+        weight = self.get_base_layer().weight
+        if weight.is_meta:
+            raise ValueError(
+                f"The weight of {self.get_base_layer()} has no values (it is on the meta device): load or "
+                "onload the model before you merge or unmerge."
+            )
+        if getattr(weight, SHARED, False):
+            raise ValueError(
+                "The weight is shared by several views of one base, and merging would change all of them: "
+                "merge a copy (`copy.deepcopy`) of the network instead."
+            )
+        return weight
+
+    @torch.no_grad()
+    def _turned(self, weight: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
+        """Turn `weight` by copies of factors, which did not move with the model."""
+        device = weight.device
+        return self._rotated(weight, [Factors(A.to(device), B.to(device), scale) for A, B, scale in factors])
+
+    def _added_by_others(self) -> torch.Tensor | None:
+        """Return what others have added to the merged weight, in float32 or wider; None if nothing."""
+        weight = self.get_base_layer().weight.detach()
+        # the checksum and not a comparison: turning anew may round otherwise (threads, TF32, another device)
+        if not self.merged or _checksum(weight) == self._written:
+            return None
+        turned = self._turned(self._unmerged_weight(), self._merged_factors)
+        return _wide(weight) - _wide(turned)
+
+    @torch.no_grad()
+    def _write(self, values: torch.Tensor, added: torch.Tensor | None) -> None:
+        weight = self.get_base_layer().weight
+        weight.copy_(values if added is None else _wide(values) + added)
+        self._written = _checksum(weight)
+
+    def _broken(self, names: list[str], original: torch.Tensor) -> str:
+        """Return the first adapter that spoils the weight alone, or the last one."""
+        alone = ((name, self._turned(original, self._factors([name]))) for name in names)
+        return next((name for name, turned in alone if not torch.isfinite(turned).all()), names[-1])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoRaDLayer:
+        """Let the kept original follow where the model is moved or cast to."""
+        untouched = self.merged and _checksum(self.weight) == self._written
+        super()._apply(fn, recurse)
+        if self._original is not None:
+            self._original = fn(self._original)
+        if untouched:
+            self._written = _checksum(self.weight)
+        return self
 
     def _rotated(self, weight: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         """Return `weight`, in its own shape and dtype, turned by the sum of the angles."""
@@ -185,11 +288,18 @@ class LoRaDLinear(LoRaDLayer):
         return rotated_linear(x, self._as_matrix(base_layer.weight), base_layer.bias, factors)
 
 
-class LoRaDConv2d(LoRaDLayer):
-    """LoRaD on `torch.nn.Conv2d`: pairs along the flattened (in // groups) x kh x kw axis.
+class LoRaDConv(LoRaDLayer):
+    """LoRaD on `torch.nn.Conv1d`, `Conv2d` or `Conv3d`: pairs along the flattened axes of a filter.
+
+    A filter has in // groups times the kernel's size weights, for `Conv2d` (in // groups) x kh x kw.
 
     Backward keeps the turned weight, as any convolution keeps its weight.
     """
+
+    @property
+    def groups(self) -> int:
+        """The groups of the base layer: PEFT's LoRA asks the layer that it is put around."""
+        return self.get_base_layer().groups
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts linear layers only."""
@@ -203,5 +313,17 @@ class LoRaDConv2d(LoRaDLayer):
 
     def _rotated_forward(self, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         base_layer = self.base_layer
-        # the method behind Conv2d.forward, for its padding modes
+        # the method behind the forward of a convolution, for its padding modes
         return base_layer._conv_forward(x, self._rotated(base_layer.weight, factors), base_layer.bias)
+
+
+def _checksum(weight: torch.Tensor) -> int:
+    """Return the sum of the bits, read as integers: exact, and the same on every device."""
+    if weight.is_meta:
+        return 0
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().view(integers).sum(dtype=torch.int64))
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

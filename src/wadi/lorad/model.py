@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from wadi.lorad.config import LoRaDConfig
-from wadi.lorad.layer import LoRaDConv2d, LoRaDLayer, LoRaDLinear
+from wadi.lorad.layer import LoRaDConv, LoRaDLayer, LoRaDLinear
 from wadi.lorad.rotation import Factors
 
 
@@ -90,6 +94,43 @@ class LoRaDModel(BaseTuner):
             layer.lorad_A[adapter_name].data = torch.cat([part.A for part in layer_parts], dim=1)
             layer.lorad_B[adapter_name].data = torch.cat([part.B for part in layer_parts], dim=0)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, the adapter of each sample of a batch, to all adapted layers.
+
+        Raises:
+            ValueError: the model is in training mode, or no layer has an adapter of that name.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, (LoRaDLayer, AuxiliaryTrainingWrapper))]
+        known = {name for layer in layers if isinstance(layer, LoRaDLayer) for name in layer.r}
+        if unknown := set(names) - known - {"__base__"}:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(sorted(known))}"
+            )
+        # beam search repeats the samples after the encoder, if there is one
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else self.model
+        before = set() if encoder is self.model else set(encoder.modules())
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            layer.register_forward_pre_hook(
+                partial(_with_adapter_names, names=names if layer in before else repeated), with_kwargs=True
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _create_and_replace(
         self,
         peft_config: LoRaDConfig,
@@ -121,9 +162,16 @@ class LoRaDModel(BaseTuner):
             )
         if isinstance(base_layer, (nn.Linear, Conv1D)):
             return LoRaDLinear(target, adapter_name, peft_config, r)
-        if isinstance(base_layer, nn.Conv2d):
-            return LoRaDConv2d(target, adapter_name, peft_config, r)
-        raise TypeError(
+        if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return LoRaDConv(target, adapter_name, peft_config, r)
+        raise ValueError(
             f"Target module {target} is not supported. Currently, only the following modules are supported: "
-            "`torch.nn.Linear`, `torch.nn.Conv2d`, `transformers.pytorch_utils.Conv1D`."
+            "`torch.nn.Linear`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`, "
+            "`transformers.pytorch_utils.Conv1D`."
         )
+
+
+def _with_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
