@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from wadi import WadiError
-from wadi.tasks.exemplars import read_exemplars, square
+from wadi.tasks.exemplars import cropped, read_exemplars
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_a_picture_is_turned_upright_and_cut_to_its_middle(folder):
     image.save(folder / "c.png", exif=exif)
     upright = read_exemplars(folder).images[2]
     assert upright.size == (10, 30)
-    assert square(upright, 5).size == (5, 5)
-    assert max(square(upright, 5).getpixel((2, 2))[1:]) < 10  # red, up to resampling
+    assert cropped(upright, 4, 5).size == (5, 4)
+    assert max(cropped(upright, 5, 5).getpixel((2, 2))[1:]) < 10  # red, up to resampling
 
 
 @pytest.mark.parametrize(
