@@ -288,4 +288,11 @@ def load_for_steps(
         )
     if num_inference_steps == 1:
         return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
-    return load_pipeline(model, torch_dtype).to(device)
+    pipeline = load_pipeline(model, torch_dtype)
+    whole_number("--num-inference-steps", num_inference_steps, 1, _timesteps(pipeline) + 1)
+    return pipeline.to(device)
+
+
+def _timesteps(pipeline: DiffusionPipeline) -> int:
+    """Timesteps of a pipeline's schedule: it takes no more steps."""
+    return pipeline.scheduler.config.get("num_train_timesteps", 1000)

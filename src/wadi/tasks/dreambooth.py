@@ -55,6 +55,7 @@ from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
+from wadi.onestep.arguments import check_seed, seeded
 from wadi.onestep.loading import forget_origin, prompt_limit, stock_arguments
 
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
@@ -150,6 +151,7 @@ class DreamBoothConfig:
         for name in (*at_least_1, "max_train_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise WadiError(f"--{_option(name)}: must be at least 1, but is {getattr(self, name)}")
+        check_seed(self.seed, self.num_class_images, "--seed")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -501,7 +503,7 @@ def _paint(
         prompts,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+        generator=seeded(seed, len(prompts)),
         **stock_arguments(pipeline),
     ).images
 

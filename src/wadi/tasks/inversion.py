@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from wadi.errors import WadiError
 from wadi.files import save_tensors
-from wadi.onestep.arguments import own_size
+from wadi.onestep.arguments import check_seed, own_size
 from wadi.onestep.loading import load_pipeline
 from wadi.tasks.exemplars import Exemplars, cropped, read_exemplars
 
@@ -262,6 +262,7 @@ def learn_words(
 
 
 def _check(config: InvertConfig) -> None:
+    check_seed(config.seed, name="--seed")
     for name in ("num_vectors", "max_train_steps", "train_batch_size", "num_positives"):
         if getattr(config, name) < 1:
             raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
