@@ -13,7 +13,7 @@ from wadi.files import explain_os_errors
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Files of a folder that are read as images, in lower or upper case."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that are read, whatever a file's suffix; Pillow would run Ghostscript for some of the others."""
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".exr")
 """Files of a folder that are images and are not read, which is told."""

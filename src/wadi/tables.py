@@ -98,13 +98,13 @@ def read_texts(path: str | os.PathLike, column: str) -> list[Prompt]:
             return _coco(path, content)
         if isinstance(content, list) and any(isinstance(row, str) for row in content):
             return with_text(enumerate(content, 1), str(path), column)
-        rows = _json_rows(path, content)
-    else:
-        rows = read_rows(path)
-    return with_text(_column(path, rows, column), str(path), column)
+        return with_text(_column(path, _json_rows(path, content), column), str(path), column)
+    return with_text(_column(path, read_rows(path), column), str(path), column, "line")
 
 
-def with_text(values: Iterator[tuple[int, Any]] | enumerate, source: str, column: str) -> list[Prompt]:
+def with_text(
+    values: Iterator[tuple[int, Any]] | enumerate, source: str, column: str, unit: str = "row"
+) -> list[Prompt]:
     """Numbered values as prompts, without those that are missing or blank, which is told.
 
     Raises:
@@ -112,7 +112,7 @@ def with_text(values: Iterator[tuple[int, Any]] | enumerate, source: str, column
     """
     found, empty = [], 0
     for line, value in values:
-        text = "" if value is None else _text(value, f"{source}: row {line}")
+        text = "" if value is None else _text(value, f"{source}: {unit} {line}")
         if text:
             found.append(Prompt(text, line))
         else:

@@ -16,6 +16,8 @@ from wadi.errors import WadiError
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST = 16
 """Times the model's own side: images with a larger side are refused before they fill the memory."""
+STOCK_STEP = 8
+"""Pixels that diffusers' pipelines ask the sides to be multiples of, whatever their VAE."""
 SEEDS = 2**63
 """Seeds are below this, as `torch.Generator` takes them."""
 _ANY_SIZE = {"UpBlock2D", "CrossAttnUpBlock2D"}
@@ -34,8 +36,7 @@ def image_size(
 
     Raises:
         WadiError: a side is not a whole number, is less than 1 or more than `LARGEST` times the model's own,
-            or is not a multiple of what the model takes: the VAE's pixels a latent, times the latents of a
-            transformer's patch.
+            or is not a multiple of what the model takes (`size_step`).
     """
     own, step = own_size(pipeline), size_step(pipeline)
     asked = {"--height": height, "--width": width}
@@ -51,13 +52,17 @@ def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 
 def size_step(pipeline: DiffusionPipeline) -> int:
-    """Pixels that both sides of an image must be multiples of."""
-    network = _network(pipeline)
+    """Pixels that both sides of an image must be multiples of.
+
+    That is `STOCK_STEP`, and the VAE's pixels a latent times the latents of a transformer's patch, or those
+    that a U-Net shrinks to one where it cannot grow to any size again.
+    """
+    network, latents = _network(pipeline), 1
     if not isinstance(network, UNet2DConditionModel):
-        return pipeline.vae_scale_factor * (network.config.get("patch_size") or 1)
-    if {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
-        return pipeline.vae_scale_factor
-    return pipeline.vae_scale_factor * 2**network.num_upsamplers
+        latents = network.config.get("patch_size") or 1
+    elif not {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
+        latents = 2**network.num_upsamplers
+    return math.lcm(STOCK_STEP, pipeline.vae_scale_factor * latents)
 
 
 def whole_number(name: str, value: Any, low: int, below: int | None = None) -> int:

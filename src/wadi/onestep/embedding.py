@@ -18,7 +18,7 @@ from wadi.files import explain_os_errors, load_tensors
 
 NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*", "clip_l")
 """Names of the one tensor in files of A1111 and Civitai, which is no word: the word is the file's name."""
-_PICKLES = (b"PK", b"\x80")
+_PICKLES = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 """How files of torch.save begin, new and old."""
 
 
@@ -66,7 +66,7 @@ def as_learned(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[str]
 
     It looks for exactly the token's text, and would otherwise use the first embedding only.
     """
-    if not isinstance(pipeline, TextualInversionLoaderMixin):
+    if not isinstance(pipeline, TextualInversionLoaderMixin) or pipeline.tokenizer is None:
         return list(prompts)
     known = pipeline.tokenizer.added_tokens_encoder
     result = list(prompts)
@@ -88,7 +88,8 @@ def as_learned(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[str]
 def _read(file: Path, path: Path, width: int) -> tuple[str, torch.Tensor]:
     """Word and embeddings (n, width) of a file."""
     with explain_os_errors(file, "read the embedding"), file.open("rb") as opened:
-        if opened.read(2).startswith(_PICKLES):
+        beginning = opened.read(9)
+        if beginning.startswith(_PICKLES) and beginning[8:] != b"{":  # which follows safetensors' 8 bytes
             raise WadiError(
                 f"{file}: was written by torch.save and can run code when it is read, so it is not; save its "
                 "tensor as .safetensors, or name such a file"
