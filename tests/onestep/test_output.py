@@ -55,8 +55,8 @@ class Flagging(torch.nn.Module):
     device, dtype = torch.device("cpu"), torch.float32
 
     def forward(self, images, clip_input):
-        flags = [i == 0 for i in range(len(images))]
-        return np.stack([np.zeros_like(x) if f else x for x, f in zip(images, flags, strict=True)]), flags
+        images[0] = 0
+        return images, [i == 0 for i in range(len(images))]
 
 
 @pytest.mark.parametrize("fast", [False, True])
