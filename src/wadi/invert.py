@@ -14,7 +14,8 @@ from wadi import emoji
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder, write_json
 from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
-from wadi.tasks.exemplars import read_exemplars, square
+from wadi.onestep.arguments import own_size
+from wadi.tasks.exemplars import cropped, read_exemplars
 from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig, invert
 
 RESULT_FILE, PICTURES = "inversion.json", "pictures.png"
@@ -122,9 +123,9 @@ def pictures(options: InvertOptions, inversion: Inversion, embedding: Path) -> I
     if options.adapter is not None:
         student = OneStepPipeline.from_pretrained(options.model, options.adapter, dtype, options.device)
         student.load_embedding(embedding)
-    side = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    size = own_size(teacher)
     exemplars = read_exemplars(options.examples)
-    rows = [("exemplars", [square(image, side) for image in exemplars.images[:COLUMNS]])]
+    rows = [("exemplars", [cropped(image, *size) for image in exemplars.images[:COLUMNS]])]
     for prompt in new_prompts(inversion, options.prompts):
         made = teacher(
             [prompt] * COLUMNS,

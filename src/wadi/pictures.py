@@ -16,8 +16,11 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from wadi import emoji
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
+from wadi.images import open_mask
 from wadi.onestep import OneStepPipeline, check_picture_path, image_grid, refuse_guidance, save_picture
+from wadi.onestep.arguments import check_seed, finite_number, image_size, whole_number
+from wadi.onestep.embedding import holds_word
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import control as steering
 from wadi.tasks import editing, growth, redilated
@@ -70,14 +73,21 @@ class Common:
         """Tell what cannot be before anything is loaded or made.
 
         Raises:
-            WadiError: a number below 1, an unknown kind of picture, or guidance of a single step.
+            WadiError: a number or a seed out of its range, an unknown kind of image, or guidance of a single
+            step.
         """
-        if min(self.num_images, self.batch_size, self.num_inference_steps) < 1:
-            raise WadiError("--num-images, --batch-size, --num-inference-steps: must be at least 1")
+        for name in ("num_images", "batch_size", "num_inference_steps"):
+            whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        finite_number("--guidance-scale", self.guidance_scale)
+        self.check_seeds(self.num_images)
         if self.out.suffix:
             check_picture_path(self.out)
         if self.num_inference_steps == 1:
             refuse_guidance(1, self.guidance_scale, self.negative_prompt)
+
+    def check_seeds(self, images: int) -> None:
+        """Raise a WadiError if --seed, or that of the last of so many images, is not possible."""
+        check_seed(self.seed, images, "--seed")
 
     def load(self) -> DiffusionPipeline:
         """What the options name, or what comes with wadi: the student for one step, the teacher for several.
@@ -87,9 +97,7 @@ class Common:
         """
         adapter = self.adapter
         if adapter is not None and self.num_inference_steps > 1:
-            raise WadiError(
-                "--num-inference-steps: the student of --adapter takes 1 step; leave one of them away"
-            )
+            raise WadiError("--num-inference-steps: the student of --adapter takes 1 step; omit one of them")
         if self.model is None and adapter is None and self.num_inference_steps == 1:
             adapter = str(emoji.student_folder())
         return load_for_steps(
@@ -183,7 +191,10 @@ def _student(config: GenerateConfig) -> OneStepPipeline:
         vae=config.vae,
     )
     for path in config.embedding:
-        pipeline.load_embedding(path)
+        word = pipeline.load_embedding(path)
+        print(f"{path}: the word {word}")
+        if not holds_word(pipeline.pipeline, config.prompt, word):
+            tell(f"--embedding {path}: the prompt does not have the word {word}, so it changes nothing")
     return pipeline
 
 
@@ -245,9 +256,11 @@ def control(config: ControlConfig) -> None:
     pictures = [room.open_picture(path) for path in room.one_for_each("IMAGE", config.image, len(names))]
     kinds = room.one_for_each("--condition", config.condition or ("canny",), len(names))
     usual = 1.0 if config.controlnet or config.num_inference_steps > 1 else emoji.CONTROLNET_SCALE
+    for value in config.conditioning_scale:
+        finite_number("--conditioning-scale", value)
     scales = room.one_for_each("--conditioning-scale", config.conditioning_scale or (usual,), len(names))
     pipeline = config.load()
-    size = room.picture_size(pipeline, config.height, config.width)
+    size = image_size(pipeline, config.height, config.width)[::-1]
     maps = [
         room.condition_map(picture, kind, size, config.low, config.high)
         for picture, kind in zip(pictures, kinds, strict=True)
@@ -310,7 +323,8 @@ class InpaintConfig(Common):
     image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")]
     """The picture. What does not fit the shape of the result is cut off."""
     mask: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MASK")]
-    """A picture of the same size: white is repainted, black is kept."""
+    """An image of the same size: white is repainted, black is kept. If it is partly transparent: what is
+    drawn in one colour is repainted, or the hole that is cut into an image."""
     strength: float = 0.9
     """How much changes within the mask, more than 0 and at most 1. Lower, such as 0.8, keeps to the place and
     the ground of what was there; for an object where nothing was, stay at 0.9 or above."""
@@ -333,8 +347,9 @@ def inpaint(config: InpaintConfig) -> None:
         candidates = editing.CANDIDATES if config.num_inference_steps == 1 else 1
     if candidates < 1:
         raise WadiError("--candidates: must be at least 1")
+    config.check_seeds(config.num_images * candidates)
     picture = steering.open_picture(config.image)
-    shape = editing.binary_mask(steering.open_picture(config.mask), picture)
+    shape = editing.binary_mask(open_mask(config.mask), picture)
     pipeline = config.load()
     picture = editing.fitted(pipeline, picture, config.height, config.width)
     shape = editing.fitted(pipeline, shape, config.height, config.width, Resampling.NEAREST)

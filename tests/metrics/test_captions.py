@@ -45,7 +45,8 @@ def test_tables_and_text_as_in_training(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "not COCO"),
+        ("[]", "0 captions, fewer than --num-samples 1"),
+        ('{"a": 1}', "nor COCO"),
         ('{"annotations": [{"id": 1}]}', "not COCO"),
         ('{"annotations": 3}', "not COCO"),
         ("{", "not valid JSON"),

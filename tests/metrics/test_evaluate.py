@@ -208,7 +208,7 @@ def test_clip_reads_long_captions(clip_folder):
 def test_a_reference_that_is_no_picture_is_named(config, tmp_path):
     real_images(tmp_path / "real", 3)
     (tmp_path / "real" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(WadiError, match=r"broken.png: could not read the picture"):
+    with pytest.raises(WadiError, match=r"broken.png: could not read the image"):
         evaluate(dataclasses.replace(config, reference=tmp_path / "real"))
 
 

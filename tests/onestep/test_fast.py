@@ -241,7 +241,7 @@ def _blocks(count):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"height": 15}, "multiples of 2"),
+        ({"height": 15}, "--height 15: must be a multiple of 8"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1"),
         ({"clip_skip": 1}, "clip_skip"),

@@ -297,5 +297,5 @@ def test_the_suffix_says_what_a_picture_is_written_as(name, kind, tmp_path):
 def test_a_student_in_several_steps_is_refused(teacher, adapter):
     assert isinstance(load_for_steps(teacher, adapter).scheduler, LCMScheduler)
     assert not isinstance(load_for_steps(teacher, None, 4).scheduler, LCMScheduler)
-    with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4; leave the adapter away"):
+    with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4; omit the adapter"):
         load_for_steps(teacher, [adapter], 4)

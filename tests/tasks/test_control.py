@@ -22,7 +22,7 @@ from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import condition_map, edge_map, load_controlnet, with_controlnets
-from wadi.tasks.control import canny, edge_agreement, layout_map, one_for_each, open_picture, sheet, steer
+from wadi.tasks.control import canny, edge_agreement, layout_map, one_for_each, sheet, steer
 
 
 def square(side=16, low=4, high=12, colour=(255, 255, 255)):
@@ -243,14 +243,6 @@ def test_one_value_is_for_all():
         one_for_each("--x", ["a", "b"], 3)
 
 
-def test_pictures_that_are_none(tmp_path):
-    with pytest.raises(WadiError, match="no such picture"):
-        open_picture(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(WadiError, match="could not read the picture"):
-        open_picture(tmp_path / "text.png")
-
-
 def test_the_sheet_shows_each_picture_once():
     picture, edges, result = square(), edge_map(square()), Image.new("RGB", (16, 16), "blue")
     one = sheet([picture], ["canny"], [edges], [result])
@@ -302,7 +294,7 @@ def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, cap
         (["--controlnet", "nowhere"], "nowhere: no such folder"),
         (["--controlnet", "first", "-n", "0"], "must be at least 1"),
         (["--controlnet", "first", "--guidance-scale", "2"], "cannot be guided"),
-        (["--controlnet", "first", "--width", "15"], "15 x 16 are not multiples of 2"),
+        (["--controlnet", "first", "--width", "15"], "--width 15: must be a multiple of 8; use 8 or 16"),
         (["--controlnet", "first", "--conditioning-scale", "1", "--conditioning-scale", "1"], "2 given"),
         (["--controlnet", "first", "--adapter", "x", "--num-inference-steps", "2"], "takes 1 step"),
         (["--controlnet", "first", "--low", "300"], "thresholds must be in order"),

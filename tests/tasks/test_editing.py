@@ -252,7 +252,7 @@ def test_fitted(teacher):
     assert editing.fitted(teacher, wide, height=24, width=32).size == (32, 24)
     own, _ = picture_and_mask()
     assert editing.fitted(teacher, own) is own
-    with pytest.raises(WadiError, match="not multiples of 2"):
+    with pytest.raises(WadiError, match="must be a multiple of 8; use 16 or 24"):
         editing.fitted(teacher, wide, height=23)
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from wadi import WadiError
-from wadi.tasks.exemplars import read_exemplars, square
+from wadi.tasks.exemplars import cropped, read_exemplars
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_a_picture_is_turned_upright_and_cut_to_its_middle(folder):
     image.save(folder / "c.png", exif=exif)
     upright = read_exemplars(folder).images[2]
     assert upright.size == (10, 30)
-    assert square(upright, 5).size == (5, 5)
-    assert max(square(upright, 5).getpixel((2, 2))[1:]) < 10  # red, up to resampling
+    assert cropped(upright, 4, 5).size == (5, 4)
+    assert max(cropped(upright, 5, 5).getpixel((2, 2))[1:]) < 10  # red, up to resampling
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_a_picture_is_turned_upright_and_cut_to_its_middle(folder):
         (lambda f: (f / "c.png").write_text("no picture"), "c.png: could not read"),
         (
             lambda f: write_rows(f, [{"file_name": "a.jpg", "text": "d"}]),
-            "1 of 2 pictures have no caption, as b",
+            "1 of 2 images have no caption, as b",
         ),
         (lambda f: write_rows(f, [{"file": "a.jpg"}]), "every row needs file_name and text"),
-        (lambda f: (f / "metadata.jsonl").write_text("{"), "every row needs file_name and text"),
-        (lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\xff"), "a.txt: not text in UTF-8"),
+        (lambda f: (f / "metadata.jsonl").write_text("{"), "line 1 is not valid JSON"),
+        (lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\xff"), "a.txt: is UTF-16 text"),
     ],
 )
 def test_what_cannot_be_read_is_named(folder, spoil, message):
@@ -74,7 +74,7 @@ def test_what_cannot_be_read_is_named(folder, spoil, message):
 
 
 def test_a_folder_without_pictures_and_no_folder(tmp_path):
-    with pytest.raises(WadiError, match="has no pictures"):
+    with pytest.raises(WadiError, match="has no images"):
         read_exemplars(tmp_path)
     with pytest.raises(WadiError, match="no such folder"):
         read_exemplars(tmp_path / "nowhere")

@@ -4,8 +4,8 @@
     <folder>/<key>/shard-000000.safetensors     the tensors of a `Condition`, first dimension: prompts
 
 The key is a hash of this format, the text encoder, its tokenizer, the dtype, and the prompts: where one of
-them differs the entry is another, and none is ever out of date. Where there is a mask, a shard's embeddings
-end with its longest prompt; the mask is whole and tells how long they were.
+them differs the entry is another, and none is ever out of date. Where there is a mask, what a shard has of
+each token ends with its longest prompt; the mask is whole and tells how long it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wadi.distill.condition import Condition
+from wadi.distill.condition import MASK, PER_TOKEN, Condition, used_tokens, whole_shape, without_padding
 from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors, write_json
@@ -32,7 +32,6 @@ SHARD_SIZE = 256
 of the encoder's batch."""
 FORMAT = 2
 """Of the shards: 1 had embeddings of the full length."""
-STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 class Embeddings:
@@ -56,14 +55,16 @@ class Embeddings:
         rows = [divmod(index, self.lengths[0]) for index in indices.tolist()]
         result = {}
         for name, like in self.shards[0].items():
-            tokens = self.shards[0].get(MASK, like).shape[1]
-            shape = (len(rows), tokens, *like.shape[2:])
+            shape = (len(rows), *whole_shape(self.shards[0], name))
             pinned = pin_memory and like.device.type == "cpu"
             result[name] = torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
             for target, (shard, row) in zip(result[name], rows, strict=True):
                 source = self.shards[shard][name][row]
-                target[: len(source)].copy_(source)
-                target[len(source) :].zero_()
+                if source.shape == target.shape:
+                    target.copy_(source)
+                else:
+                    target[: len(source)].copy_(source)
+                    target[len(source) :].zero_()
         return result
 
 
@@ -128,7 +129,7 @@ class EmbeddingCache:
         entry, part = self.entry(prompts), list(prompts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE])
         if not (entry / "index.json").exists():
             write_json(entry / "index.json", {"prompts": len(prompts), "shard_size": SHARD_SIZE})
-        save_tensors(_path(entry, shard), _cut(self.encoder.encode(part)))
+        save_tensors(_path(entry, shard), without_padding(self.encoder.encode(part)))
         return len(part)
 
     def _open(self, prompts: Sequence[str]) -> Embeddings:
@@ -148,12 +149,13 @@ class EmbeddingCache:
             tensors = load_tensors(_path(entry, shard))
         except WadiError:
             return None
-        dimensions = {STATES: 3, MASK: 2} if self.encoder.masked else {STATES: 3}
-        if {name: tensor.ndim for name, tensor in tensors.items()} != dimensions:
+        if {name: tensor.ndim for name, tensor in tensors.items()} != self.encoder.dimensions:
             return None
         whole = all(len(tensor) == length for tensor in tensors.values())
-        cut = MASK not in tensors or tensors[STATES].shape[1] == _longest(tensors[MASK])
-        return tensors if whole and cut else None
+        ends = MASK not in tensors or all(
+            tensors[name].shape[1] == used_tokens(tensors[MASK]) for name in PER_TOKEN & tensors.keys()
+        )
+        return tensors if whole and ends else None
 
 
 def _lengths(prompts: Sequence[str]) -> list[int]:
@@ -164,22 +166,6 @@ def _path(entry: Path, shard: int) -> Path:
     return entry / f"shard-{shard:06d}.safetensors"
 
 
-def _longest(mask: torch.Tensor) -> int:
-    """Tokens of the longest prompt of a mask (N, L)."""
-    used = mask.bool().any(0).nonzero()
-    return int(used[-1]) + 1 if len(used) else 0
-
-
-def _cut(condition: Condition) -> Condition:
-    """A condition without the embeddings behind its longest prompt, if there is a mask to tell."""
-    if MASK not in condition:
-        return condition
-    return condition | {STATES: condition[STATES][:, : _longest(condition[MASK])]}
-
-
 def _kind(shard: Condition) -> tuple:
     """What shards of one entry have in common: names, dtypes, and all dimensions but the prompts and cuts."""
-    whole = {
-        name: tensor.shape[2 if name == STATES and MASK in shard else 1 :] for name, tensor in shard.items()
-    }
-    return tuple(sorted((name, str(shard[name].dtype), *sizes) for name, sizes in whole.items()))
+    return tuple(sorted((name, str(shard[name].dtype), *whole_shape(shard, name)) for name in shard))

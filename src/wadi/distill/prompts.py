@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +14,7 @@ from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.config import DTYPES
 from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors
-
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and where it stands: the line of a text file, or the row of a table, from 1."""
-
-    text: str
-    line: int
+from wadi.tables import SUFFIXES, Prompt, check_column, read_texts, with_text
 
 
 @dataclass(frozen=True)
@@ -49,8 +36,8 @@ def read_prompts(source: str, column: str = "text", split: str = "train") -> lis
     """Read prompts; blank ones are skipped, and of identical ones the first is kept.
 
     Args:
-        source: a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a `datasets` id or folder.
-        column: key or column of the prompt, except in .txt.
+        source: a file of `wadi.tables.SUFFIXES`, read as `read_texts` says, or a `datasets` id or folder.
+        column: key or column of the prompt, except in .txt and COCO's annotations.
         split: split of a `datasets` id.
 
     Raises:
@@ -58,20 +45,14 @@ def read_prompts(source: str, column: str = "text", split: str = "train") -> lis
     """
     path = Path(source)
     if path.suffix.lower() in SUFFIXES:
-        reader = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-        with explain_os_errors(path, "read the prompts"):
-            try:
-                prompts = list(reader[path.suffix.lower()](path, column))
-            except UnicodeDecodeError as error:
-                raise WadiError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        prompts = read_texts(path, column)
     elif path.is_file():
         raise WadiError(f"{source}: unknown kind of prompt file; use one of {', '.join(SUFFIXES)}")
     else:
-        prompts = list(_read_dataset(source, column, split))
+        prompts = _read_dataset(source, column, split)
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
-        if prompt.text:
-            unique.setdefault(prompt.text, prompt)
+        unique.setdefault(prompt.text, prompt)
     if not unique:
         raise WadiError(f"{source}: holds no prompts")
     return list(unique.values())
@@ -148,7 +129,7 @@ class EncodePromptsConfig:
     """Pipeline folder or hub id whose text encoder is used."""
 
     prompts: str
-    """A .txt file (one a line), a .jsonl, .csv or .parquet file, or a `datasets` id."""
+    """A .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet file, or a `datasets` id."""
 
     embeddings_dir: str | None = None
     """Where to keep them; without it, $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
@@ -191,76 +172,19 @@ def encode_to_disk(config: EncodePromptsConfig) -> dict[str, Any]:
     return {"prompts": len(texts), "shards_encoded_now": before, "folder": str(cache.entry(texts))}
 
 
-def _read_txt(path: Path, column: str) -> Iterator[Prompt]:
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        yield Prompt(text.strip(), line)
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[Prompt]:
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise WadiError(f"{path}: line {line} is not valid JSON ({error.msg})") from error
-        yield Prompt(_cell(row, column, f"{path}: line {line}"), line)
-
-
-def _read_csv(path: Path, column: str) -> Iterator[Prompt]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        for row in rows:
-            yield Prompt(_cell(row, column, f"{path}: line {rows.line_num}"), rows.line_num)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[Prompt]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise WadiError(f"{path}: reading .parquet needs pyarrow; pip install 'wadi[data]'") from error
-    try:
-        names = parquet.read_schema(path).names
-        _check_column(column, names, str(path))
-        values = parquet.read_table(path, columns=[column])[column].to_pylist()
-    except pyarrow.ArrowException as error:
-        raise WadiError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from error
-    for line, value in enumerate(values, 1):
-        yield Prompt(_text(value, f"{path}: row {line}"), line)
-
-
-def _read_dataset(name: str, column: str, split: str) -> Iterator[Prompt]:
+def _read_dataset(name: str, column: str, split: str) -> list[Prompt]:
+    missing = "is a folder" if Path(name).is_dir() else "no such file"
     try:
         import datasets
     except ImportError as error:
         raise WadiError(
-            f"{name}: no such file, and reading a data set needs `datasets`; pip install 'wadi[data]'"
+            f"{name}: {missing}, and reading a data set needs `datasets`; pip install 'wadi[data]'"
         ) from error
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # every kind of failure of the hub and of a data set's files
         raise WadiError(
-            f"{name}: no such file, and not loaded as a data set: {' '.join(str(error).split())}"
+            f"{name}: {missing}, and not loaded as a data set: {' '.join(str(error).split())}"
         ) from error
-    _check_column(column, data.column_names, name)
-    for line, value in enumerate(data[column], 1):
-        yield Prompt(_text(value, f"{name}: row {line}"), line)
-
-
-def _check_column(column: str, names: list[str], where: str) -> None:
-    if column not in names:
-        raise WadiError(
-            f"{where}: has no column {column!r} but {', '.join(map(str, names))}; set --caption-column"
-        )
-
-
-def _cell(row: Any, column: str, where: str) -> str:
-    _check_column(column, list(row) if isinstance(row, dict) else [], where)
-    return _text(row[column], where)
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise WadiError(f"{where}: the prompt must be text, but is {value!r}")
-    return value.strip()
+    check_column(column, data.column_names, name)
+    return with_text(enumerate(data[column], 1), name, column)

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from wadi.distill.condition import Condition, concatenate
+from wadi.distill.condition import MASK, STATES, Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_limit
@@ -61,6 +61,11 @@ class PromptEncoder:
         folder = pipeline_folder(name_or_path)
         pipeline = load_pipeline(folder, without=(*NETWORKS, "vae", "text_encoder", "safety_checker"))
         return cls(pipeline, dtype, device, folder)
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """Names of a condition's tensors, and how many dimensions each has, the prompts included."""
+        return {STATES: 3, MASK: 2} if self.masked else {STATES: 3}
 
     def identity(self) -> str:
         """Hash of everything that decides a condition but the prompt: encoder, tokenizer, class, dtypes.
@@ -117,13 +122,13 @@ class PromptEncoder:
     def _encode(self, prompts: list[str]) -> Condition:
         if not self.masked:
             states = self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]
-            return {"encoder_hidden_states": states.cpu().to(self.dtype)}
+            return {STATES: states.cpu().to(self.dtype)}
         states, mask, *_ = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=self.device, clean_caption=self._clean
         )
         return {
-            "encoder_hidden_states": states.cpu().to(self.dtype),
-            "encoder_attention_mask": mask.cpu().bool(),
+            STATES: states.cpu().to(self.dtype),
+            MASK: mask.cpu().bool(),
         }
 
     @property

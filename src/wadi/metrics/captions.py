@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from wadi.distill.prompts import read_prompts
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, read_json
+from wadi.files import explain_os_errors
+from wadi.tables import SUFFIXES, read_texts
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def choose_captions(path: Path, count: int, seed: int, column: str = "caption") 
 
     Args:
         path: COCO's annotations (.json, at most one caption of each picture, the one with the lowest id), or
-            .txt, .jsonl, .csv or .parquet as for training.
+            another file of prompts as for training. Except of .json, equal captions count once.
         count: how many; all in their order if there are no more.
         seed: of the choice.
         column: key or column of the caption in tables.
@@ -39,10 +39,11 @@ def choose_captions(path: Path, count: int, seed: int, column: str = "caption") 
     """
     with explain_os_errors(path, "read the captions"):
         file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.suffix.lower() == ".json":
-        captions = _coco(path)
-    else:
-        captions = [prompt.text for prompt in read_prompts(str(path), column)]
+    if path.suffix.lower() not in SUFFIXES:
+        raise WadiError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+    captions = [caption.text for caption in read_texts(path, column)]
+    if path.suffix.lower() != ".json":  # there equal captions may be of several images
+        captions = list(dict.fromkeys(captions))
     if len(captions) < count:
         raise WadiError(f"{path}: {len(captions)} captions, fewer than --num-samples {count}; ask for fewer")
     if len(captions) > count:
@@ -50,18 +51,3 @@ def choose_captions(path: Path, count: int, seed: int, column: str = "caption") 
         captions = [captions[i] for i in order.sort().values.tolist()]
     text = "".join(f"{caption}\n" for caption in captions)
     return Chosen(tuple(captions), file_sha256, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _coco(path: Path) -> list[str]:
-    content = read_json(path)
-    try:
-        rows = sorted(content["annotations"], key=lambda row: row["id"])
-        first: dict[object, str] = {}
-        for row in rows:
-            first.setdefault(row["image_id"], " ".join(row["caption"].split()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise WadiError(
-            f"{path}: not COCO's caption annotations (annotations with id, image_id, caption); name another "
-            "file, or .txt, .jsonl, .csv"
-        ) from error
-    return [caption for caption in first.values() if caption]

@@ -24,15 +24,19 @@ from safetensors import safe_open
 
 from wadi._version import __version__
 from wadi.errors import WadiError, tell
-from wadi.files import explain_os_errors, load_tensors, read_json, replacing_file, save_tensors, write_json
+from wadi.files import load_tensors, read_json, replacing_file, save_tensors, write_json
+from wadi.images import image_files, open_picture
 from wadi.metrics.captions import Chosen, choose_captions
 from wadi.metrics.diversity import spread
 from wadi.metrics.extractors import WIDTHS, Clip, Extractor, extract, load_extractor
 from wadi.metrics.frechet import feature_statistics, fewest_images, frechet_distance
 from wadi.metrics.precision_recall import NEIGHBOURS, precision_recall
+from wadi.onestep.arguments import SEEDS, check_seed, finite_number, whole_number
 from wadi.progress import progress
 
 RESULT_FILE, SETTINGS_FILE, PICTURES = "result.json", "settings.json", "pictures"
+LARGEST_RESOLUTION = 8192
+"""Pixels; a larger side would fill the memory."""
 REFERENCE_FEATURES = 10_000
 """Features that are kept of a reference for precision and recall, the first ones."""
 
@@ -177,6 +181,12 @@ def measure(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
 def _check(config: EvaluateConfig) -> None:
     if config.num_samples < 1 or config.batch_size < 1 or config.spread_samples < 2:
         raise WadiError("--num-samples, --batch-size: must be at least 1, --spread-samples at least 2")
+    if config.resolution is not None:
+        whole_number("--resolution", config.resolution, 1, LARGEST_RESOLUTION + 1)
+    finite_number("--guidance-scale", config.guidance_scale)
+    whole_number("--num-inference-steps", config.num_inference_steps, 1)
+    check_seed(config.seed, config.num_samples + config.spread_prompts * config.spread_samples, "--seed")
+    whole_number("--choice-seed", config.choice_seed, 0, SEEDS)
     if not 0 <= config.spread_prompts <= config.num_samples:
         raise WadiError(f"--spread-prompts {config.spread_prompts}: must be between 0 and --num-samples")
     if config.adapter is not None and config.num_inference_steps != 1:
@@ -247,6 +257,7 @@ def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
 def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState) -> None:
     from wadi.emoji import teacher_folder
     from wadi.onestep.loading import stock_arguments
+    from wadi.onestep.output import tell_odd_output
     from wadi.onestep.pipeline import load_for_steps
 
     folder = config.out / PICTURES
@@ -265,22 +276,23 @@ def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState
     with bar, torch.no_grad():
         for first in range(0, len(missing), config.batch_size):
             part = missing[first : first + config.batch_size]
-            images = pipeline(
+            made = pipeline(
                 [task.caption for task in part],
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
                 generator=[torch.Generator().manual_seed(task.seed) for task in part],
                 **stock_arguments(pipeline),
-            ).images
-            for task, image in zip(part, images, strict=True):
+            )
+            tell_odd_output(made, [task.file for task in part])
+            for task, image in zip(part, made.images, strict=True):
                 with replacing_file(folder / task.file) as temporary:
                     _resized(image, config).save(temporary, format="PNG")
             bar.update(len(part))
 
 
 def _resized(image: Image.Image, config: EvaluateConfig) -> Image.Image:
-    """RGB, the largest square in the middle, at the resolution of the protocol."""
-    image, side = image.convert("RGB"), min(image.size)
+    """The largest square in the middle, at the resolution of the protocol."""
+    side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     image = image.crop((left, top, left + side, top + side))
     if config.resolution in (None, side):
@@ -294,8 +306,7 @@ def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterat
     for first in progress(starts, desc=what, unit="batch", leave=False):
         pictures = []
         for file in files[first : first + config.batch_size]:
-            with explain_os_errors(file, "read the picture"), Image.open(file) as image:
-                array = np.asarray(_resized(image, config))
+            array = np.asarray(_resized(open_picture(file), config))
             pictures.append(torch.from_numpy(array.copy()).permute(2, 0, 1))
         if len({picture.shape for picture in pictures}) > 1:
             raise WadiError(f"{files[first].parent}: pictures of several sizes; give --resolution")
@@ -306,7 +317,7 @@ def _reference(config: EvaluateConfig, extractor: Extractor) -> dict[str, torch.
     """Sums of the features, and the first of them."""
     if config.reference.is_file():
         return _saved_reference(config)
-    features = extract(extractor, _batches(_reference_files(config.reference), config, "reference"))
+    features = extract(extractor, _batches(image_files(config.reference, below=True), config, "reference"))
     reference = feature_statistics(features) | {"features": features[:REFERENCE_FEATURES]}
     if config.save_reference is not None:
         save_tensors(config.save_reference, reference, _made_how(config))
@@ -316,7 +327,7 @@ def _reference(config: EvaluateConfig, extractor: Extractor) -> dict[str, torch.
 def _reference_count(config: EvaluateConfig) -> int:
     if config.reference.is_file():
         return int(_saved_reference(config)["count"])
-    return len(_reference_files(config.reference))
+    return len(image_files(config.reference, below=True))
 
 
 def _made_how(config: EvaluateConfig) -> dict[str, str]:
@@ -338,14 +349,6 @@ def _saved_reference(config: EvaluateConfig) -> dict[str, torch.Tensor]:
             f"--reference {path}: has {width} features an image; give the --features that made it"
         )
     return reference
-
-
-def _reference_files(path: Path) -> list[Path]:
-    kinds = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds)
-    if not files:
-        raise WadiError(f"--reference {path}: holds no images ({', '.join(sorted(kinds))})")
-    return files
 
 
 def _distances(reference: dict[str, torch.Tensor], features: torch.Tensor) -> dict[str, float | int]:

@@ -20,12 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from wadi.errors import WadiError
+from wadi.onestep.arguments import generators_of, image_size, output_kind
+from wadi.onestep.output import tell_odd_images
 from wadi.onestep.scheduler import one_step_x0
 
 MODES = ("eager", "default", "max-autotune-no-cudagraphs")
 """How U-Net and VAE are compiled: not at all, or a mode of `torch.compile`."""
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 WARMUP_RUNS = 3
 """Before a capture: compilation, choice of algorithms, allocation."""
@@ -99,14 +99,14 @@ class FastPath:
             height: pixels; the model's own when ``None``.
             width: pixels; the model's own when ``None``.
             output_type: "pil", "np" (N, height, width, 3 in [0, 1]) and "pt" (N, 3, height, width, on the
-                device, not waited for), all float32 multiples of 1/255; or "latent", x0 in the VAE's dtype.
+                device, not waited for, so that only flagged images are told of), all float32 multiples of
+                1/255; or "latent", x0 in the VAE's dtype.
 
         Raises:
             WadiError: a size or an output type that the model cannot make, or a wrong number of generators.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise WadiError(f"output_type: {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
-        height, width = self._size(height, width)
+        output_type = output_kind(output_type)
+        height, width = image_size(self.pipeline, height, width)
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with on_device:
             embeds = self._encode(prompts)
@@ -123,7 +123,7 @@ class FastPath:
         Returns:
             Seconds that it took, 0.0 if it was done already.
         """
-        height, width = self._size(height, width)
+        height, width = image_size(self.pipeline, height, width)
         shape = (self.batch_size or num_images, height, width)
         if shape in self._graphs:
             return 0.0
@@ -144,15 +144,6 @@ class FastPath:
             with torch.no_grad():
                 unet.fuse_qkv_projections()
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor = self.pipeline.vae_scale_factor
-        own = self.pipeline.unet.config.sample_size
-        own = (own, own) if isinstance(own, int) else own
-        height, width = height or own[0] * factor, width or own[1] * factor
-        if height % factor or width % factor:
-            raise WadiError(f"height, width: {height} x {width} must be multiples of {factor}")
-        return height, width
-
     def _encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """Embeddings (1, tokens, width) of all pictures, from the text encoder only where they are new."""
         if new := self.new_prompts(prompts):
@@ -165,16 +156,12 @@ class FastPath:
 
     def _noise(self, count: int, generator: Any, height: int, width: int) -> torch.Tensor:
         """The plain pipeline's noise, dtype included; drawn on the CPU it is in pinned memory."""
-        generators = None if generator is None or isinstance(generator, torch.Generator) else list(generator)
-        if generators is not None and len(generators) != count:
-            raise WadiError(
-                f"generator: {len(generators)} generators for {count} pictures; give one for each"
-            )
-        first = generators[0] if generators else generator
+        generator = generators_of(None, generator, count)
+        first = generator[0] if isinstance(generator, list) else generator
         where = self.device if first is None else first.device
         factor, channels = self.pipeline.vae_scale_factor, self.pipeline.unet.config.in_channels
         shape = (count, channels, height // factor, width // factor)
-        noise = randn_tensor(shape, generators or generator, where, self.dtype)
+        noise = randn_tensor(shape, generator, where, self.dtype)
         return noise.pin_memory() if noise.device.type == "cpu" and self.device.type == "cuda" else noise
 
     def _batches(
@@ -217,23 +204,26 @@ class FastPath:
     def _finish(self, result: torch.Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return result.to(self.vae_dtype)
+        flagged = None
         if self.pipeline.safety_checker is not None:
-            result = self._censor(result)
+            result, flagged = self._censor(result)
+        if output_type != "pt" or flagged is not None:  # "pt" alone is not waited for
+            tell_odd_images(result.cpu().numpy(), flagged)
         if output_type == "pt":
             return result.permute(0, 3, 1, 2).float() / 255
         array = result.cpu().numpy()
         if output_type == "np":
             return array.astype(np.float32) / 255
-        return [Image.fromarray(picture) for picture in array]
+        return [Image.fromarray(image) for image in array]
 
-    def _censor(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Blacken what the pipeline's safety checker flags, as the plain pipeline does."""
-        array = pictures.cpu().numpy()
-        images = [Image.fromarray(picture) for picture in array]
+    def _censor(self, made: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+        """Blacken what the pipeline's safety checker flags, as the plain pipeline does, and say which."""
+        array = made.cpu().numpy()
+        images = [Image.fromarray(image) for image in array]
         features = self.pipeline.feature_extractor(images, return_tensors="pt").pixel_values
         features = features.to(self.device, self.dtype)
-        array, _ = self.pipeline.safety_checker(images=array, clip_input=features)
-        return torch.from_numpy(array).to(pictures.device)
+        array, flagged = self.pipeline.safety_checker(images=array, clip_input=features)
+        return torch.from_numpy(array).to(made.device), list(flagged)
 
 
 class _OneStep:

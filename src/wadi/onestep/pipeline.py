@@ -14,14 +14,23 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
 from wadi.onestep.adapters import Adapters, adapter_folder, as_list, merge_adapters, read_alpha_T_squared
-from wadi.onestep.embedding import load_embedding
+from wadi.onestep.arguments import (
+    finite_number,
+    generators_of,
+    output_kind,
+    prompt_list,
+    size_arguments,
+    whole_number,
+)
+from wadi.onestep.embedding import as_learned, load_embedding
 from wadi.onestep.fast import FastPath
 from wadi.onestep.loading import forget_origin, load_pipeline, load_vae, prompt_limit, stock_arguments
+from wadi.onestep.output import tell_odd_output
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 
 class OneStepPipeline:
-    """A stock diffusers pipeline whose every call is one step: noise in, picture out.
+    """A stock diffusers pipeline whose every call is one step: noise in, image out.
 
         pipeline = OneStepPipeline.from_pretrained("runs/emoji/pipeline")
         images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
@@ -123,14 +132,17 @@ class OneStepPipeline:
     ) -> Any:
         """Make ``len(prompts) * num_images_per_prompt`` images, prompt by prompt.
 
+        An image that the pipeline's safety checker flagged, that is one colour all over or that holds what is
+        no number is told of as a `WadiWarning`.
+
         Args:
             prompt: one prompt or several.
             seed: image i starts from noise of its own generator, seeded ``seed + i``: it does not depend on
                 how many are made at once. The generators are on the CPU: every device gets the same noise.
             generator: instead of `seed`, as in diffusers: one, or one per image.
-            num_images_per_prompt: images of each prompt.
-            height: pixels; the model's own when ``None``.
-            width: pixels; the model's own when ``None``.
+            num_images_per_prompt: images of each prompt, at least 1.
+            height: pixels; the model's own when ``None``, also where `width` is given. See `image_size`.
+            width: likewise.
             output_type: "pil", "np" (N, height, width, 3 in [0, 1]), "pt" (N, 3, height, width) or "latent".
             guidance_scale: only 1.0: a one-step student has its guidance built in.
             negative_prompt: only ``None``, for the same reason.
@@ -140,30 +152,35 @@ class OneStepPipeline:
             A list of PIL images, or one array or tensor.
 
         Raises:
-            WadiError: guidance or more steps are asked for, or a prompt is longer than the tokenizer takes.
+            WadiError: guidance or more steps are asked for, a prompt is longer than the tokenizer takes or no
+                text, or a size, a seed or a number is not possible.
         """
         refuse_guidance(kwargs.pop("num_inference_steps", 1), guidance_scale, negative_prompt)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = as_learned(self.pipeline, prompt_list(prompt))
+        images = len(prompts) * whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        sides = size_arguments(self.pipeline, height, width, from_image="image" in kwargs)
+        generator = generators_of(seed, generator, images)
+        output_type = output_kind(output_type)
         self._check_lengths(prompts if self.fast is None else self.fast.new_prompts(prompts))
-        generator = _generators(seed, generator, len(prompts) * num_images_per_prompt)
-        sides = {"height": height, "width": width}
         options = stock_arguments(self.pipeline) | kwargs
         if self.fast is not None:
             if options:
                 raise WadiError(f"{', '.join(options)}: not known to the fast path; do without compile()")
             repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
             return self.fast(repeated, generator, **sides, output_type=output_type)
-        return self.pipeline(
-            prompt=prompt if isinstance(prompt, str) else prompts,
+        output = self.pipeline(
+            prompt=prompts,
             num_inference_steps=1,
             guidance_scale=1.0,
-            num_images_per_prompt=num_images_per_prompt,
+            num_images_per_prompt=int(num_images_per_prompt),
             generator=generator,
             output_type=output_type,
-            # image to image has no such arguments
-            **{name: side for name, side in sides.items() if side is not None},
+            **sides,
             **options,
-        ).images
+        )
+        if output_type != "latent":
+            tell_odd_output(output)
+        return output.images
 
     def load_embedding(self, path: str | os.PathLike) -> str:
         """Teach the pipeline a word that was learned by textual inversion; returns it. See `load_embedding`.
@@ -228,12 +245,12 @@ def refuse_guidance(
     if num_inference_steps != 1:
         raise WadiError(
             f"num_inference_steps {num_inference_steps}: a one-step student takes 1 step, and knows no "
-            "others; leave it away, or use the multi-step teacher"
+            "others; omit it, or use the multi-step teacher"
         )
-    if guidance_scale != 1.0:
+    if finite_number("guidance_scale", guidance_scale) != 1.0:
         raise WadiError(
             f"guidance_scale {guidance_scale:g}: a one-step student cannot be guided, guidance was built in "
-            "by distillation; leave it away (1.0), distil with another --guidance-scale, or use the "
+            "by distillation; omit it (1.0), distil with another --guidance-scale, or use the "
             "multi-step teacher"
         )
     if negative_prompt is not None:
@@ -241,17 +258,6 @@ def refuse_guidance(
             "negative_prompt: a one-step student cannot be guided away from anything, guidance was built "
             "in by distillation; say in the prompt what shall be there instead, or use the multi-step teacher"
         )
-
-
-def _generators(
-    seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None, images: int
-) -> torch.Generator | Sequence[torch.Generator] | None:
-    """What a call's `seed` and `generator` mean: for a seed, a generator on the CPU for each image."""
-    if seed is None:
-        return generator
-    if generator is not None:
-        raise WadiError("seed, generator: give one of the two")
-    return [torch.Generator().manual_seed(seed + i) for i in range(images)]
 
 
 def load_for_steps(
@@ -277,9 +283,16 @@ def load_for_steps(
     """
     if (adapters := as_list(adapter)) and num_inference_steps != 1:
         raise WadiError(
-            f"{adapters[0]}: a one-step student takes 1 step, not {num_inference_steps}; leave the adapter "
-            "away for the multi-step teacher, or ask for 1 step"
+            f"{adapters[0]}: a one-step student takes 1 step, not {num_inference_steps}; omit the adapter "
+            "for the multi-step teacher, or ask for 1 step"
         )
     if num_inference_steps == 1:
         return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
-    return load_pipeline(model, torch_dtype).to(device)
+    pipeline = load_pipeline(model, torch_dtype)
+    whole_number("--num-inference-steps", num_inference_steps, 1, _timesteps(pipeline) + 1)
+    return pipeline.to(device)
+
+
+def _timesteps(pipeline: DiffusionPipeline) -> int:
+    """Timesteps of a pipeline's schedule: it takes no more steps."""
+    return pipeline.scheduler.config.get("num_train_timesteps", 1000)

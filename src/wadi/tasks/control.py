@@ -30,7 +30,10 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
 from wadi.errors import WadiError
+from wadi.images import open_picture as open_picture
 from wadi.onestep import OneStepPipeline, labelled_grid
+from wadi.onestep.arguments import seeded
+from wadi.onestep.output import tell_odd_output
 
 Value = TypeVar("Value")
 
@@ -77,21 +80,6 @@ def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> 
 def edge_map(image: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
     """The condition of a Canny ControlNet: white edges on black, RGB, of the picture's size; see `canny`."""
     return Image.fromarray(canny(np.asarray(image.convert("RGB")), low, high)).convert("RGB")
-
-
-def open_picture(path: str | os.PathLike) -> Image.Image:
-    """Read a picture file, upright, RGB.
-
-    Raises:
-        WadiError: there is no such file, or it is no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise WadiError(f"{path}: there is no such picture; name one that exists") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise WadiError(f"{path}: could not read the picture: {error}; name a PNG or JPEG file") from error
 
 
 def condition_map(
@@ -242,7 +230,8 @@ def steer(
         negative_prompt: likewise.
 
     Raises:
-        WadiError: guidance in one step, or the prompt is too long for the tokenizer.
+        WadiError: guidance in one step, a seed that is not possible, or the prompt is too long for the
+            tokenizer.
     """
     alone = not isinstance(pipeline.controlnet, MultiControlNetModel)
     options = {
@@ -257,13 +246,15 @@ def steer(
         if num_inference_steps == 1:
             images += OneStepPipeline(pipeline)(prompt, own, num_images_per_prompt=count, **options)
             continue
-        images += pipeline(
+        made = pipeline(
             prompt,
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=count,
-            generator=[torch.Generator().manual_seed(own + i) for i in range(count)],
+            generator=seeded(own, count),
             **options,
-        ).images
+        )
+        tell_odd_output(made, [f"image of seed {own + i}" for i in range(count)])
+        images += made.images
     return images
 
 
@@ -277,22 +268,6 @@ def one_for_each(name: str, values: Sequence[Value], count: int) -> list[Value]:
         wanted = "one" if count == 1 else f"one, or one for each of {count} ControlNets"
         raise WadiError(f"{name}: {len(values)} given; name {wanted}")
     return list(values) * (count if len(values) == 1 else 1)
-
-
-def picture_size(
-    pipeline: StableDiffusionPipeline, height: int | None = None, width: int | None = None
-) -> tuple[int, int]:
-    """Width and height of a pipeline's pictures in pixels; the model's own where ``None``.
-
-    Raises:
-        WadiError: a side is not a multiple of the pixels of a latent.
-    """
-    own, factor = _unet(pipeline).config.sample_size, pipeline.vae_scale_factor
-    rows, columns = (own, own) if isinstance(own, int) else own
-    size = (width or columns * factor, height or rows * factor)
-    if min(size) < 1 or any(side % factor for side in size):
-        raise WadiError(f"--width, --height: {size[0]} x {size[1]} are not multiples of {factor}")
-    return size
 
 
 def sheet(

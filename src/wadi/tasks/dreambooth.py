@@ -30,7 +30,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import CLIPTextModel
 
 from wadi.distill.backbone import BACKBONES, Backbone
@@ -49,15 +49,15 @@ from wadi.files import (
     save_tensors,
     write_json,
 )
+from wadi.images import image_files, open_picture
 from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
+from wadi.onestep.arguments import check_seed, seeded
 from wadi.onestep.loading import forget_origin, prompt_limit, stock_arguments
 from wadi.progress import progress
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Kinds of files that are read as pictures of the subject."""
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
 """Keys and values of the cross-attention, in U-Nets and in PixArt's transformer."""
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -151,6 +151,7 @@ class DreamBoothConfig:
         for name in (*at_least_1, "max_train_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise WadiError(f"--{_option(name)}: must be at least 1, but is {getattr(self, name)}")
+        check_seed(self.seed, self.num_class_images, "--seed")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -448,29 +449,12 @@ def encode_pictures(
 
 
 def read_pictures(folder: Path) -> list[Image.Image]:
-    """All pictures in a folder, by name, RGB; what is transparent becomes white.
+    """All images in a folder, by name, RGB, as `open_picture` reads them.
 
     Raises:
-        WadiError: no such folder, no picture in it, or a file that is not one.
+        WadiError: no such folder, no image in it, or a file that is not one.
     """
-    if not folder.is_dir():
-        raise WadiError(f"{folder}: no such folder; name one with 4 to 8 pictures of the subject")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != ".")
-    if not files:
-        raise WadiError(
-            f"{folder}: holds no pictures ({', '.join(PICTURES)}); put 4 to 8 of the subject there"
-        )
-    return [_read_picture(path) for path in files]
-
-
-def _read_picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise WadiError(f"{path}: not a picture that can be read; remove it or save it again") from error
-    paper = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(paper, upright).convert("RGB")
+    return [open_picture(path) for path in image_files(folder)]
 
 
 def class_prompts(config: DreamBoothConfig) -> list[str]:
@@ -510,7 +494,7 @@ def class_pictures(
                 images = _paint(pipeline, part, config, config.seed + first)
                 for name, image in zip(names[first:], images, strict=False):
                     image.save(temporary / name)
-    return [_read_picture(folder / name) for name in names]
+    return [open_picture(folder / name) for name in names]
 
 
 def _paint(
@@ -520,7 +504,7 @@ def _paint(
         prompts,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+        generator=seeded(seed, len(prompts)),
         **stock_arguments(pipeline),
     ).images
 

@@ -27,7 +27,8 @@ from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline, labelled_grid, refuse_guidance
-from wadi.tasks.control import picture_size
+from wadi.onestep.arguments import image_size, seeded
+from wadi.onestep.output import tell_odd_output
 
 STRENGTH = 0.7
 """Of image to image and inpainting, where none is given."""
@@ -180,7 +181,7 @@ def variations(
     image, made = _to_tensor(picture), []
     for first in range(0, num_images, batch_size):
         count = min(batch_size, num_images - first)
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(count)]
+        generators = seeded(seed + first, count)
         made.append(
             image_to_image(pipeline, [prompt] * count, image.expand(count, -1, -1, -1), sampling, generators)
         )
@@ -219,7 +220,7 @@ def repaintings(
     total = num_images * candidates
     for first in range(0, total, batch_size):
         count = min(batch_size, total - first)
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(count)]
+        generators = seeded(seed + first, count)
         copies = [tensor.expand(count, -1, -1, -1) for tensor in (image, masks)]
         made.append(inpaint(pipeline, [prompt] * count, *copies, sampling, generators))
     images = torch.cat(made)
@@ -237,10 +238,10 @@ def fitted(
     """A picture in a size that the model makes, its own if none is given; what does not fit is cut off.
 
     Raises:
-        WadiError: not a Stable Diffusion pipeline, or a size that its autoencoder cannot make.
+        WadiError: not a Stable Diffusion pipeline, or a size that it cannot make.
     """
     _check_pipeline(pipeline)
-    size = picture_size(pipeline, height, width)
+    size = image_size(pipeline, height, width)[::-1]
     return picture if picture.size == size else ImageOps.fit(picture, size, resample)
 
 
@@ -321,7 +322,9 @@ def _call(
         timestep = timestep_of(one_step.pipeline.scheduler, sampling.strength)
         return one_step(prompts, strength=1.0, timesteps=[timestep], **options).float().cpu()
     steps = {"strength": sampling.strength, "num_inference_steps": sampling.num_inference_steps}
-    return stock(list(prompts), **steps, **options).images.float().cpu()
+    output = stock(list(prompts), **steps, **options)
+    tell_odd_output(output, [f"image of seed {each.initial_seed()}" for each in generators])
+    return output.images.float().cpu()
 
 
 def _noised(

@@ -1,20 +1,17 @@
-"""Pictures to learn from: a folder, with or without a caption for each."""
+"""Images to learn from: a folder, with or without a caption for each."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors
+from wadi.images import image_files, open_picture
+from wadi.tables import read_rows, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Names of the file with the captions, as the `imagefolder` of `datasets` has them: columns `file_name` and
 `text`."""
@@ -22,11 +19,11 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Exemplars:
-    """Pictures and what they are said to show.
+    """Images and what they are said to show.
 
     Attributes:
-        paths: of the pictures, in the order of their names.
-        images: RGB, upright.
+        paths: of the images, in the order of their names.
+        images: RGB, upright; see `open_picture`.
         captions: one for each picture, or ``None`` where there are none at all.
     """
 
@@ -39,81 +36,50 @@ class Exemplars:
 
 
 def read_exemplars(folder: str | os.PathLike) -> Exemplars:
-    """Read the pictures of a folder and their captions.
+    """Read the images of a folder and their captions.
 
     Captions come from metadata.jsonl or metadata.csv (columns `file_name`, `text`), or else from a .txt file
-    beside each picture, of the same name.
+    beside each image, of the same name.
 
     Raises:
-        WadiError: no such folder, no pictures in it, a file that cannot be read, or captions for some
-            pictures only.
+        WadiError: no such folder, no images in it, a file that cannot be read, or captions for some images
+            only.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise WadiError(f"{folder}: no such folder; name one with pictures ({', '.join(SUFFIXES)})")
-    with explain_os_errors(folder, "read the folder"):
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise WadiError(f"{folder}: has no pictures; put some there ({', '.join(SUFFIXES)})")
-    images = tuple(_read_image(path) for path in paths)
+    paths = image_files(folder)
+    images = tuple(open_picture(path) for path in paths)
     found = _from_metadata(folder) or _from_text_files(paths)
     if not found:
         return Exemplars(tuple(paths), images, None)
     if without := [path.name for path in paths if not found.get(path.name)]:
         raise WadiError(
-            f"{folder}: {len(without)} of {len(paths)} pictures have no caption, as {without[0]}; "
+            f"{folder}: {len(without)} of {len(paths)} images have no caption, as {without[0]}; "
             "give each one, or none"
         )
     return Exemplars(tuple(paths), images, tuple(found[path.name] for path in paths))
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """The middle of a picture as a square of so many pixels."""
-    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise WadiError(f"{path}: could not read the picture: {error}") from error
+def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of an image, as much as fits, in so many pixels."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def _from_metadata(folder: Path) -> dict[str, str]:
-    for path in (folder / name for name in METADATA):
-        if path.is_file():
-            with explain_os_errors(path, "read the file"):
-                return _rows(path)
-    return {}
-
-
-def _rows(path: Path) -> dict[str, str]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows: Iterable = (
-                csv.DictReader(file)
-                if path.suffix == ".csv"
-                else (json.loads(line) for line in file if line.strip())
-            )
-            return {row["file_name"]: _one_line(row["text"]) for row in rows}
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise WadiError(
-            f"{path}: not captions ({type(error).__name__}: {error}); every row needs file_name and text"
-        ) from error
+    path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    captions = {}
+    for line, row in read_rows(path):
+        name, text = row.get("file_name"), row.get("text")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise WadiError(f"{path}: line {line}: not a caption; every row needs file_name and text")
+        captions[name] = _one_line(text)
+    return captions
 
 
 def _from_text_files(paths: list[Path]) -> dict[str, str]:
-    found = {}
-    for path in paths:
-        text = path.with_suffix(".txt")
-        if text.is_file():
-            with explain_os_errors(text, "read the caption"):
-                try:
-                    found[path.name] = _one_line(text.read_text(encoding="utf-8"))
-                except UnicodeDecodeError as error:
-                    raise WadiError(f"{text}: not text in UTF-8; save it again") from error
-    return found
+    texts = {path.name: path.with_suffix(".txt") for path in paths}
+    return {name: _one_line(read_text(text)) for name, text in texts.items() if text.is_file()}
 
 
 def _one_line(text: str) -> str:

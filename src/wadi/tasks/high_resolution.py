@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from wadi.errors import WadiError
+from wadi.onestep.arguments import image_size, own_size
 
 OUTER_LEVELS = 1
 """Levels, from the picture inwards, whose convolutions stay as they are."""
@@ -32,15 +33,15 @@ def growth(pipeline: DiffusionPipeline, height: int | None, width: int | None) -
         pipeline: one with a U-Net; for others, which have no convolutions to stretch, it is (1, 1).
         height: pixels; ``None`` for the model's own.
         width: likewise.
+
+    Raises:
+        WadiError: a size that the pipeline cannot make.
     """
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         return 1.0, 1.0
-    size = unet.config.sample_size
-    sides = (size, size) if isinstance(size, int) else size
-    own = [side * pipeline.vae_scale_factor for side in sides]
-    asked = (height or own[0], width or own[1])
-    return tuple(max(1.0, side / usual) for side, usual in zip(asked, own, strict=True))
+    asked = image_size(pipeline, height, width)
+    return tuple(max(1.0, side / usual) for side, usual in zip(asked, own_size(pipeline), strict=True))
 
 
 @contextlib.contextmanager

@@ -25,9 +25,10 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from wadi.errors import WadiError
 from wadi.files import save_tensors
+from wadi.onestep.arguments import check_seed, own_size
 from wadi.onestep.loading import load_pipeline
 from wadi.progress import progress
-from wadi.tasks.exemplars import Exemplars, read_exemplars, square
+from wadi.tasks.exemplars import Exemplars, cropped, read_exemplars
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 """The name that diffusers' `load_textual_inversion` looks for in a folder."""
@@ -261,6 +262,7 @@ def learn_words(
 
 
 def _check(config: InvertConfig) -> None:
+    check_seed(config.seed, name="--seed")
     for name in ("num_vectors", "max_train_steps", "train_batch_size", "num_positives"):
         if getattr(config, name) < 1:
             raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
@@ -363,10 +365,10 @@ def _tokenize(pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> tor
 @torch.no_grad()
 def _encode(pipeline: StableDiffusionPipeline, exemplars: Exemplars) -> tuple[torch.Tensor, torch.Tensor]:
     """Means and deviations of the pictures' latents, (N, C, h, w) float32 each, scaled, on the CPU."""
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    height, width = own_size(pipeline)
     means, deviations = [], []
     for image in exemplars.images:
-        pixels = torch.from_numpy(np.array(square(image, side))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(cropped(image, height, width))).permute(2, 0, 1)[None]
         pixels = (pixels.float() / 127.5 - 1).to(pipeline.vae.device, pipeline.vae.dtype)
         latents = pipeline.vae.encode(pixels).latent_dist
         means.append(latents.mean.float().cpu())
