@@ -115,7 +115,7 @@ def new_prompts(inversion: Inversion, prompts: Sequence[str] = (), count: int = 
 def pictures(options: InvertOptions, inversion: Inversion, embedding: Path) -> Image.Image:
     """A row of exemplars, then for each prompt one of the multi-step model and one of the student, if any."""
     dtype = getattr(torch, options.dtype)
-    teacher = load_pipeline(options.model, dtype, without=("safety_checker",)).to(options.device)
+    teacher = load_pipeline(options.model, dtype).to(options.device)
     load_embedding(teacher, embedding)
     teacher.set_progress_bar_config(disable=True)
     student = None

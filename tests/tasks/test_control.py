@@ -230,7 +230,7 @@ def test_missing_weights_are_said(folders, tmp_path, student):
     tensors = load_tensors(folders / "first" / "diffusion_pytorch_model.safetensors")
     del tensors["conv_in.weight"]
     save_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
-    with pytest.raises(WadiError, match=r"1 weights are missing, as conv_in\.weight"):
+    with pytest.raises(WadiError, match=r"weights missing: 1, such as conv_in\.weight"):
         load_controlnet(folder, student)
 
 

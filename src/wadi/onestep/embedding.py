@@ -11,7 +11,7 @@ from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME_SAFE
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors
-from wadi.onestep.loading import first_line
+from wadi.onestep.components import first_line
 
 
 def load_embedding(pipeline: DiffusionPipeline, path: str | os.PathLike) -> str:

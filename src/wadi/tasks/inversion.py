@@ -198,7 +198,7 @@ def invert(config: InvertConfig) -> Inversion:
         raise WadiError("--model: name the folder or hub id of a multi-step Stable Diffusion model")
     exemplars = read_exemplars(config.examples)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(config.model, getattr(torch, config.dtype), without=("safety_checker",))
+    pipeline = load_pipeline(config.model, getattr(torch, config.dtype))
     return learn_word(pipeline.to(device), exemplars, config)
 
 
