@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(teacher_folder, v_teacher_folder, student, tmp_pa
             extract_adapter(teacher, other, tmp_path / "found", r)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "found").exists()
-    with pytest.raises(WadiError, match="--device meow: cannot be used"):
+    with pytest.raises(WadiError, match="--device meow: is not on this machine"):
         extract_adapter(teacher_folder, student, tmp_path / "found", 2, device="meow")
     for out in (broken, broken.parent):
         with pytest.raises(WadiError, match="would replace"):

@@ -20,6 +20,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from matplotlib.figure import Figure as Plot
 from PIL import Image
 
+from wadi.device import chosen_device
 from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json, write_text
@@ -75,11 +76,11 @@ def before_after(
 
     All three start from the same noise. `teacher` is left as it is.
     """
-    one_step_teacher = OneStepPipeline(teacher)
-    many_steps = OneStepPipeline(teacher).pipeline  # a copy that shares the modules
-    many_steps.scheduler = DDIMScheduler.from_config(
-        teacher.scheduler.config, timestep_spacing="trailing", clip_sample=False
-    )
+    # with the student's alpha_T, as training started: the teacher's own may be zero
+    alpha_T_squared = float(student.pipeline.scheduler.alphas_cumprod[-1])
+    one_step_teacher = OneStepPipeline(teacher, alpha_T_squared or None)
+    many_steps = OneStepPipeline(teacher, alpha_T_squared or None).pipeline  # a copy, the modules are shared
+    many_steps.scheduler = _ddim(teacher)
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -117,6 +118,14 @@ def before_after(
     )
 
 
+def _ddim(teacher: DiffusionPipeline) -> DDIMScheduler:
+    """DDIM from the last timestep; where epsilon says nothing of x0 there (alpha_T = 0), from before it."""
+    ddim = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    if ddim.config.prediction_type == "epsilon" and ddim.alphas_cumprod[-1] <= 0:
+        return DDIMScheduler.from_config(ddim.config, timestep_spacing="leading")
+    return ddim
+
+
 def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None = None) -> Path:
     """Make the pictures of a finished run and write its `report.html`.
 
@@ -137,7 +146,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         raise WadiError(
             f"{run}: has no pipeline/ yet; go on with wadi distill --resume-from-checkpoint {run}"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device()
     teacher = load_pipeline(config.pretrained_model_name_or_path).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
     guidance_scale = config.last_guidance_scale if guidance_scale is None else guidance_scale

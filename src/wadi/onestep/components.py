@@ -212,8 +212,8 @@ def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) ->
     names, wanted = sorted(path.name for path in folder.iterdir()), f"{STEMS[library]}.safetensors"
     if unsafe := [name for name in names if name.endswith(_UNSAFE)]:
         return (
-            f"{folder}: holds its weights only as {unsafe[0]}, a format that can run code when it is read; if "
-            f'you trust the file, convert it once: python -c "from {library} import {kind.__name__} as M; '
+            f"{folder}: holds its weights only as {unsafe[0]}, a format that can run code when it is read; "
+            f'if you trust the file, convert it once: python -c "from {library} import {kind.__name__} as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     if others := [name for name in names if name.endswith(".safetensors")]:

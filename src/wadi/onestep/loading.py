@@ -18,6 +18,9 @@ from wadi.files import read_json
 from wadi.onestep.components import first_line, load_module
 from wadi.onestep.supported import UNUSED, check_parts, networks
 
+PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
+"""Of a network alone, on the hub."""
+
 PIXART_TOKENS = 120
 """`max_sequence_length` of `PixArtAlphaPipeline`: what it pads and cuts to."""
 
@@ -173,8 +176,13 @@ def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -
     return vae
 
 
-def part_folder(name: str | os.PathLike, what: str) -> Path:
+def part_folder(name: str | os.PathLike, what: str, patterns: Sequence[str] = PART_FILES) -> Path:
     """Folder of a network alone, such as a ControlNet: itself, or a hub id's in the hub's cache.
+
+    Args:
+        name: folder or hub id.
+        what: it is, for messages.
+        patterns: of the files that are fetched from the hub.
 
     Raises:
         WadiError: there is no such folder or hub id.
@@ -188,9 +196,8 @@ def part_folder(name: str | os.PathLike, what: str) -> Path:
 
     name = os.fspath(name)
     check_hub_id(name)
-    patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # every kind of failure of the hub
         raise WadiError(_not_fetched(name, error)) from error
 
@@ -237,11 +244,12 @@ def _no_pipeline(folder: Path) -> str:
     if not any(folder.iterdir()):
         return f"{said}, it is empty; name one with a model_index.json"
     if (folder / "adapter_config.json").is_file():
-        return (
-            f"{said} but an adapter's; name it with --adapter, and the pipeline it was made for as the model"
-        )
+        return f"{said} but an adapter's; name it with --adapter, and its pipeline as the model"
     if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
-        return f"{said} but a run without pipeline/ yet; go on with wadi distill --resume-from-checkpoint {folder}"
+        return (
+            f"{said} but a run without pipeline/ yet; go on with "
+            f"wadi distill --resume-from-checkpoint {folder}"
+        )
     parent = folder.absolute().parent
     if (parent / "model_index.json").is_file():
         return f"{said} but a part of one; name {parent}"

@@ -77,8 +77,8 @@ def _check_betas(scheduler: SchedulerMixin | Mapping[str, Any], config: Mapping[
     flow = config.get("use_flow_sigmas")
     if flow or (config.get("beta_start") is None and config.get("trained_betas") is None):
         raise WadiError(
-            f"scheduler: {kind or 'this scheduler'} {'samples a flow' if flow else 'has no betas'}, and so no "
-            "one-step form; use a teacher with a DDPM-like noise schedule"
+            f"scheduler: {kind or 'this scheduler'} {'samples a flow' if flow else 'has no betas'}, and "
+            "has no one-step form; use a teacher with a DDPM-like noise schedule"
         )
 
 
