@@ -112,11 +112,11 @@ def find_weights(folder: Path, library: str = "diffusers") -> WeightFiles | None
     for variant in (None, *usual, *sorted(found - set(usual))):
         infix = "" if variant is None else f".{variant}"
         single, index = f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"
+        if index in names and (library == "diffusers" or single not in names):  # as the library itself
+            return _sharded(folder / index, variant)
         if single in names:
             files = (folder / single,)
             return WeightFiles(files, None, variant, read_headers(files))
-        if index in names:
-            return _sharded(folder / index, variant)
     return None
 
 
@@ -172,6 +172,11 @@ def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torc
                 output_loading_info=True,
             )
     except Exception as error:  # a broken folder fails in many ways
+        if reshaped := _reshaped(kind, folder, weights):
+            raise WadiError(
+                f"{folder}: weights of another shape than its config.json says: {len(reshaped)}, such as "
+                f"{reshaped[0]}; fetch the folder again or name another"
+            ) from error
         raise WadiError(f"{folder}: could not load the {kind.__name__}: {first_line(error)}") from error
     _check_complete(info, weights, folder, library)
     _check_finite(module, folder)
@@ -221,9 +226,26 @@ def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) ->
     return f"{folder}: holds no weights, {wanted} is missing; fetch the folder again"
 
 
+def _reshaped(kind: type[torch.nn.Module], folder: Path, weights: WeightFiles) -> list[str]:
+    """Keys whose tensors have another shape than those of the network that config.json describes."""
+    try:
+        with torch.device("meta"):
+            if hasattr(kind, "from_config"):
+                module = kind.from_config(read_json(folder / "config.json"))
+            else:
+                module = kind(kind.config_class.from_pretrained(folder))
+    except Exception:  # the configuration is at fault, as the library has said
+        return []
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return sorted(
+        key
+        for key, entry in weights.entries.items()
+        if (name := name_in_module(key, shapes)) is not None and shapes[name] != entry.shape
+    )
+
+
 def _check_complete(info: dict[str, Any], weights: WeightFiles, folder: Path, library: str) -> None:
     where = weights.files[0] if len(weights.files) == 1 else folder
-    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     unexpected = [
         key
         for key in info["unexpected_keys"]
@@ -231,7 +253,6 @@ def _check_complete(info: dict[str, Any], weights: WeightFiles, folder: Path, li
     ]
     groups = {
         "missing": sorted(info["missing_keys"]),
-        "of another shape than its config.json says": sorted(mismatched),
         "that its config.json does not describe": sorted(unexpected),
     }
     wrong = [f"weights {what}: {len(keys)}, such as {keys[0]}" for what, keys in groups.items() if keys]
