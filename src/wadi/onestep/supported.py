@@ -19,6 +19,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 NEEDED = ("vae", "text_encoder", "tokenizer", "unet", "transformer", "scheduler")
 """Parts that a pipeline which lists them must have."""
 
+_USABLE = "name a StableDiffusionPipeline or a PixArtAlphaPipeline"
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
     "class_embed_type": "takes a class as its condition",
@@ -66,8 +67,7 @@ def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
     name = str(index.get("_class_name"))
     if not isinstance(getattr(diffusers, name, None), type):
         raise WadiError(
-            f"{folder}: holds a {name}, and diffusers {diffusers.__version__} has no such class; name a "
-            "StableDiffusionPipeline or a PixArtAlphaPipeline"
+            f"{folder}: holds a {name}, and diffusers {diffusers.__version__} has no such class; {_USABLE}"
         )
     for part in NEEDED:
         if part in index and (not isinstance(index[part], list) or index[part][:1] == [None]):
@@ -80,7 +80,7 @@ def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
     elif "transformer" in index:
         _check_transformer(folder, _config(folder / "transformer"), name)
     else:
-        raise WadiError(f"{folder}: holds a {name}, which has neither a U-Net nor a transformer")
+        raise WadiError(f"{folder}: holds a {name}, and lists neither a U-Net nor a transformer; {_USABLE}")
 
 
 def _config(part: Path) -> dict[str, Any]:
