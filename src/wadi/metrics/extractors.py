@@ -65,9 +65,9 @@ class Clip:
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
         from transformers import CLIPModel, CLIPProcessor
 
-        folder = part_folder(name, "CLIP model", ("*.json", "*.txt", "model*.safetensors*"))
-        self.model = load_module(CLIPModel, folder, torch.float32).to(device)
         try:
+            folder = part_folder(name, "CLIP model", ("*.json", "*.txt", "model*.safetensors*"))
+            self.model = load_module(CLIPModel, folder, torch.float32).to(device)
             self.processor = CLIPProcessor.from_pretrained(folder)
         except Exception as error:  # a broken folder fails in many ways
             raise WadiError(f"--clip-model {name}: could not load it: {first_line(error)}") from error
