@@ -123,7 +123,24 @@ def test_unknown_options_are_told(arguments, capsys):
 
 def test_a_hub_id_without_network_is_one_line(capsys):
     assert run("generate", "a cat", "--model", "some/model") == 2  # the tests run with HF_HUB_OFFLINE
-    assert capsys.readouterr().err.splitlines()[-1].startswith("wadi: error: some/model: could not load")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("wadi: error: some/model: there is no such folder, and it could not be fetched")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_device_that_is_not_there_is_one_line(command, capsys):
+    for device in (["--device", "cuda:99"], ["--device=nonsense"]):
+        assert run(*command.split(), *device) == 2
+        assert "is not on this machine; name one of cpu" in capsys.readouterr().err
+
+
+def test_a_run_folder_stands_for_its_adapter(student, teacher_folder, tmp_path, capsys):
+    arguments = ["generate", "a cat", "--model", teacher_folder, "--out"]
+    assert run(*arguments, tmp_path / "a.png", "--adapter", student / "adapter") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run(*arguments, tmp_path / "b.png", "--adapter", student) == 0
+    assert "its adapter is used" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_ctrl_c(monkeypatch, capsys):

@@ -239,13 +239,11 @@ def extract(
         max_sweeps: Of the fit; 0 takes the singular value decomposition of the angles as it is.
         device: Such as cpu or cuda:1; a GPU if there is one.
     """
-    import torch
-
+    from wadi.device import chosen_device
     from wadi.directions.extract import extract_adapter, table
 
     _hide_loading_bars()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    print(table(extract_adapter(teacher, student, out, rank, max_sweeps, device)))
+    print(table(extract_adapter(teacher, student, out, rank, max_sweeps, chosen_device(device))))
     print(f"{out}: wadi generate --model {teacher} --adapter {out}")
 
 
@@ -471,11 +469,23 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(command: str, options: list[str]) -> Any:
+    _check_device(options)
     function = _load(COMMANDS[command][0])
     if command == "distill":
         default = _distill_options(options)
         return function(tyro.cli(type(default), default=default, prog="wadi distill", args=options))
     return tyro.cli(function, prog=f"wadi {command}", args=options, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _check_device(options: list[str]) -> None:
+    """For all commands that have --device, before one of them loads anything."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    look.add_argument("--device", nargs="?")
+    name = look.parse_known_args(options)[0].device
+    if name not in (None, "None"):
+        from wadi.device import chosen_device
+
+        chosen_device(name)
 
 
 def _load(target: str) -> Callable[..., Any]:

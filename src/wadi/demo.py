@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from wadi import emoji
+from wadi.device import chosen_device
 from wadi.distill import PRESETS, distill
 from wadi.distill.report import Figure, before_after, write_report
 from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, judge_images, pipeline_generator
@@ -64,7 +64,7 @@ def demo(config: DemoConfig) -> None:
             validation_seeds=SEEDS,
         )
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device()
     teacher = load_pipeline(emoji.teacher_folder()).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
     figures = measure(teacher, student, config.samples, config.teacher_samples)

@@ -11,6 +11,7 @@ import tyro
 from PIL import Image
 
 from wadi import emoji
+from wadi.device import chosen_device
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder, write_json
 from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
@@ -56,7 +57,7 @@ def run(options: InvertOptions) -> None:
     if options.num_inference_steps < 1:
         raise WadiError(f"--num-inference-steps {options.num_inference_steps}: must be at least 1")
     refuse_to_replace(options.out, options.examples, options.model, options.adapter or options.model)
-    options = replace(options, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = replace(options, device=chosen_device(options.device))
     names = [field.name for field in fields(InvertConfig)]
     inversion = invert(InvertConfig(**{name: getattr(options, name) for name in names}))
     if inversion.interrupted and not inversion.losses:
@@ -116,7 +117,7 @@ def new_prompts(inversion: Inversion, prompts: Sequence[str] = (), count: int = 
 def pictures(options: InvertOptions, inversion: Inversion, embedding: Path) -> Image.Image:
     """A row of exemplars, then for each prompt one of the multi-step model and one of the student, if any."""
     dtype = getattr(torch, options.dtype)
-    teacher = load_pipeline(options.model, dtype, without=("safety_checker",)).to(options.device)
+    teacher = load_pipeline(options.model, dtype).to(options.device)
     load_embedding(teacher, embedding)
     teacher.set_progress_bar_config(disable=True)
     student = None

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from wadi import emoji
+from wadi.device import chosen_device
 from wadi.errors import WadiError, tell
 from wadi.images import open_mask
 from wadi.onestep import OneStepPipeline, check_picture_path, image_grid, refuse_guidance, save_picture
@@ -67,7 +68,7 @@ class Common:
     @property
     def chosen_device(self) -> str:
         """The device."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return chosen_device(self.device)
 
     def check(self) -> None:
         """Tell what cannot be before anything is loaded or made.

@@ -286,3 +286,16 @@ def test_command_line_names_every_changed_option():
 )
 def test_durations(seconds, words):
     assert _duration(seconds) == words
+
+
+def test_a_teacher_whose_last_timestep_is_pure_noise(teacher_folder):
+    teacher = load_pipeline(teacher_folder)
+    teacher.scheduler = DDIMScheduler.from_config(
+        teacher.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    assert teacher.scheduler.alphas_cumprod[-1] == 0
+    student = OneStepPipeline(teacher, alpha_T_squared=0.0047)
+    comparison = before_after(teacher, student, ["a cat"], [0], steps=4, guidance_scale=2.0)
+    for (images,) in (comparison.before, comparison.after, comparison.teacher):
+        assert np.ptp(np.asarray(images[0])) > 0  # NaN would be black
+    assert np.array_equal(comparison.before[0][0], comparison.after[0][0])  # the student is not trained

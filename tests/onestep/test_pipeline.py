@@ -195,10 +195,10 @@ def test_missing_and_broken_inputs_are_one_line(teacher, adapter, tmp_path):
     empty_weights = broken("other", adapter, _drop_one_weight)
     cases = [
         (tmp_path / "nowhere", None, "no such folder"),
-        (tmp_path, None, "model_index.json"),
+        (tmp_path, None, "but holds 3; name one"),
         (no_vae, None, "'vae'"),
-        (no_weights, None, "could not load"),
-        (cut, None, "could not load"),
+        (no_weights, None, "holds its weights only as"),
+        (cut, None, "could not read"),
         (teacher, tmp_path / "nowhere", "no such folder"),
         (teacher, no_config, "adapter_config.json is missing"),
         (teacher, pickled, "adapter_model.safetensors is missing"),

@@ -151,3 +151,31 @@ def test_zero_terminal_snr_is_fine_for_v():
     z, output = noise()
     x0 = run(one_step_scheduler(config), z, output)[1]
     assert torch.allclose(x0, -output, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+        ("EDMEulerScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {}),
+        ("IPNDMScheduler", {}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+    ],
+)
+def test_schedules_without_betas_are_refused(name, options, tmp_path):
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.save_pretrained(tmp_path)
+    config = LCMScheduler.load_config(tmp_path)
+    for given in (scheduler, scheduler.config, config):
+        with pytest.raises(WadiError, match="has no one-step form"):
+            one_step_scheduler(given)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "flow_prediction", "nonsense"])
+def test_other_predictions_are_refused(prediction_type):
+    with pytest.raises(WadiError, match=f"prediction_type '{prediction_type}' cannot be distilled"):
+        one_step_scheduler({**SD, "prediction_type": prediction_type})

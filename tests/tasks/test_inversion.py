@@ -13,7 +13,7 @@ from PIL import Image
 from tests.tiny import tiny_pipeline
 from wadi import WadiError
 from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
-from wadi.onestep import OneStepPipeline, load_embedding
+from wadi.onestep import OneStepPipeline, load_embedding, load_pipeline
 from wadi.tasks import inversion as module
 from wadi.tasks.exemplars import Exemplars
 from wadi.tasks.inversion import (
@@ -379,3 +379,10 @@ def test_other_pipelines_are_refused():
 def test_a_model_without_prepositions_is_told():
     with pytest.raises(WadiError, match="no English preposition as one token"):
         learn_word(tiny_pipeline(), exemplars("o <R> x", "x <R> o"), CONFIG)
+
+
+def test_images_that_are_not_square_are_refused(teacher_folder):
+    pipeline = load_pipeline(teacher_folder)
+    pipeline.unet.register_to_config(sample_size=[8, 16])
+    with pytest.raises(WadiError, match="not square"):
+        learn_words(pipeline, [])

@@ -24,7 +24,9 @@ from wadi.directions.weights import (
 from wadi.errors import WadiError
 from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
 from wadi.onestep import one_step_scheduler, read_alpha_T_squared
-from wadi.onestep.loading import forget_origin, pipeline_folder
+from wadi.onestep.loading import pipeline_folder
+from wadi.onestep.saving import copy_part, forget_origin
+from wadi.onestep.supported import UNUSED, parts
 from wadi.progress import progress
 
 Part = Literal["norms", "directions"]
@@ -126,13 +128,18 @@ def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[
 
 
 def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
-    """Copy what model_index.json lists, but for the weights of `part` and files that safetensors replace."""
+    """Copy what model_index.json lists and an image needs, but for the weights of `part`."""
     index = read_json(source / "model_index.json")
-    shutil.copy(source / "model_index.json", folder)
-    for name, value in index.items():
-        if isinstance(value, list) and value[0] is not None:
-            unwanted = ["*.bin", "*.msgpack", "*.onnx*"] + (["*.safetensors*"] if name == part else [])
-            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(*unwanted))
+    for name, _ in parts(source, index):
+        if name == part:
+            (folder / name).mkdir()
+            shutil.copyfile(source / name / "config.json", folder / name / "config.json")
+        else:
+            copy_part(source / name, folder / name)
+    without = {name: [None, None] for name in UNUSED if name in index}
+    if "safety_checker" in index:
+        without["requires_safety_checker"] = False
+    write_json(folder / "model_index.json", index | without)
     forget_origin(folder)
 
 

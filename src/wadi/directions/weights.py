@@ -11,17 +11,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import safe_open
 from torch import nn
 
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, read_json
+from wadi.files import read_json
 from wadi.onestep.adapters import adapter_folder
+from wadi.onestep.components import Entry, find_weights, read_headers, read_tensor
 from wadi.onestep.importing import without_prefixes
 from wadi.onestep.loading import pipeline_folder
 
@@ -30,15 +29,6 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."
 _LDM_PREFIX = "model.diffusion_model."
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class Weights:
@@ -71,7 +61,7 @@ class Weights:
             raise WadiError(
                 f"{entry.file}: {key} is {entry.dtype}, not floating-point; name unquantised weights"
             )
-        tensor = _wide(_read(entry))
+        tensor = _wide(read_tensor(entry))
         if not torch.isfinite(tensor).all():
             raise WadiError(f"{self.name}: {key} is not finite; write the file again or name another")
         return tensor
@@ -93,7 +83,7 @@ class AdaptedWeights(Weights):
         self.folder, self.base = folder, base
         self.config = _adapter_config(folder)
         self.parts: dict[str, dict[str, Entry]] = {}
-        for key, entry in _entries([folder / ADAPTER_WEIGHTS]).items():
+        for key, entry in read_headers([folder / ADAPTER_WEIGHTS]).items():
             key = key.removeprefix(_ADAPTER_PREFIX).replace(".base_layer.", ".")
             if key in self.entries:  # a bias or a whole module that was trained beside the adapter
                 self.entries[key] = entry
@@ -131,7 +121,7 @@ class AdaptedWeights(Weights):
         config.exclude_modules = config.modules_to_save = None
         config.layers_to_transform = config.layers_pattern = None
         root = _alone(layer, weight)
-        tensors = {key: _wide(_read(entry)) for key, entry in self.parts[layer].items()}
+        tensors = {key: _wide(read_tensor(entry)) for key, entry in self.parts[layer].items()}
         try:
             inject_adapter_in_model(config, root)
             found = set_peft_model_state_dict(root, tensors)
@@ -221,31 +211,21 @@ def check_shapes(
 
 
 def _folder_entries(folder: Path) -> dict[str, Entry]:
-    """Entries of diffusers' file in a folder, or of the shards that its index names."""
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if (folder / WEIGHTS_NAME).is_file():
-        return _entries([folder / WEIGHTS_NAME])
-    if not index.is_file():
-        found = sorted(folder.glob("*.safetensors"))
-        if len(found) != 1:
-            raise WadiError(
-                f"{folder}: neither a pipeline (model_index.json) nor an adapter ({ADAPTER_CONFIG}), and "
-                f"holds {len(found)} safetensors files and no {WEIGHTS_NAME}; name one of those, or one file"
-            )
-        return _entries(found)
-    places = read_json(index)
-    places = places.get("weight_map") if isinstance(places, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise WadiError(f"{index}: has no weight_map of keys to files; fetch the folder again")
-    entries = _entries([folder / name for name in sorted(set(places.values()))])
-    if missing := places.keys() - entries.keys():
-        raise WadiError(f"{index}: names {min(missing)}, which its file does not hold; fetch it again")
-    return entries
+    """Entries of a network's files in a folder."""
+    if (weights := find_weights(folder)) is not None:
+        return weights.entries
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise WadiError(
+            f"{folder}: neither a pipeline (model_index.json) nor an adapter ({ADAPTER_CONFIG}), and "
+            f"holds {len(found)} safetensors files and no {WEIGHTS_NAME}; name one of those, or one file"
+        )
+    return read_headers(found)
 
 
 def _file_entries(path: Path) -> dict[str, Entry]:
     """Entries of a file of diffusers' keys, prefixed or not, or of a whole checkpoint."""
-    entries = _entries([path])
+    entries = read_headers([path])
     ldm = [key for key in entries if key.startswith(_LDM_PREFIX)]
     if not ldm:
         return without_prefixes(entries)
@@ -275,23 +255,6 @@ def ldm_names(keys: Iterable[str]) -> dict[str, str]:
     if f"{_LDM_PREFIX}label_emb.0.0.weight" in keys:
         config["addition_embed_type"] = "text_time"  # SD XL
     return convert_ldm_unet_checkpoint({key: key for key in keys}, config)
-
-
-def _entries(files: list[Path]) -> dict[str, Entry]:
-    entries = {}
-    for file in files:
-        with explain_os_errors(file, "read the safetensors file"), safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118, it is no dictionary
-                part = opened.get_slice(key)
-                entries[key] = Entry(file, key, tuple(part.get_shape()), part.get_dtype())
-    if not entries:
-        raise WadiError(f"{files[0]}: holds no tensors; name another file")
-    return entries
-
-
-def _read(entry: Entry) -> torch.Tensor:
-    with explain_os_errors(entry.file, "read the safetensors file"), safe_open(entry.file, "pt") as opened:
-        return opened.get_tensor(entry.key)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,22 +57,14 @@ class Backbone(ABC):
         """Load a pipeline folder or hub id without its text encoder; safetensors only, network in `dtype`.
 
         Raises:
-            WadiError: no such folder or id, a missing sub-folder, no safetensors weights, or another
-                architecture.
+            WadiError: as `load_pipeline`, or another architecture.
         """
         folder = pipeline_folder(name_or_path)
         name = pipeline_class_name(folder)
         if name != cls.pipeline_class.__name__:
             raise WadiError(f"{name_or_path}: holds a {name}; name a {cls.pipeline_class.__name__}")
         dtypes = {cls.network_name: dtype, "default": torch.float32}
-        pipeline = load_pipeline(folder, dtypes, without=("text_encoder",))
-        cls._check(pipeline, str(name_or_path))
-        return cls(pipeline, device, folder)
-
-    @classmethod
-    @abstractmethod
-    def _check(cls, pipeline: DiffusionPipeline, name: str) -> None:
-        """Raise a WadiError if the pipeline's network cannot be distilled."""
+        return cls(load_pipeline(folder, dtypes, without=("text_encoder",)), device, folder)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -102,16 +94,6 @@ class UNetBackbone(Backbone):
 
     pipeline_class = StableDiffusionPipeline
     network_name = "unet"
-
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline, name: str) -> None:
-        config = pipeline.unet.config
-        if config.in_channels != config.out_channels:
-            raise WadiError(
-                f"{name}: the U-Net takes {config.in_channels} channels and gives "
-                f"{config.out_channels}; inpainting and similar models are not supported"
-            )
-        pipeline.safety_checker = None
 
     def predict(
         self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
@@ -147,15 +129,6 @@ class PixArtBackbone(Backbone):
                 name: torch.tensor(value, dtype=self.dtype, device=self.device)
                 for name, value in values.items()
             }
-
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline, name: str) -> None:
-        config = pipeline.transformer.config
-        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-            raise WadiError(
-                f"{name}: the transformer takes {config.in_channels} channels and gives "
-                f"{config.out_channels}; only as many, or twice as many (learned sigma), are supported"
-            )
 
     def predict(
         self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition

@@ -19,6 +19,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
+from wadi.device import chosen_device
 from wadi.distill.charts import loss_curves
 from wadi.distill.config import DistillConfig
 from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_figures, read_figures
@@ -68,11 +69,11 @@ def before_after(
 
     All three start from the same noise. `teacher` is left as it is.
     """
-    one_step_teacher = OneStepPipeline(teacher)
-    many_steps = OneStepPipeline(teacher).pipeline  # a copy that shares the modules
-    many_steps.scheduler = DDIMScheduler.from_config(
-        teacher.scheduler.config, timestep_spacing="trailing", clip_sample=False
-    )
+    # with the student's alpha_T, as training started: the teacher's own may be zero
+    alpha_T_squared = float(student.pipeline.scheduler.alphas_cumprod[-1])
+    one_step_teacher = OneStepPipeline(teacher, alpha_T_squared or None)
+    many_steps = OneStepPipeline(teacher, alpha_T_squared or None).pipeline  # a copy, the modules are shared
+    many_steps.scheduler = _ddim(teacher)
 
     bar = progress(total=3 * len(prompts), desc="images of the report", unit="prompt")
 
@@ -120,6 +121,14 @@ def before_after(
     )
 
 
+def _ddim(teacher: DiffusionPipeline) -> DDIMScheduler:
+    """DDIM from the last timestep; where epsilon says nothing of x0 there (alpha_T = 0), from before it."""
+    ddim = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    if ddim.config.prediction_type == "epsilon" and ddim.alphas_cumprod[-1] <= 0:
+        return DDIMScheduler.from_config(ddim.config, timestep_spacing="leading")
+    return ddim
+
+
 def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None = None) -> Path:
     """Make the images of a finished run and write its `report.html`.
 
@@ -142,7 +151,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         )
     if not config.validation_prompts:
         raise WadiError(f"{run / 'config.yaml'}: names no validation_prompts, of which the report has images")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device()
     teacher = load_pipeline(config.pretrained_model_name_or_path).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
     guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale

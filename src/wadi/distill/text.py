@@ -59,7 +59,7 @@ class PromptEncoder:
             WadiError: no such folder or id, or a missing sub-folder.
         """
         folder = pipeline_folder(name_or_path)
-        pipeline = load_pipeline(folder, without=(*NETWORKS, "vae", "text_encoder", "safety_checker"))
+        pipeline = load_pipeline(folder, without=(*NETWORKS, "vae", "text_encoder"))
         return cls(pipeline, dtype, device, folder)
 
     @property
@@ -101,7 +101,7 @@ class PromptEncoder:
                 pipeline.text_encoder.to("cpu")
             return
         dtypes = {"text_encoder": self._encoder_dtype, "default": torch.float32}
-        whole = load_pipeline(self.folder, dtypes, without=(*NETWORKS, "vae", "safety_checker"))
+        whole = load_pipeline(self.folder, dtypes, without=(*NETWORKS, "vae"))
         pipeline.text_encoder = whole.text_encoder.to(self.device).requires_grad_(False).eval()
         try:
             yield

@@ -25,7 +25,8 @@ from wadi.emoji.train_teacher import tokenize
 from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
-from wadi.onestep.loading import forget_origin, load_pipeline
+from wadi.onestep.loading import load_pipeline
+from wadi.onestep.saving import forget_origin
 from wadi.progress import progress
 from wadi.tasks.control import canny, layout_map
 

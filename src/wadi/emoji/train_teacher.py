@@ -33,6 +33,7 @@ from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
 from wadi.files import replacing_folder
+from wadi.onestep.components import load_module
 from wadi.onestep.loading import pipeline_class_name
 from wadi.progress import progress
 
@@ -286,11 +287,10 @@ def _networks(config: TrainTeacherConfig, tokenizer: Tokenizer) -> tuple[Denoise
         text_encoder = new_t5_encoder(tokenizer) if dit else new_text_encoder(tokenizer)
         return network.to(device), text_encoder.to(device)
     kind, part = (PixArtTransformer2DModel, "transformer") if dit else (UNet2DConditionModel, "unet")
-    network = kind.from_pretrained(config.init, subfolder=part, use_safetensors=True)
-    text_encoder = (T5EncoderModel if dit else CLIPTextModel).from_pretrained(
-        config.init, subfolder="text_encoder", use_safetensors=True
-    )
-    return network.float().to(device).train(), text_encoder.float().to(device).train()
+    network = load_module(kind, config.init / part, torch.float32)
+    encoder_kind = T5EncoderModel if dit else CLIPTextModel
+    text_encoder = load_module(encoder_kind, config.init / "text_encoder", torch.float32)
+    return network.to(device).train(), text_encoder.to(device).train()
 
 
 def _check(config: TrainTeacherConfig) -> None:
@@ -325,12 +325,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     tokenizer = build_t5_tokenizer() if config.architecture == "dit" else build_tokenizer()
-    vae = (
-        AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
-        .float()
-        .to(device)
-        .requires_grad_(False)
-    )
+    vae = load_module(AutoencoderKL, config.vae, torch.float32).to(device).requires_grad_(False)
     captions = sample_captions(config.captions, "teacher")
     pool = encode_pool(config, vae, tokenizer, captions, config.pictures, config.seed)
     pairs = pool

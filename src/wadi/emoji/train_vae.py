@@ -16,6 +16,7 @@ from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.files import replacing_folder
+from wadi.onestep.components import load_module
 
 MEASURED_BATCH = 256
 """Pictures at a time when the latents and the error are measured."""
@@ -81,11 +82,7 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    vae = (
-        new_vae()
-        if config.init is None
-        else AutoencoderKL.from_pretrained(config.init, use_safetensors=True).float()
-    )
+    vae = new_vae() if config.init is None else load_module(AutoencoderKL, config.init, torch.float32)
     vae, atlas = vae.to(device), load_atlas(config.atlas).to(device).float() / 255
     generator = torch.Generator(device).manual_seed(config.seed)
     pool = {name: column.to(device) for name, column in stated(sample_captions(100_000, "vae")).items()}

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from wadi._version import __version__
+from wadi.device import chosen_device
 from wadi.errors import WadiError, tell
 from wadi.files import load_tensors, read_json, replacing_file, save_tensors, write_json
 from wadi.images import image_files, open_picture
@@ -150,7 +151,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def measure(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
     """Figures of the pictures in the folder, written to result.json with all that repeats them."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(config.device)
     tasks = _tasks(config, chosen)
     singles, several = tasks[: config.num_samples], tasks[config.num_samples :]
     figures: dict[str, Any] = {"samples": len(singles)}

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 
 from wadi.errors import WadiError
+from wadi.onestep.components import first_line, load_module
+from wadi.onestep.loading import part_folder
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 """Pictures (N, 3, H, W) uint8 to features (N, D) float32."""
@@ -67,11 +69,11 @@ class Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self.model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval()
-            self.processor = CLIPProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise WadiError(f"--clip-model {name}: could not load it: {reason}") from error
+            folder = part_folder(name, "CLIP model", ("*.json", "*.txt", "model*.safetensors*"))
+            self.model = load_module(CLIPModel, folder, torch.float32).to(device)
+            self.processor = CLIPProcessor.from_pretrained(folder)
+        except Exception as error:  # a broken folder fails in many ways
+            raise WadiError(f"--clip-model {name}: could not load it: {first_line(error)}") from error
         self.name, self.device = name, device
 
     @torch.no_grad()

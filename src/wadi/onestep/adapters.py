@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
-from wadi.onestep.loading import check_hub_id, first_line
+from wadi.onestep.components import first_line
+from wadi.onestep.loading import check_hub_id, run_part
 
 ONE_STEP_FILE = "one_step.json"
 TEXT_ENCODER_FOLDER = "text_encoder"
@@ -65,6 +66,7 @@ def adapter_folder(adapter: str | os.PathLike) -> Path:
             folder = Path(snapshot_download(os.fspath(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except Exception as error:
             raise WadiError(f"{adapter}: could not fetch the adapter: {first_line(error)}") from error
+    folder = run_part(folder, "adapter", "adapter_config.json")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise WadiError(f"{folder}: not a PEFT adapter folder, {file} is missing")

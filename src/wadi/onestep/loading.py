@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
-from safetensors import SafetensorError
+from diffusers import AutoencoderTiny, DiffusionPipeline, PixArtAlphaPipeline
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.files import read_json
+from wadi.onestep.components import first_line, load_module
+from wadi.onestep.supported import UNUSED, check_parts, networks
+
+PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
+"""Of a network alone, on the hub."""
 
 PIXART_TOKENS = 120
 """`max_sequence_length` of `PixArtAlphaPipeline`: what it pads and cuts to."""
@@ -27,86 +30,101 @@ def load_pipeline(
     torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     without: Sequence[str] = (),
 ) -> DiffusionPipeline:
-    """Load a diffusers pipeline from a folder or the hub, all modules in one dtype, safetensors only.
+    """Load a diffusers pipeline from a folder or the hub, safetensors only, every weight accounted for.
+
+    Files of a variant such as fp16 are taken where there are no plain ones. A safety checker and what belongs
+    to it are not loaded. No tokenizer makes longer prompts than its text encoder has positions.
 
     Args:
-        pretrained_model_name_or_path: folder or hub id.
-        torch_dtype: float32 when ``None`` (diffusers' own default mixes dtypes if files hold half precision).
-            A dict gives each module its own, by name and "default".
+        pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (its pipeline).
+        torch_dtype: of all modules; float32 when ``None`` (diffusers' own default mixes dtypes if files hold
+            half precision). A dict gives each module its own, by name and "default".
         without: modules that are not loaded; names that the pipeline does not have are ignored.
 
     Raises:
-        WadiError: there is no such folder or hub id, a sub-folder is missing, or a file is unreadable.
+        WadiError: there is no such folder or hub id, wadi cannot use the model (see `check_parts`), or a file
+            or a weight is missing, unreadable or does not fit (see `load_module`).
     """
-    name = os.fspath(pretrained_model_name_or_path)
-    left_out: dict[str, None] = {}
-    if without:
-        name = os.fspath(pipeline_folder(name))
-        index = read_json(Path(name) / "model_index.json")
-        left_out = {module: None for module in without if module in index}
-    elif Path(name).exists():
-        _check_pipeline_folder(Path(name))
-    else:
-        check_hub_id(name)
+    folder = pipeline_folder(pretrained_model_name_or_path)
+    index = read_json(folder / "model_index.json")
+    dtypes = torch_dtype if isinstance(torch_dtype, dict) else {"default": torch_dtype or torch.float32}
+    passed: dict[str, Any] = {part: None for part in (*UNUSED, *without) if part in index}
+    if "safety_checker" in index:
+        passed["requires_safety_checker"] = False
+    _check_tokenizers(folder, index)
+    for part, kind in networks(folder, index).items():
+        if part not in passed:
+            passed[part] = load_module(kind, folder / part, dtypes.get(part, dtypes["default"]))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            return DiffusionPipeline.from_pretrained(
-                name, torch_dtype=torch_dtype or torch.float32, use_safetensors=True, **left_out
-            )
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise WadiError(f"{name}: could not load the pipeline: {first_line(error)}") from error
+        pipeline = DiffusionPipeline.from_pretrained(folder, **passed)
+    except Exception as error:  # a broken folder fails in many ways
+        raise WadiError(f"{folder}: could not load the pipeline: {first_line(error)}") from error
+    for suffix in ("", "_2"):
+        _bound_tokenizer(getattr(pipeline, f"tokenizer{suffix}", None), folder / f"text_encoder{suffix}")
+    return pipeline
 
 
 def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Load the U-Net or transformer of a diffusers pipeline alone, in float32, safetensors only.
 
     Args:
-        pretrained_model_name_or_path: folder or hub id.
+        pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (its pipeline).
 
     Returns:
         The network, on the CPU, and the configuration of the pipeline's scheduler.
 
     Raises:
-        WadiError: there is no such folder or hub id, it has neither network, or a file is unreadable.
+        WadiError: as `load_pipeline`.
     """
-    name = os.fspath(pretrained_model_name_or_path)
-    if Path(name).exists():
-        _check_pipeline_folder(Path(name))
-    else:
-        check_hub_id(name)
+    folder = pipeline_folder(pretrained_model_name_or_path)
+    index = read_json(folder / "model_index.json")
+    part = "unet" if "unet" in index else "transformer"
+    kind = networks(folder, index).get(part)
+    if kind is None:
+        raise WadiError(f"{folder}: has neither a U-Net nor a transformer of diffusers")
     try:
-        index = DiffusionPipeline.load_config(name)
-        part = "unet" if "unet" in index else "transformer"
-        kind = getattr(diffusers, str(index.get(part, [None, None])[1]), None)
-        if kind is None:
-            raise WadiError(f"{name}: has neither a U-Net nor a transformer of diffusers")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            network = kind.from_pretrained(
-                name, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
-            )
-        return network.eval(), LCMScheduler.load_config(name, subfolder="scheduler")
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise WadiError(f"{name}: could not load the network: {first_line(error)}") from error
+        name = index["scheduler"][1]
+        scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    except Exception as error:  # a broken folder fails in many ways
+        raise WadiError(f"{folder}: could not load the scheduler: {first_line(error)}") from error
+    return load_module(kind, folder / part, torch.float32), {**scheduler.config, "_class_name": name}
 
 
 def pipeline_folder(name_or_path: str | os.PathLike) -> Path:
-    """Folder of a pipeline: `name_or_path` itself, or a hub id's in the hub's cache, downloaded if need be.
+    """Folder of a pipeline: `name_or_path` itself, a run's `pipeline/`, or a hub id's in the hub's cache.
 
     Raises:
-        WadiError: no such folder or hub id, not a pipeline folder, or a missing sub-folder.
+        WadiError: no such folder or hub id, not a pipeline folder (the message says what it is, and what to
+            do), or a pipeline that wadi cannot use (see `check_parts`).
     """
     name = os.fspath(name_or_path)
-    folder = Path(name)
-    if not folder.exists():
-        check_hub_id(name)
-        try:
-            folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
-        except Exception as error:  # every kind of failure of the hub
-            raise WadiError(f"{name}: could not load the pipeline: {first_line(error)}") from error
-    _check_pipeline_folder(folder)
+    path = Path(name)
+    if path.is_file():
+        raise WadiError(_of_one_file(path))
+    folder = path if path.is_dir() else _download(name)
+    if not (folder / "model_index.json").exists():
+        folder = run_part(folder, "pipeline", "model_index.json")
+    if not (folder / "model_index.json").exists():
+        raise WadiError(_no_pipeline(folder))
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise WadiError(f"{folder / 'model_index.json'}: does not describe a pipeline; fetch the file again")
+    check_parts(folder, index)
     return folder
+
+
+def run_part(folder: Path, part: str, file: str) -> Path:
+    """What is meant by the folder of a run: its `pipeline` or its `adapter`, which is told; else `folder`.
+
+    Args:
+        folder: what the user named.
+        part: the sub-folder that is wanted.
+        file: what this sub-folder holds if the run has come so far.
+    """
+    if (folder / file).exists() or not (folder / part / file).is_file():
+        return folder
+    tell(f"{folder}: is the folder of a run; its {part} is used ({folder / part})")
+    return folder / part
 
 
 def pipeline_class_name(folder: Path) -> str:
@@ -138,47 +156,50 @@ def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -
     Raises:
         WadiError: it cannot be loaded, is of another class, or its latents have another shape.
     """
-    if not Path(name).is_dir():
-        check_hub_id(name)
-    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
-    try:
-        kind = AutoencoderTiny.load_config(name).get("_class_name")
-        if kind not in classes:
-            raise WadiError(f"--vae {name}: is {kind}; use {' or '.join(classes)}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            vae, info = classes[kind].from_pretrained(
-                name, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise WadiError(f"--vae {name}: could not load the autoencoder: {first_line(error)}") from error
-    if missing := info["missing_keys"]:  # diffusers only warns
-        raise WadiError(f"--vae {name}: {len(missing)} weights are missing, as {min(missing)}; load it again")
+    folder = part_folder(name, "autoencoder")
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind not in ("AutoencoderTiny", "AutoencoderKL"):
+        raise WadiError(f"--vae {name}: is {kind}; use AutoencoderTiny or AutoencoderKL")
+    vae = load_module(getattr(diffusers, kind), folder, torch_dtype)
+    channels = vae.config.latent_channels
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    if isinstance(vae, AutoencoderTiny):
+        pixels = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
     for what, own, other in (
-        ("latent channels", pipeline.vae.config.latent_channels, vae.config.latent_channels),
-        ("pixels a latent", pipeline.vae_scale_factor, 2 ** (len(vae.config.block_out_channels) - 1)),
+        ("latent channels", pipeline.vae.config.latent_channels, channels),
+        ("pixels a latent", pipeline.vae_scale_factor, pixels),
     ):
         if own != other:
             raise WadiError(f"--vae {name}: has {other} {what} and the model needs {own}; name another")
-    return vae.eval()
+    return vae
 
 
-def forget_origin(folder: Path) -> None:
-    """Remove the teacher's path on this machine from the configs that diffusers wrote."""
-    for path in folder.rglob("*.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def part_folder(name: str | os.PathLike, what: str, patterns: Sequence[str] = PART_FILES) -> Path:
+    """Folder of a network alone, such as a ControlNet: itself, or a hub id's in the hub's cache.
 
+    Args:
+        name: folder or hub id.
+        what: it is, for messages.
+        patterns: of the files that are fetched from the hub.
 
-def _check_pipeline_folder(folder: Path) -> None:
-    index = read_json(folder / "model_index.json") if folder.is_dir() else None
-    if not isinstance(index, dict):
-        raise WadiError(f"{folder}: not a diffusers pipeline folder; name one with a model_index.json")
-    for name, value in index.items():
-        wanted = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if wanted and not (folder / name).is_dir():
-            raise WadiError(f"{folder}: its model_index.json lists {name!r}, but the sub-folder is missing")
+    Raises:
+        WadiError: there is no such folder or hub id.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise WadiError(f"{path}: is one file; name the folder of the {what}, with config.json and weights")
+    from huggingface_hub import snapshot_download
+
+    name = os.fspath(name)
+    check_hub_id(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # every kind of failure of the hub
+        raise WadiError(_not_fetched(name, error)) from error
 
 
 def check_hub_id(name: str) -> None:
@@ -187,7 +208,95 @@ def check_hub_id(name: str) -> None:
         raise WadiError(f"{name}: no such folder, and not a hub id of the form owner/name")
 
 
-def first_line(error: Exception) -> str:
-    """First line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _download(name: str) -> Path:
+    check_hub_id(name)
+    unused = dict.fromkeys(UNUSED)
+    try:
+        try:
+            return Path(DiffusionPipeline.download(name, use_safetensors=True, **unused))
+        except (OSError, ValueError) as error:
+            if "safetensors" not in str(error):
+                raise
+            return Path(DiffusionPipeline.download(name, use_safetensors=True, variant="fp16", **unused))
+    except Exception as error:  # every kind of failure of the hub
+        raise WadiError(_not_fetched(name, error)) from error
+
+
+def _not_fetched(name: str, error: Exception) -> str:
+    return (
+        f"{name}: there is no such folder, and it could not be fetched from the hub: {first_line(error)} "
+        "Without a network, name the folder of a model that is on this machine"
+    )
+
+
+def _of_one_file(path: Path) -> str:
+    trust = "" if path.suffix == ".safetensors" else " (if you trust it: reading this format can run code)"
+    return (
+        f"{path}: is one file, and a model is a folder; convert a checkpoint once{trust}: python -c "
+        f"\"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}')"
+        ".save_pretrained('FOLDER')\""
+    )
+
+
+def _no_pipeline(folder: Path) -> str:
+    """What a folder without a model_index.json is, and what to do."""
+    said = f"{folder}: not a diffusers pipeline folder"
+    if not any(folder.iterdir()):
+        return f"{said}, it is empty; name one with a model_index.json"
+    if (folder / "adapter_config.json").is_file():
+        return f"{said} but an adapter's; name it with --adapter, and its pipeline as the model"
+    if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+        return (
+            f"{said} but a run without pipeline/ yet; go on with "
+            f"wadi distill --resume-from-checkpoint {folder}"
+        )
+    parent = folder.absolute().parent
+    if (parent / "model_index.json").is_file():
+        return f"{said} but a part of one; name {parent}"
+    if below := sorted(folder.glob("*/model_index.json")):
+        return f"{said}, but holds {len(below)}; name one of them, such as {below[0].parent}"
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt", ".bin"))
+    if (folder / "config.json").is_file():
+        return f"{said} but that of one network; name one with a model_index.json"
+    if files:
+        return f"{said}. {_of_one_file(files[0])}"
+    return f"{said}; name one with a model_index.json"
+
+
+def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
+    """A tokenizer without its vocabulary would be made up; one of sentencepiece needs two packages."""
+    for part in (name for name in ("tokenizer", "tokenizer_2") if name in index):
+        names = {path.name for path in (folder / part).iterdir()}
+        whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
+        model = next((name for name in names if name.endswith((".model", ".spm"))), None)
+        if not whole and model is None:
+            raise WadiError(
+                f"{folder / part}: holds no vocabulary (tokenizer.json, or vocab.json and merges.txt, or "
+                "spiece.model); fetch the folder again"
+            )
+        needed = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+        if not whole and needed:
+            raise WadiError(
+                f"{folder / part / str(model)}: needs the packages sentencepiece and protobuf; "
+                "pip install sentencepiece protobuf"
+            )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+def _bound_tokenizer(tokenizer: Any, encoder: Path) -> None:
+    """Prompts are padded to the tokenizer's length, which files may lack; the encoder has no more."""
+    file = encoder / "config.json"
+    config = read_json(file) if tokenizer is not None and file.is_file() else {}
+    if positions := config.get("max_position_embeddings"):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if (words := config.get("vocab_size")) and len(tokenizer) > words:
+        raise WadiError(
+            f"{encoder}: has embeddings of {words} tokens, and the tokenizer beside it knows "
+            f"{len(tokenizer)}; the two are of different models"
+        )

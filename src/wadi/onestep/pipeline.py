@@ -24,8 +24,9 @@ from wadi.onestep.arguments import (
 )
 from wadi.onestep.embedding import as_learned, load_embedding
 from wadi.onestep.fast import FastPath
-from wadi.onestep.loading import forget_origin, load_pipeline, load_vae, prompt_limit, stock_arguments
+from wadi.onestep.loading import load_pipeline, load_vae, prompt_limit, stock_arguments
 from wadi.onestep.output import tell_odd_output
+from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 
 
@@ -195,7 +196,8 @@ class OneStepPipeline:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
-        `StableDiffusionPipeline.from_pretrained(folder)` makes pictures of it without wadi.
+        `StableDiffusionPipeline.from_pretrained(folder)` makes images of it without wadi. See `save_pipeline`
+        for which files are copied as they are.
 
         Raises:
             WadiError: the folder cannot be written, or `compile` has changed the modules.
@@ -205,8 +207,7 @@ class OneStepPipeline:
         stock = copy.copy(self.pipeline)
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
         with replacing_folder(folder) as temporary:
-            stock.save_pretrained(temporary, safe_serialization=True)
-            forget_origin(temporary)
+            save_pipeline(stock, temporary)
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""

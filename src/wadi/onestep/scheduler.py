@@ -50,6 +50,7 @@ def one_step_scheduler(
             `alpha_T_squared` is out of range.
     """
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    _check_betas(scheduler, config)
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise WadiError(
@@ -68,6 +69,17 @@ def one_step_scheduler(
             "use a v_prediction teacher or set alpha_T_squared"
         )
     return one_step
+
+
+def _check_betas(scheduler: SchedulerMixin | Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Flow matching and EDM have none, and `LCMScheduler` would put its default betas there."""
+    kind = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    flow = config.get("use_flow_sigmas")
+    if flow or (config.get("beta_start") is None and config.get("trained_betas") is None):
+        raise WadiError(
+            f"scheduler: {kind or 'this scheduler'} {'samples a flow' if flow else 'has no betas'}, and "
+            "has no one-step form; use a teacher with a DDPM-like noise schedule"
+        )
 
 
 def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:

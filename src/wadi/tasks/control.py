@@ -9,10 +9,7 @@ map.
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -27,12 +24,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 
 from wadi.errors import WadiError
 from wadi.images import open_picture as open_picture
 from wadi.onestep import OneStepPipeline, labelled_grid
 from wadi.onestep.arguments import seeded
+from wadi.onestep.components import load_module
+from wadi.onestep.loading import part_folder
 from wadi.onestep.output import tell_odd_output
 
 Value = TypeVar("Value")
@@ -121,26 +119,12 @@ def load_controlnet(
         torch_dtype: of its weights; float32 when ``None``.
 
     Raises:
-        WadiError: it cannot be loaded, weights are missing, or it is for another U-Net or autoencoder.
+        WadiError: as `load_module`, or it is for another U-Net or autoencoder.
     """
-    name = os.fspath(name)
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise WadiError(f"{name}: no such folder, and not a hub id of the form owner/name")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            controlnet, info = ControlNetModel.from_pretrained(
-                name,
-                torch_dtype=torch_dtype or torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise WadiError(f"{name}: could not load the ControlNet: {str(error).splitlines()[0]}") from error
-    if missing := info["missing_keys"]:  # diffusers only warns
-        raise WadiError(f"{name}: {len(missing)} weights are missing, as {min(missing)}; load it again")
-    _check_fit(name, controlnet, pipeline)
-    return controlnet.to(pipeline.device).eval().requires_grad_(False)
+    folder = part_folder(name, "ControlNet")
+    controlnet = load_module(ControlNetModel, folder, torch_dtype or torch.float32)
+    _check_fit(os.fspath(name), controlnet, pipeline)
+    return controlnet.to(pipeline.device).requires_grad_(False)
 
 
 def _check_fit(name: str, controlnet: ControlNetModel, pipeline: DiffusionPipeline) -> None:

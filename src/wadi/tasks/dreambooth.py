@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -55,7 +55,8 @@ from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
 from wadi.onestep.arguments import check_seed, seeded
-from wadi.onestep.loading import forget_origin, prompt_limit, stock_arguments
+from wadi.onestep.loading import prompt_limit, stock_arguments
+from wadi.onestep.saving import save_pipeline
 from wadi.progress import progress
 
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
@@ -363,8 +364,7 @@ class DreamBooth:
                 save_peft(self.text_encoder, temporary / TEXT_ENCODER_FOLDER)
         merged = load_with_adapters(self.config.pretrained_model_name_or_path, [run / "adapter"])
         with replacing_folder(run / "pipeline") as temporary:
-            merged.save_pretrained(temporary, safe_serialization=True)
-            forget_origin(temporary)
+            save_pipeline(merged, temporary)
 
     def _draw(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
         """x0 (N, C, H, W), N prompts, noise and timesteps (N,), on the CPU: instances first, then priors."""
@@ -599,8 +599,6 @@ def _load(config: DreamBoothConfig) -> DiffusionPipeline:
     if name not in BACKBONES:
         known = " or a ".join(BACKBONES)
         raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name a {known}")
-    if isinstance(pipeline, StableDiffusionPipeline):
-        pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(config.device)
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+from wadi.device import chosen_device
 from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep.arguments import check_seed, own_size
@@ -198,8 +199,8 @@ def invert(config: InvertConfig) -> Inversion:
     if config.model is None:
         raise WadiError("--model: name the folder or hub id of a multi-step Stable Diffusion model")
     exemplars = read_exemplars(config.examples)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(config.model, getattr(torch, config.dtype), without=("safety_checker",))
+    device = chosen_device(config.device)
+    pipeline = load_pipeline(config.model, getattr(torch, config.dtype))
     return learn_word(pipeline.to(device), exemplars, config)
 
 
@@ -290,6 +291,8 @@ def _check_pipeline(pipeline: Any) -> None:
         raise WadiError(
             f"--model: predicts {prediction_type!r}; name one that predicts epsilon or v_prediction"
         )
+    if not isinstance(pipeline.unet.config.sample_size, int):
+        raise WadiError("--model: its images are not square, and a word is learned on square ones")
 
 
 def _kind_and_token(config: InvertConfig, exemplars: Exemplars) -> tuple[str, str]:

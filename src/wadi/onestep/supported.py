@@ -1,0 +1,152 @@
+"""What a pipeline must be, told from its configurations before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from wadi.errors import WadiError
+from wadi.files import read_json
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of a Stable Diffusion that making an image does not need; they are not loaded."""
+
+NEEDED = ("vae", "text_encoder", "tokenizer", "unet", "transformer", "scheduler")
+"""Parts that a pipeline which lists them must have."""
+
+_USABLE = "name a StableDiffusionPipeline or a PixArtAlphaPipeline"
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_CONDITIONS = {
+    "class_embed_type": "takes a class as its condition",
+    "num_class_embeds": "takes a class as its condition",
+    "encoder_hid_dim_type": "takes conditions that are no text embeddings",
+    "time_cond_proj_dim": "takes the guidance scale as a condition, as latent consistency models do, which "
+    "need few steps already",
+}
+
+
+def parts(folder: Path, index: Mapping[str, Any]) -> Iterator[tuple[str, type | None]]:
+    """Names and classes of the parts that a model_index.json lists; ``None`` for classes of a pipeline's own.
+
+    Raises:
+        WadiError: a library that is known does not have the class.
+    """
+    for name, value in index.items():
+        if not isinstance(value, list) or len(value) != 2 or value[0] is None or name in UNUSED:
+            continue
+        library, kind = value
+        if library not in _LIBRARIES:
+            yield name, None
+            continue
+        found = getattr(_LIBRARIES[library], str(kind), None)
+        if not isinstance(found, type):
+            raise WadiError(
+                f"{folder / 'model_index.json'}: lists {name} as {kind}, and {library} "
+                f"{_LIBRARIES[library].__version__} has no such class; update {library} or name another model"
+            )
+        yield name, found
+
+
+def networks(folder: Path, index: Mapping[str, Any]) -> dict[str, type[torch.nn.Module]]:
+    """The parts that hold weights, by name, and their classes; see `parts`."""
+    return {name: kind for name, kind in parts(folder, index) if kind and issubclass(kind, torch.nn.Module)}
+
+
+def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
+    """Tell from the configurations of a pipeline folder that wadi cannot use it, before weights are read.
+
+    Raises:
+        WadiError: a part is missing, the parts do not fit each other, or the network takes something else
+            than noisy latents, a timestep and text embeddings.
+    """
+    name = str(index.get("_class_name"))
+    if not isinstance(getattr(diffusers, name, None), type):
+        raise WadiError(
+            f"{folder}: holds a {name}, and diffusers {diffusers.__version__} has no such class; {_USABLE}"
+        )
+    for part in NEEDED:
+        if part in index and (not isinstance(index[part], list) or index[part][:1] == [None]):
+            raise WadiError(f"{folder / 'model_index.json'}: lists no {part}; name a whole pipeline")
+    for part, _ in parts(folder, index):
+        if not (folder / part).is_dir():
+            raise WadiError(f"{folder}: its model_index.json lists {part!r}, but the sub-folder is missing")
+    if "unet" in index:
+        _check_unet(folder, _config(folder / "unet"), name)
+    elif "transformer" in index:
+        _check_transformer(folder, _config(folder / "transformer"), name)
+    else:
+        raise WadiError(f"{folder}: holds a {name}, and lists neither a U-Net nor a transformer; {_USABLE}")
+
+
+def _config(part: Path) -> dict[str, Any]:
+    """The part's configuration; an empty one where there is none, which loading the part tells."""
+    file = part / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise WadiError(f"{file}: not a configuration; fetch the file again")
+    return config
+
+
+def _check_unet(folder: Path, config: dict[str, Any], pipeline: str) -> None:
+    where, channels = folder / "unet", config.get("in_channels", 4)
+    if channels != (out := config.get("out_channels", 4)):
+        raise WadiError(
+            f"{where}: the U-Net takes {channels} channels and gives {out}; inpainting and similar models "
+            "are not supported, name the text-to-image model"
+        )
+    for field, what in _CONDITIONS.items():
+        if config.get(field) is not None:
+            raise WadiError(f"{where}: the U-Net {what} ({field}); name a multi-step text-to-image model")
+    added = config.get("addition_embed_type")
+    if added is not None and pipeline == "StableDiffusionPipeline":
+        raise WadiError(
+            f"{where}: the U-Net takes further conditions (addition_embed_type {added!r}), as that of "
+            "Stable Diffusion XL does, which a StableDiffusionPipeline does not give; name another model"
+        )
+    _check_size(where, config)
+    _check_fit(folder, where, channels, config.get("cross_attention_dim", 1280))
+
+
+def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> None:
+    if pipeline != "PixArtAlphaPipeline":
+        return
+    where, channels = folder / "transformer", config.get("in_channels", 4)
+    if (out := config.get("out_channels", 8) or channels) not in (channels, 2 * channels):
+        raise WadiError(
+            f"{where}: the transformer takes {channels} channels and gives {out}; only as many, or twice as "
+            "many (learned sigma), are supported"
+        )
+    _check_size(where, config)
+    _check_fit(folder, where, channels, config.get("caption_channels"))
+
+
+def _check_size(where: Path, config: dict[str, Any]) -> None:
+    size = config.get("sample_size")
+    sides = size if isinstance(size, list) else [size]
+    if len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
+        raise WadiError(
+            f"{where / 'config.json'}: sample_size is {size!r}; write the side of the model's latents there, "
+            "such as 64 for images of 512 pixels"
+        )
+
+
+def _check_fit(folder: Path, where: Path, channels: int, width: Any) -> None:
+    """Latents as the autoencoder has them, and embeddings as the one text encoder gives them."""
+    latents = _config(folder / "vae").get("latent_channels", channels)
+    if latents != channels:
+        raise WadiError(
+            f"{where}: takes latents of {channels} channels, and the autoencoder in {folder / 'vae'} gives "
+            f"{latents}; the two are of different models"
+        )
+    encoder = _config(folder / "text_encoder")
+    own = encoder.get("hidden_size", encoder.get("d_model", width))
+    if isinstance(width, int) and own != width and not (folder / "text_encoder_2").exists():
+        raise WadiError(
+            f"{where}: takes text embeddings of width {width}, and the text encoder in "
+            f"{folder / 'text_encoder'} gives {own}; the two are of different models"
+        )
