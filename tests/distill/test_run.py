@@ -20,7 +20,7 @@ from wadi.distill.run import resolve
 from wadi.distill.trainer import append_metrics
 from wadi.errors import WadiError
 from wadi.lorad import save_adapter, student_config
-from wadi.onestep import OneStepPipeline, read_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha
     assert (saved.student_rank, saved.alpha_T_squared) == (2, alpha_T_squared)
     assert list(run.rglob("events.out.tfevents.*"))
     assert not list(run.rglob("*.bin")) + list(run.rglob("*.pt"))
-    assert read_alpha_T_squared(run / "adapter") == alpha_T_squared
+    assert Student.read(run / "adapter").alpha_T_squared == alpha_T_squared
 
     stock = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)
     ours = OneStepPipeline.from_pretrained(options.pretrained_model_name_or_path, run / "adapter")

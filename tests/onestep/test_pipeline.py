@@ -19,6 +19,7 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from tests.tiny import mark_student
 from wadi import LoRaDConfig, WadiError
 from wadi.onestep import (
     OneStepPipeline,
@@ -26,7 +27,6 @@ from wadi.onestep import (
     image_grid,
     labelled_grid,
     save_picture,
-    write_alpha_T_squared,
 )
 from wadi.onestep.pipeline import load_for_steps
 
@@ -50,7 +50,7 @@ def adapter(teacher, tmp_path_factory):
         if "lorad_" in name:
             torch.nn.init.normal_(parameter, generator=generator)
     adapted.save_pretrained(folder)
-    write_alpha_T_squared(folder, 0.0047)
+    mark_student(folder, alpha_T_squared=0.0047)
     return folder
 
 
@@ -297,5 +297,5 @@ def test_the_suffix_says_what_a_picture_is_written_as(name, kind, tmp_path):
 def test_a_student_in_several_steps_is_refused(teacher, adapter):
     assert isinstance(load_for_steps(teacher, adapter).scheduler, LCMScheduler)
     assert not isinstance(load_for_steps(teacher, None, 4).scheduler, LCMScheduler)
-    with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4; leave the adapter away"):
+    with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4; omit the adapter"):
         load_for_steps(teacher, [adapter], 4)

@@ -20,8 +20,9 @@ from wadi.files import refuse_to_replace, replacing_folder, write_json
 from wadi.lorad import save_adapter, student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
-from wadi.onestep import one_step_scheduler, write_alpha_T_squared
+from wadi.onestep import Student, one_step_scheduler
 from wadi.onestep.loading import load_denoiser
+from wadi.onestep.student import check_teacher
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
 FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"
@@ -127,14 +128,16 @@ def extract_adapter(
         device: where to compute, layer by layer.
 
     Raises:
-        WadiError: a model cannot be loaded, they are not of one architecture or prediction type, a weight is
-            not finite, or there is no such device.
+        WadiError: a model cannot be loaded, the teacher is a one-step student itself, they are not of one
+            architecture or prediction type, a weight is not finite, `r` is more than any layer can use, or
+            there is no such device.
     """
     if (r is not None and r < 1) or max_sweeps < 0:
         raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
     refuse_to_replace(out_folder, teacher, student)
     _check_device(device)
     network, teacher_scheduler = load_denoiser(teacher)
+    check_teacher(teacher, teacher_scheduler, network)
     other, student_scheduler = load_denoiser(student)
     before, after = network.state_dict(), other.state_dict()
     _check_pair(teacher, before, student, after)
@@ -153,12 +156,12 @@ def extract_adapter(
         layers.append(_layer_figures(name, *pair, factors[name]))
     extraction = Extraction(config.r, tuple(layers), _other_figures(network, names, before, after))
 
+    record = Student.of(network, teacher_scheduler, alpha_T_squared)
     inject_adapter_in_model(config, network)
     _fill(network, factors)
     with replacing_folder(out_folder) as folder:
-        save_adapter(network, folder)
-        if alpha_T_squared is not None:
-            write_alpha_T_squared(folder, alpha_T_squared)
+        save_adapter(network, folder, base_model=teacher)
+        record.write(folder)
         write_json(folder / FIGURES_FILE, summary(extraction))
         save_plot(folder / PLOT_FILE, extraction.layers, f"LoRaD adapter of rank {config.r}")
     return extraction

@@ -19,7 +19,7 @@ from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, export_pipeline, load_pipeline, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student, export_pipeline, load_pipeline
 
 GRID_PROMPTS = 4
 """Training prompts in the sample grids where the config names none."""
@@ -75,9 +75,10 @@ def export(trainer: Trainer, run: Path) -> None:
             network.load_state_dict(merged_state(student, network.state_dict()))
         OneStepPipeline(pipeline, config.alpha_T_squared).save_pretrained(run / "pipeline")
         return
-    save_adapter(student, run / "adapter", state_dict=trainer.ema_state())
-    if config.alpha_T_squared is not None:
-        write_alpha_T_squared(run / "adapter", config.alpha_T_squared)
+    backbone, teacher = trainer.backbone, config.pretrained_model_name_or_path
+    save_adapter(student, run / "adapter", state_dict=trainer.ema_state(), base_model=teacher)
+    record = Student.of(backbone.network, backbone.scheduler_config, config.alpha_T_squared)
+    record.write(run / "adapter")
     export_pipeline(config.pretrained_model_name_or_path, run / "adapter", run / "pipeline")
 
 
