@@ -15,6 +15,7 @@ from tqdm import tqdm
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
 from wadi.directions.weights import check_shapes
+from wadi.distill.checks import check_rank, layer_sizes
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder, write_json
 from wadi.lorad import save_adapter, student_config
@@ -146,6 +147,9 @@ def extract_adapter(
         config = student_config(network, r)
     except ValueError as error:
         raise WadiError(f"{teacher}: {error}") from error
+
+    if r is not None:
+        check_rank("--rank", r, layer_sizes(network, config.target_modules).values())
 
     names = [name for name, _ in network.named_modules() if name in config.target_modules]
     names.sort(key=lambda name: _FLOW.get(name.split(".")[0], 0))

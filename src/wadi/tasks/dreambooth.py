@@ -36,6 +36,7 @@ from transformers import CLIPTextModel
 
 from wadi.distill.backbone import BACKBONES, Backbone
 from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from wadi.distill.checks import check_rank, layer_sizes
 from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.methods import method_config
 from wadi.distill.prompts import Prompt, check_length, read_prompts
@@ -53,8 +54,9 @@ from wadi.files import (
 from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
-from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
+from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder, merge_adapters, student_with
 from wadi.onestep.loading import forget_origin, prompt_limit, stock_arguments
+from wadi.onestep.student import check_teacher, network_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Kinds of files that are read as pictures of the subject."""
@@ -416,6 +418,8 @@ class DreamBooth:
 
 def _adapted(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConfig) -> PeftModel:
     """The network with a trainable float32 adapter of the method and rank, on the layers of `like`."""
+    named = [name for name, _ in network.named_modules() if name.endswith(tuple(like.target_modules))]
+    check_rank("--rank", config.rank, layer_sizes(network, named).values(), config.method == "lorad")
     adapter = method_config(config.method, dataclasses.replace(like, r=config.rank))
     model = get_peft_model(network, adapter)
     cast_training_params(model, torch.float32)
@@ -614,6 +618,9 @@ def _load(config: DreamBoothConfig) -> DiffusionPipeline:
     if name not in BACKBONES:
         known = " or a ".join(BACKBONES)
         raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name a {known}")
+    check_teacher(config.pretrained_model_name_or_path, pipeline.scheduler, network_of(pipeline))
+    if config.student_adapter is not None:
+        student_with(pipeline, [adapter_folder(config.student_adapter)])
     if isinstance(pipeline, StableDiffusionPipeline):
         pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)

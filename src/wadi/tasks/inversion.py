@@ -27,6 +27,7 @@ from tqdm import tqdm
 from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep.loading import load_pipeline
+from wadi.onestep.student import check_teacher, network_of
 from wadi.tasks.exemplars import Exemplars, read_exemplars, square
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
@@ -199,6 +200,7 @@ def invert(config: InvertConfig) -> Inversion:
     exemplars = read_exemplars(config.examples)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(config.model, getattr(torch, config.dtype), without=("safety_checker",))
+    check_teacher(config.model, pipeline.scheduler, network_of(pipeline))
     return learn_word(pipeline.to(device), exemplars, config)
 
 
