@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder
 from wadi.onestep.loading import pipeline_folder
@@ -88,6 +89,33 @@ def files_digest(path: str | os.PathLike, suffixes: Iterable[str] | None = None)
 def texts_digest(texts: Iterable[str]) -> str:
     """SHA-256 of texts in their order."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def refuse_other_inputs(
+    run: str | os.PathLike,
+    started: Mapping[str, Any],
+    inputs: Mapping[str, str | None],
+    options: Mapping[str, str],
+) -> None:
+    """Raise if a run that is resumed was started with other content than it is given now.
+
+    Args:
+        run: its folder, for the message.
+        started: digests that it was started with, among others.
+        inputs: digests of what it is given now.
+        options: by key of `inputs`, the option that names the files.
+
+    Raises:
+        WadiError: a digest differs; the message names the option.
+    """
+    if not isinstance(started, Mapping):
+        raise WadiError(f"{run}: its record of the inputs is damaged; start a new run")
+    for name, digest in inputs.items():
+        if started.get(name) != digest:
+            raise WadiError(
+                f"--{options[name]}: its content is not what {run} was started with; name the run's own, or "
+                "start a new run"
+            )
 
 
 def _digest(root: Path, files: Iterable[Path], first: str = "") -> str:

@@ -133,10 +133,10 @@ def layer_sizes(network: nn.Module, names: Collection[str]) -> dict[str, tuple[i
 
     Args:
         network: without adapters.
-        names: of its layers.
+        names: of its layers; modules without a weight are not among the results.
     """
-    modules = ((name, network.get_submodule(name)) for name in names)
-    return {name: (len(module.weight), module.weight[0].numel()) for name, module in modules}
+    weights = {name: getattr(network.get_submodule(name), "weight", None) for name in names}
+    return {name: (len(w), w[0].numel()) for name, w in weights.items() if w is not None}
 
 
 def free_memory(device: torch.device) -> int:

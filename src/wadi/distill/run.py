@@ -20,7 +20,7 @@ from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json
-from wadi.identity import adapter_digest, model_digest, texts_digest
+from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
 from wadi.onestep import OneStepPipeline, Student, export_pipeline, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
@@ -111,7 +111,7 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     """Make paths absolute; where a run is resumed, take its options and find its checkpoint.
 
     Of a resumed run, `CHANGEABLE` options may be given anew, and those in `INPUTS` if their content is the
-    run's own (`_check_inputs`); others must be its own or the defaults.
+    run's own; others must be its own or the defaults.
     Samples a step stay as many: see `share_batch`.
 
     Returns:
@@ -181,7 +181,8 @@ def _load(
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
     inputs = _digests(config, prompts)
-    _check_inputs(run, inputs)
+    if (started := _read_run(run)) is not None:
+        refuse_other_inputs(run, started, inputs, INPUTS)
     backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
     check_teacher(config.pretrained_model_name_or_path, backbone.pipeline.scheduler, backbone.network)
     check_preset(config, backbone.pipeline)
@@ -200,18 +201,6 @@ def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | No
         "prompts": texts_digest(prompt.text for prompt in prompts),
         "student_adapter": None if adapter is None else adapter_digest(adapter),
     }
-
-
-def _check_inputs(run: Path, inputs: dict[str, str | None]) -> None:
-    """Raise if the run, where it is resumed, was started with other content than `inputs`."""
-    if (started := _read_run(run)) is None:
-        return
-    for name, option in INPUTS.items():
-        if started.get(name) != inputs[name]:
-            raise WadiError(
-                f"--{option}: its content is not what {run} was started with; name the run's own, or start a "
-                "new run"
-            )
 
 
 def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, inputs: dict[str, str | None]) -> None:

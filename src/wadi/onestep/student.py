@@ -33,7 +33,7 @@ class Student:
     Attributes:
         prediction: what the network predicts, "epsilon" or "v_prediction".
         base_class: class of the network that was distilled.
-        base_shapes: `shapes_fingerprint` of the network's parameters, without adapters.
+        base_shapes: `shapes_fingerprint` of the network's saved tensors, without adapters.
         alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule.
         steps: where the network is called, as fractions of T: once, at T.
     """
@@ -58,9 +58,8 @@ class Student:
             scheduler: the base's scheduler, or its configuration.
             alpha_T_squared: of the student, where it is not the schedule's own.
         """
-        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        prediction = prediction_type(scheduler)
-        return cls(prediction, type(network).__name__, shapes_fingerprint(shapes), alpha_T_squared)
+        fingerprint = shapes_fingerprint(_shapes(network))
+        return cls(prediction_type(scheduler), type(network).__name__, fingerprint, alpha_T_squared)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `student.json` into a folder.
@@ -93,15 +92,15 @@ class Student:
     def check_base(
         self, folder: str | os.PathLike, shapes: Mapping[str, Sequence[int]], base: str | os.PathLike
     ) -> None:
-        """Raise unless the student was distilled from a network with these parameters.
+        """Raise unless the student was distilled from a network with these tensors.
 
         Args:
             folder: the student's, for the message.
-            shapes: of the network's parameters, by name.
+            shapes: of the network's saved tensors, by name.
             base: the model that holds the network, for the message.
 
         Raises:
-            WadiError: the parameters have other names or shapes.
+            WadiError: the tensors have other names or shapes.
         """
         if shapes_fingerprint(shapes) != self.base_shapes:
             raise WadiError(
@@ -125,9 +124,9 @@ class Student:
             base: that model, for the message.
 
         Raises:
-            WadiError: the network has other parameters, or the model predicts something else.
+            WadiError: the network has other tensors, or the model predicts something else.
         """
-        self.check_base(folder, {name: tuple(p.shape) for name, p in network.named_parameters()}, base)
+        self.check_base(folder, _shapes(network), base)
         if (found := prediction_type(scheduler)) != self.prediction:
             raise WadiError(
                 f"{folder}: the student predicts {self.prediction}, and {base} predicts {found}; "
@@ -136,9 +135,13 @@ class Student:
 
 
 def shapes_fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
-    """SHA-256 of the sorted names and shapes of a network's parameters."""
+    """SHA-256 of the sorted names and shapes of a network's saved tensors."""
     facts = sorted((name, list(shape)) for name, shape in shapes.items())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
