@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tests.onestep.test_adapters import write_adapter
@@ -27,7 +26,6 @@ SAME = {
     "a hidden file": lambda folder: (folder / "unet" / "._config.json").write_text("{}"),
     "versions": lambda folder: edit_json(folder / "unet/config.json", _diffusers_version="0.1"),
     "where it was": lambda folder: edit_json(folder / "model_index.json", _name_or_path="/elsewhere"),
-    "written again": lambda folder: StableDiffusionPipeline.from_pretrained(folder).save_pretrained(folder),
 }
 OTHER = {
     "a weight": lambda folder: edit_tensor(folder / "unet/diffusion_pytorch_model.safetensors"),

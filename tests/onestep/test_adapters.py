@@ -34,7 +34,9 @@ def with_unet(**changes):
     pipeline = tiny_pipeline()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **changes})
+        config = {**pipeline.unet.config, **changes}
+        del config["_use_default_values"]  # else diffusers takes its own default for what was one
+        pipeline.unet = UNet2DConditionModel.from_config(config)
     return pipeline
 
 
@@ -136,7 +138,7 @@ def test_every_command_that_reads_an_adapter_refuses_it(tmp_path, teacher_folder
         ["average", bad, adapter],
         ["average", adapter, bad],
         ["directions", base, bad],
-        ["directions", "swap", base, bad, "norms"],
+        ["directions", "swap", base, bad, "--take", "norms"],
         ["evaluate", "--model", base, "--adapter", bad, *evaluate],
         ["distill", "--teacher", base, "--student-adapter", bad, "--prompts", tmp_path / "prompts.txt"],
     )
@@ -202,7 +204,7 @@ def test_a_student_is_no_teacher(command, exported, adapter, tmp_path, capsys):
         "extract": ["--teacher", exported, "--student", exported],
         "import": [weights, "--model", exported],
         "export": [adapter, "--model", exported],
-        "dreambooth": ["--pretrained-model-name-or-path", exported, "--instance-data-dir", images],
+        "dreambooth": [images, "--pretrained-model-name-or-path", exported],
         "invert": [images, "--model", exported],
     }[command]
     before = sorted(exported.rglob("*"))

@@ -174,12 +174,8 @@ def open_weights(
     if (path / ADAPTER_CONFIG).is_file():
         folder = adapter_folder(path)
         named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if (
-            base is None
-            and other is not None
-            and Path(named or "").is_absolute()
-            and not Path(named).exists()
-        ):
+        elsewhere = Path(named or "").is_absolute() and not Path(named).exists()
+        if base is None and other is not None and elsewhere:
             named = None  # where the base lay on another machine
         if not named and other is None:
             raise WadiError(f"{source}: names no base model; give it with --base")
