@@ -7,6 +7,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from wadi.onestep.student import Student, network_of
+
 PROMPTS = ["a red cat", "a blue dog", "two green birds", "a big house", "a small car on a hill", "the sun"]
 
 
@@ -79,3 +81,9 @@ def tiny_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def mark_student(folder, pipeline=None, alpha_T_squared: float | None = None) -> None:
+    """Write the `student.json` of a student of a pipeline, by default of the tiny one, into a folder."""
+    pipeline = pipeline or tiny_pipeline()
+    Student.of(network_of(pipeline), pipeline.scheduler, alpha_T_squared).write(folder)

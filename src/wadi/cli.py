@@ -372,7 +372,7 @@ def _distill_options(arguments: Sequence[str]) -> Any:
         if name == "emoji-dit":  # its teacher does not come with wadi
             del built_in["pretrained_model_name_or_path"]
         start = dataclasses.replace(start, **{field: str(path) for field, path in built_in.items()})
-    return options(**dataclasses.asdict(start), preset=name)
+    return options(**dataclasses.asdict(start))
 
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import mark_student
 from wadi import WadiError
 from wadi.directions import extract_adapter
 from wadi.directions.extract import table
 from wadi.lorad import load_adapter, save_adapter, student_config
-from wadi.onestep import OneStepPipeline, export_pipeline, read_alpha_T_squared, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student, export_pipeline
 
 RANK = 3
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -39,7 +40,7 @@ def random_adapter(network, folder, std=0.7):
 def adapter(teacher_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("extract") / "adapter"
     random_adapter(StableDiffusionPipeline.from_pretrained(teacher_folder).unet, folder)
-    write_alpha_T_squared(folder, 0.0047)
+    mark_student(folder, alpha_T_squared=0.0047)
     return folder
 
 
@@ -70,14 +71,16 @@ def test_a_lorad_student_is_found_at_its_own_rank(teacher_folder, adapter, stude
     assert extraction.ceiling == pytest.approx(1, abs=1e-9)
     assert extraction.not_adapted == 0
     assert max(layer.norm_change for layer in extraction.layers) < 1e-6
-    assert read_alpha_T_squared(tmp_path / "found") == pytest.approx(0.0047)
+    assert Student.read(tmp_path / "found").alpha_T_squared == pytest.approx(0.0047)
     images = [
         OneStepPipeline.from_pretrained(teacher_folder, folder)(PROMPT, seed=3, output_type="np")
         for folder in (adapter, tmp_path / "found")
     ]
     assert np.abs(images[0] - images[1]).max() < 1e-3
-    configs = [folder / "adapter_config.json" for folder in (tmp_path / "found", adapter)]
-    assert configs[0].read_text() == configs[1].read_text()
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "found", adapter)
+    ]
+    assert configs[0] == {**configs[1], "base_model_name_or_path": str(teacher_folder)}
 
 
 def test_half_precision_files_cost_a_percent_of_the_update(teacher_folder, student, tmp_path):
@@ -140,7 +143,7 @@ def test_nothing_changed_is_told_as_such(teacher_folder, tmp_path):
     assert extraction.explained is extraction.ceiling is extraction.not_adapted is None
     assert not extraction.others
     assert table(extraction).splitlines()[-1].split() == ["not", "adapted", "-"]
-    assert read_alpha_T_squared(tmp_path / "found") is None
+    assert Student.read(tmp_path / "found").alpha_T_squared is None
     ours = merged(teacher_folder, tmp_path / "found")
     assert all(torch.equal(ours[key], tensor) for key, tensor in load_file(teacher_folder / UNET).items())
 
@@ -148,11 +151,11 @@ def test_nothing_changed_is_told_as_such(teacher_folder, tmp_path):
 def test_pixart_with_the_students_own_alpha(tmp_path):
     tiny_pixart().save_pretrained(tmp_path / "teacher")
     random_adapter(tiny_pixart().transformer, tmp_path / "adapter")
-    write_alpha_T_squared(tmp_path / "adapter", 0.0047)
+    mark_student(tmp_path / "adapter", tiny_pixart(), 0.0047)
     export_pipeline(tmp_path / "teacher", tmp_path / "adapter", tmp_path / "student")
     extraction = extract_adapter(tmp_path / "teacher", tmp_path / "student", tmp_path / "found", RANK)
     assert extraction.explained == pytest.approx(1, abs=1e-8)
-    assert read_alpha_T_squared(tmp_path / "found") == pytest.approx(0.0047)
+    assert Student.read(tmp_path / "found").alpha_T_squared == pytest.approx(0.0047)
     load_adapter(tiny_pixart().transformer, tmp_path / "found")
 
 

@@ -1,5 +1,6 @@
 """Swapped pipelines: what they hold, and that diffusers loads them."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from tests.directions.cases import WEIGHTS, fine_tuned_pipeline
 from tests.tiny import tiny_pipeline
 from wadi import WadiError, emoji
 from wadi.directions import compare_models, swap_rows
-from wadi.onestep import OneStepPipeline, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,12 @@ def test_the_rest_of_the_pipeline_of_a_file_is_the_teacher_s(teacher_folder, stu
 
 def test_alpha_T_of_an_adapter_goes_with_it(tmp_path):
     shutil.copytree(emoji.student_folder(), tmp_path / "student")
-    write_alpha_T_squared(tmp_path / "student", 0.01)
+    record = dataclasses.replace(Student.read(tmp_path / "student"), alpha_T_squared=0.01)
+    record.write(tmp_path / "student")
     swap_rows(emoji.teacher_folder(), tmp_path / "student", "norms", tmp_path / "out")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert float(pipeline.scheduler.alphas_cumprod[-1]) == pytest.approx(0.01)
+    assert Student.read(tmp_path / "out") == record
 
 
 def test_nothing_is_left_of_a_failure(teacher_folder, student, tmp_path, monkeypatch):

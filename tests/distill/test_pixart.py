@@ -15,7 +15,7 @@ from wadi.distill.condition import concatenate
 from wadi.distill.config import PRESETS
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
-from wadi.onestep import OneStepPipeline, read_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_distils_exports_and_resumes_the_same_bits(pixart_folder, tmp_path):
     first, second = (load_tensors(r / "checkpoints/step-000004/student.safetensors") for r in (run, half))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(bool(t.any()) for name, t in first.items() if "lorad_A" in name)
-    assert read_alpha_T_squared(run / "adapter") == 0.0047
+    assert Student.read(run / "adapter").alpha_T_squared == 0.0047
     stock = PixArtAlphaPipeline.from_pretrained(run / "pipeline")
     assert float(stock.scheduler.alphas_cumprod[-1]) == pytest.approx(0.0047, rel=1e-6)
     picture = stock(

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, Trainer, distill
-from wadi.distill.run import _open_run, share_batch
+from wadi.distill.prompts import read_prompts
+from wadi.distill.run import _digests, _open_run, share_batch
 from wadi.errors import WadiError
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -299,12 +300,12 @@ def test_samples_a_step_stay_without_a_checkpoint(teacher_folder, tmp_path, monk
     """A run of two processes with 2 samples each, ended before a checkpoint, goes on in one with 4."""
     options = config(teacher_folder, tmp_path, train_batch_size=2, max_train_steps=1)
     run = Path(options.output_dir)
-    _open_run(run, options, 4)
+    _open_run(run, options, 4, _digests(options, read_prompts(options.prompts)))
     seen = []
     monkeypatch.setattr(Trainer, "train", lambda trainer: seen.append(trainer.batch))
     with pytest.raises(SystemExit):
         distill(DistillConfig(resume_from_checkpoint=str(run)))
     assert seen == [4]
-    (run / "samples.json").write_text("[4]")
-    with pytest.raises(WadiError, match=r"samples\.json: not of the form"):
+    (run / "run.json").write_text("[4]")
+    with pytest.raises(WadiError, match=r"run\.json: is damaged"):
         distill(DistillConfig(resume_from_checkpoint=str(run)))

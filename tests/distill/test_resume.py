@@ -1,7 +1,9 @@
 """A run that is killed or interrupted goes on as if nothing had happened: the same bits on the CPU."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import pytest
 
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill
-from wadi.files import load_tensors
+from wadi.errors import WadiError
+from wadi.files import load_tensors, save_tensors
 
 RUN = """
 import sys
@@ -109,3 +112,70 @@ def test_interrupt_saves_and_says_how_to_go_on(teacher_folder, tmp_path, straigh
     assert int(last.name[-6:]) == metrics(run)[-1]["step"] < 8
     distill(DistillConfig(resume_from_checkpoint=str(last)))
     assert_same_run(run, straight)
+
+
+# --- identity of what is resumed ---
+
+
+def one_step(teacher, folder, **options):
+    options = config(teacher, folder, "run", **options)
+    return dataclasses.replace(options, max_train_steps=2, fake_updates=1, fake_fresh_samples=False)
+
+
+def go_on(run, **options):
+    return distill(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=4, **options))
+
+
+def edit(path):
+    tensors = load_tensors(path)
+    tensors[min(tensors)].view(-1)[0] += 0.5
+    save_tensors(path, tensors, {"format": "pt"})
+
+
+def test_a_moved_run_of_moved_inputs_goes_on_with_the_same_bits(teacher_folder, tmp_path):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    whole = distill(one_step(teacher, tmp_path))
+    go_on(whole)
+    (tmp_path / "half").mkdir()
+    run = distill(one_step(teacher, tmp_path / "half"))
+    moved = run.rename(tmp_path / "moved")
+    teacher = teacher.rename(tmp_path / "teacher, moved")
+    with pytest.raises(
+        WadiError, match="is not there; where it was moved, name its new place with --teacher"
+    ):
+        go_on(moved)
+    prompts = (tmp_path / "half" / "prompts.txt").rename(tmp_path / "more.txt")
+    with pytest.raises(WadiError, match="name its new place with --prompts"):
+        go_on(moved, pretrained_model_name_or_path=str(teacher))
+    go_on(moved, pretrained_model_name_or_path=str(teacher), prompts=str(prompts))
+    for name in FILES:
+        first, second = (
+            load_tensors(folder / f"checkpoints/step-000004/{name}.safetensors") for folder in (whole, moved)
+        )
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first)
+    assert DistillConfig.load(moved / "config.yaml").prompts == str(prompts)
+
+
+EDITS = {
+    "teacher": lambda folder: edit(folder / "teacher/unet/diffusion_pytorch_model.safetensors"),
+    "prompts": lambda folder: (folder / "prompts.txt").write_text("another prompt\n"),
+    "student-adapter": lambda folder: edit(folder / "start/adapter/adapter_model.safetensors"),
+}
+
+
+def test_inputs_that_changed_are_noticed_by_name(teacher_folder, tmp_path):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    start = distill(one_step(teacher, tmp_path))
+    start.rename(tmp_path / "start")
+    run = distill(one_step(teacher, tmp_path, student_adapter=str(tmp_path / "start/adapter")))
+    for option, change in EDITS.items():
+        kept = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-{option}")
+        change(tmp_path)
+        with pytest.raises(WadiError, match=f"--{option}: its content is not what .* was started with"):
+            go_on(run)
+        shutil.rmtree(tmp_path)
+        kept.rename(tmp_path)
+    with pytest.raises(WadiError, match="--student-adapter: its content is not"):
+        go_on(run, student_adapter=str(run / "adapter"))
+    go_on(run)

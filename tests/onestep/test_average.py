@@ -1,16 +1,14 @@
 """One student of several: the pipeline's own average of two adapters, and what is refused."""
 
-import json
-
 import pytest
 import torch
 from peft import inject_adapter_in_model
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_pipeline
+from tests.tiny import mark_student, tiny_pipeline
 from wadi import cli
 from wadi.lorad import save_adapter, student_config
-from wadi.onestep import OneStepPipeline, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student
 
 
 def write_student(folder, seed, r=2):
@@ -53,11 +51,11 @@ def test_the_average_loads_as_a_student(students, teacher_folder, tmp_path):
 def test_one_alpha_for_all(students, tmp_path, capsys):
     one, other = (write_student(tmp_path / name, seed) for name, seed in (("one", 1), ("other", 2)))
     for folder in (one, other):
-        write_alpha_T_squared(folder, 0.0047)
+        mark_student(folder, alpha_T_squared=0.0047)
     assert average(one, other, "--out", tmp_path / "mean") == 0
-    assert json.loads((tmp_path / "mean" / "one_step.json").read_text()) == {"alpha_T_squared": 0.0047}
+    assert Student.read(tmp_path / "mean") == Student.read(one)
     assert average(one, students[1], "--out", tmp_path / "none") == 2
-    assert f"{students[1]}: its alpha_T^2 is None, the first student's 0.0047" in capsys.readouterr().err
+    assert f"{students[1]}: not a student like {one}" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -12,7 +12,7 @@ from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline
 from wadi import WadiError
 from wadi.lorad.rotation import Factors, rotated_weight
-from wadi.onestep import OneStepPipeline, import_weights, read_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student, import_weights
 
 PROMPT = "a red cat"
 
@@ -196,7 +196,7 @@ def test_angles_become_an_adapter(teacher_folder, tmp_path):
         tensors[f"{name}.theta_b"] = torch.randn(r, fan_in // 2, generator=generator)
     torch.save({f"module.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "angles.pt")
     import_weights(tmp_path / "angles.pt", teacher_folder, tmp_path / "out")
-    assert read_alpha_T_squared(tmp_path / "out") == 0.0047
+    assert Student.read(tmp_path / "out").alpha_T_squared == 0.0047
     merged = OneStepPipeline.from_pretrained(teacher_folder, tmp_path / "out").pipeline.unet.state_dict()
     for key, weight in unet.state_dict().items():
         name = key.removesuffix(".weight")

@@ -19,6 +19,7 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from tests.tiny import mark_student
 from wadi import LoRaDConfig, WadiError
 from wadi.onestep import (
     OneStepPipeline,
@@ -26,7 +27,6 @@ from wadi.onestep import (
     image_grid,
     labelled_grid,
     save_picture,
-    write_alpha_T_squared,
 )
 from wadi.onestep.pipeline import load_for_steps
 
@@ -50,7 +50,7 @@ def adapter(teacher, tmp_path_factory):
         if "lorad_" in name:
             torch.nn.init.normal_(parameter, generator=generator)
     adapted.save_pretrained(folder)
-    write_alpha_T_squared(folder, 0.0047)
+    mark_student(folder, alpha_T_squared=0.0047)
     return folder
 
 

@@ -15,13 +15,15 @@ from wadi.device import chosen_device
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
 from wadi.directions.weights import check_shapes
+from wadi.distill.checks import check_rank, layer_sizes
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder, write_json
 from wadi.lorad import save_adapter, student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
-from wadi.onestep import one_step_scheduler, write_alpha_T_squared
+from wadi.onestep import Student, one_step_scheduler
 from wadi.onestep.loading import load_denoiser
+from wadi.onestep.student import check_teacher
 from wadi.progress import progress
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
@@ -128,14 +130,16 @@ def extract_adapter(
         device: where to compute, layer by layer.
 
     Raises:
-        WadiError: a model cannot be loaded, they are not of one architecture or prediction type, a weight is
-            not finite, or there is no such device.
+        WadiError: a model cannot be loaded, the teacher is a one-step student itself, they are not of one
+            architecture or prediction type, a weight is not finite, `r` is more than any layer can use, or
+            there is no such device.
     """
     if (r is not None and r < 1) or max_sweeps < 0:
         raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
     refuse_to_replace(out_folder, teacher, student)
     chosen_device(device)
     network, teacher_scheduler = load_denoiser(teacher)
+    check_teacher(teacher, teacher_scheduler, network)
     other, student_scheduler = load_denoiser(student)
     before, after = network.state_dict(), other.state_dict()
     _check_pair(teacher, before, student, after)
@@ -144,6 +148,9 @@ def extract_adapter(
         config = student_config(network, r)
     except ValueError as error:
         raise WadiError(f"{teacher}: {error}") from error
+
+    if r is not None:
+        check_rank("--rank", r, layer_sizes(network, config.target_modules).values())
 
     names = [name for name, _ in network.named_modules() if name in config.target_modules]
     names.sort(key=lambda name: _FLOW.get(name.split(".")[0], 0))
@@ -154,12 +161,12 @@ def extract_adapter(
         layers.append(_layer_figures(name, *pair, factors[name]))
     extraction = Extraction(config.r, tuple(layers), _other_figures(network, names, before, after))
 
+    record = Student.of(network, teacher_scheduler, alpha_T_squared)
     inject_adapter_in_model(config, network)
     _fill(network, factors)
     with replacing_folder(out_folder) as folder:
-        save_adapter(network, folder)
-        if alpha_T_squared is not None:
-            write_alpha_T_squared(folder, alpha_T_squared)
+        save_adapter(network, folder, base_model=teacher)
+        record.write(folder)
         write_json(folder / FIGURES_FILE, summary(extraction))
         save_plot(folder / PLOT_FILE, extraction.layers, f"LoRaD adapter of rank {config.r}")
     return extraction

@@ -23,7 +23,7 @@ from wadi.directions.weights import (
 )
 from wadi.errors import WadiError
 from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
-from wadi.onestep import one_step_scheduler, read_alpha_T_squared
+from wadi.onestep import Student, one_step_scheduler
 from wadi.onestep.loading import pipeline_folder
 from wadi.onestep.saving import copy_part, forget_origin
 from wadi.onestep.supported import UNUSED, parts
@@ -73,7 +73,12 @@ def swap_rows(
     with replacing_folder(out_folder) as folder:
         _copy_pipeline(source, folder, part)
         if isinstance(after, AdaptedWeights):
-            _set_one_step(source, folder, read_alpha_T_squared(after.folder))
+            record = Student.read(after.folder)
+            _set_one_step(source, folder, None if record is None else record.alpha_T_squared)
+        else:
+            record = Student.read(source)
+        if record is not None:
+            record.write(folder)
         _write_shards(folder / part, before, after, take, dtype)
 
 

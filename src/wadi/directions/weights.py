@@ -23,6 +23,7 @@ from wadi.onestep.adapters import adapter_folder
 from wadi.onestep.components import Entry, find_weights, read_headers, read_tensor
 from wadi.onestep.importing import without_prefixes
 from wadi.onestep.loading import pipeline_folder
+from wadi.onestep.student import Student
 
 NETWORKS = ("unet", "transformer")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -82,6 +83,8 @@ class AdaptedWeights(Weights):
         super().__init__(str(folder), dict(base.entries))
         self.folder, self.base = folder, base
         self.config = _adapter_config(folder)
+        if (student := Student.read(folder)) is not None:
+            student.check_base(folder, base.shapes(), base.name)
         self.parts: dict[str, dict[str, Entry]] = {}
         for key, entry in read_headers([folder / ADAPTER_WEIGHTS]).items():
             key = key.removeprefix(_ADAPTER_PREFIX).replace(".base_layer.", ".")
@@ -150,7 +153,7 @@ def open_weights(
             SD 1.x, 2.x and XL), or the folder of a PEFT adapter.
         base: what an adapter was made for; if not given, what its adapter_config.json names, and after that
             `other`.
-        other: weights that an adapter which names no base is taken to be made for.
+        other: weights that an adapter which names no base, or a folder that is gone, is taken to be made for.
 
     Raises:
         WadiError: there is no such thing, it is no such thing, or a file is unreadable.
@@ -161,6 +164,9 @@ def open_weights(
     if (path / ADAPTER_CONFIG).is_file():
         folder = adapter_folder(path)
         named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        elsewhere = Path(named or "").is_absolute() and not Path(named).exists()
+        if base is None and other is not None and elsewhere:
+            named = None  # where the base lay on another machine
         if not named and other is None:
             raise WadiError(f"{source}: names no base model; give it with --base")
         return AdaptedWeights(folder, open_weights(named) if named else other)

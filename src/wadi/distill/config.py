@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +25,34 @@ Method = Literal["lorad", "lora", "full"]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_SD, _PIXART = "StableDiffusionPipeline", "PixArtAlphaPipeline"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The teachers that a preset is for.
+
+    Attributes:
+        pipeline: their class of pipeline.
+        prediction: what they predict.
+        resolution: side of their images in pixels.
+    """
+
+    pipeline: str
+    prediction: str
+    resolution: int
+
+
+FITS: dict[str, Fit] = {
+    **dict.fromkeys(("emoji", "emoji-cpu", "emoji-paper"), Fit(_SD, "epsilon", 64)),
+    "emoji-dit": Fit(_PIXART, "epsilon", 64),
+    **dict.fromkeys(("sd15", "sd21-base"), Fit(_SD, "epsilon", 512)),
+    "sd21": Fit(_SD, "v_prediction", 768),
+    **{f"pixart-{side}": Fit(_PIXART, "epsilon", side) for side in (256, 512, 1024)},
+}
+"""By preset."""
+
+
 @dataclass(frozen=True)
 class DistillConfig:
     """Options of `distill`, named as in diffusers' training scripts.
@@ -34,6 +63,9 @@ class DistillConfig:
     Raises:
         WadiError: a value is of the wrong type or outside its range; the message names the option.
     """
+
+    preset: str = "none"
+    """Key of `PRESETS` that the options started from, which is compared with the teacher."""
 
     pretrained_model_name_or_path: str | None = None
     """Teacher: a StableDiffusionPipeline or PixArtAlphaPipeline folder, or a hub id."""
@@ -207,6 +239,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
+        if self.preset not in ("none", *FITS):
+            raise WadiError(f"--preset: must be none or one of {', '.join(FITS)}, but is {self.preset!r}")
         for names, holds, rule in _RULES:
             for name in names:
                 value = getattr(self, name)
@@ -235,13 +269,18 @@ class DistillConfig:
         """The compute dtype of the frozen base."""
         return DTYPES[self.mixed_precision]
 
-    def fingerprint(self) -> str:
-        """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
+    def fingerprint(self, inputs: Mapping[str, str | None] | None = None) -> str:
+        """Hash of every option that decides the numbers: a checkpoint goes on only under the same one.
+
+        Args:
+            inputs: digests of what the options in `INPUTS` name; their paths do not count.
+        """
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in CHANGEABLE
+            if field.name not in CHANGEABLE | INPUTS.keys()
         }
+        values |= inputs or {}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -279,6 +318,7 @@ class DistillConfig:
 
 CHANGEABLE = frozenset(
     {
+        "preset",
         "embeddings_dir",
         "output_dir",
         "resume_from_checkpoint",
@@ -300,6 +340,14 @@ CHANGEABLE = frozenset(
 """Options that may differ when a run is resumed. (Another `max_train_steps` also moves the rates' decay;
 the samples of a step stay as many, however they are shared
 among processes and micro-batches.)"""
+
+INPUTS = {
+    "pretrained_model_name_or_path": "teacher",
+    "prompts": "prompts",
+    "student_adapter": "student-adapter",
+}
+"""Options that name files, and the short name of each on the command line. A resumed run takes another path
+of the same content."""
 
 
 def _option(name: str) -> str:
@@ -419,7 +467,7 @@ _PIXART = dataclasses.replace(
     alpha_T_squared=0.0047,
 )
 
-PRESETS: dict[str, DistillConfig] = {
+_PRESETS: dict[str, DistillConfig] = {
     "emoji": dataclasses.replace(
         _EMOJI,
         # A fake model that keeps up: half the distance and more variety (docs/evidence.md, "Objectives").
@@ -477,6 +525,7 @@ PRESETS: dict[str, DistillConfig] = {
         gradient_checkpointing=True,
     ),
 }
+PRESETS = {name: dataclasses.replace(config, preset=name) for name, config in _PRESETS.items()}
 """Starting points by name: the emoji teacher (the first part of how its shipped student was made on a GPU, in
 minutes on a CPU, and in the paper's proportions), the emoji transformer (train its teacher first) and the
 authors' settings for Stable Diffusion and PixArt-alpha."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +12,8 @@ from accelerate import Accelerator
 from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
-from wadi.distill.config import CHANGEABLE, DistillConfig
+from wadi.distill.checks import check_preset
+from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
 from wadi.distill.methods import merged_state
 from wadi.distill.processes import hosts_group, together
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
@@ -19,9 +21,13 @@ from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, read_json, write_json
+from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, export_pipeline, load_pipeline, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, Student, export_pipeline, load_pipeline
+from wadi.onestep.adapters import adapter_folder, student_with
+from wadi.onestep.student import check_teacher
 
+RUN_FILE = "run.json"
 GRID_PROMPTS = 4
 """Training prompts in the sample grids where the config names none."""
 
@@ -46,14 +52,14 @@ def distill(config: DistillConfig) -> Path:
     accelerator = make_accelerator(config)
     hosts = hosts_group(accelerator)
     with together(hosts):
-        config, backbone, prompts = _load(config, checkpoint, accelerator)
+        config, backbone, prompts, inputs = _load(config, checkpoint, accelerator)
     for main in (True, False):  # the others find everything on the disk
         with together(hosts):
             if accelerator.is_main_process == main:
                 embeddings = _encode(config, backbone, prompts)
-    trainer = Trainer(config, backbone, embeddings, accelerator)
+    trainer = Trainer(config, backbone, embeddings, accelerator, inputs)
     with together(hosts):
-        _begin(trainer, run, checkpoint)
+        _begin(trainer, run, checkpoint, inputs)
     if not trainer.train():
         accelerator.end_training()
         accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
@@ -76,9 +82,10 @@ def export(trainer: Trainer, run: Path) -> None:
             network.load_state_dict(merged_state(student, network.state_dict()))
         OneStepPipeline(pipeline, config.alpha_T_squared).save_pretrained(run / "pipeline")
         return
-    save_adapter(student, run / "adapter", state_dict=trainer.ema_state())
-    if config.alpha_T_squared is not None:
-        write_alpha_T_squared(run / "adapter", config.alpha_T_squared)
+    backbone, teacher = trainer.backbone, config.pretrained_model_name_or_path
+    save_adapter(student, run / "adapter", state_dict=trainer.ema_state(), base_model=teacher)
+    record = Student.of(backbone.network, backbone.scheduler_config, config.alpha_T_squared)
+    record.write(run / "adapter")
     export_pipeline(config.pretrained_model_name_or_path, run / "adapter", run / "pipeline")
 
 
@@ -104,7 +111,8 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
 def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     """Make paths absolute; where a run is resumed, take its options and find its checkpoint.
 
-    Of a resumed run, `CHANGEABLE` options may be given anew; others must be its own or the defaults.
+    Of a resumed run, `CHANGEABLE` options may be given anew, and those in `INPUTS` if their content is the
+    run's own; others must be its own or the defaults.
     Samples a step stay as many: see `share_batch`.
 
     Returns:
@@ -124,12 +132,13 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
             f"{config.output_dir}: exists and is not empty; name another --output-dir, "
             f"or go on with --resume-from-checkpoint {config.output_dir}"
         )
-    paths = {
-        name: str(Path(value).absolute()) if Path(value).exists() else value
-        for name in ("pretrained_model_name_or_path", "prompts", "student_adapter")
-        if (value := getattr(config, name))
-    }
+    paths = {name: _absolute(value) for name in INPUTS if (value := getattr(config, name))}
     return dataclasses.replace(config, output_dir=str(run), **paths), None
+
+
+def _absolute(name: str) -> str:
+    """The path of what exists here; another name, such as a hub id, as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
@@ -148,35 +157,60 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
             continue
         if field.name in CHANGEABLE:
             changed[field.name] = value
+        elif field.name in INPUTS:
+            changed[field.name] = _absolute(value)
         elif value != getattr(saved, field.name):
             raise WadiError(
                 f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)}, "
-                f"it cannot go on with {value}; leave the option away or start a new run"
+                f"it cannot go on with {value}; omit the option or start a new run"
             )
-    return dataclasses.replace(saved, output_dir=str(run), **changed), checkpoint
+    resumed = dataclasses.replace(saved, output_dir=str(run), **changed)
+    for name, option in INPUTS.items():
+        path = Path(getattr(resumed, name) or run)
+        if path.is_absolute() and not path.exists():
+            raise WadiError(f"{path}: is not there; where it was moved, name its new place with --{option}")
+    return resumed, checkpoint
 
 
 def _load(
     config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator
-) -> tuple[DistillConfig, Backbone, list[Prompt]]:
-    """Prompts and teacher, and the config with what the run and its prompts decide."""
-    batch = _samples_a_step(Path(config.output_dir), checkpoint)
+) -> tuple[DistillConfig, Backbone, list[Prompt], dict[str, str | None]]:
+    """The config with what the run and its prompts decide, teacher, prompts, and digests of the inputs."""
+    run = Path(config.output_dir)
+    batch = _samples_a_step(run, checkpoint)
     if batch is not None:
         config = share_batch(config, batch, accelerator.num_processes)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
+    inputs = _digests(config, prompts)
+    if (started := _read_run(run)) is not None:
+        refuse_other_inputs(run, started, inputs, INPUTS)
     backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
+    check_teacher(config.pretrained_model_name_or_path, backbone.pipeline.scheduler, backbone.network)
+    check_preset(config, backbone.pipeline)
+    if config.student_adapter is not None:
+        student_with(backbone.pipeline, [adapter_folder(config.student_adapter)])
     if not config.validation_prompts:
         config = dataclasses.replace(config, validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
-    return config, backbone, prompts
+    return config, backbone, prompts, inputs
 
 
-def _begin(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
+def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | None]:
+    """What the options in `INPUTS` name, by content."""
+    adapter = config.student_adapter
+    return {
+        "pretrained_model_name_or_path": model_digest(config.pretrained_model_name_or_path),
+        "prompts": texts_digest(prompt.text for prompt in prompts),
+        "student_adapter": None if adapter is None else adapter_digest(adapter),
+    }
+
+
+def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, inputs: dict[str, str | None]) -> None:
     """Open the run folder, go to the checkpoint, start the trackers."""
     accelerator, config = trainer.accelerator, trainer.config
     if accelerator.is_main_process:
-        _open_run(run, config, trainer.batch)
+        _open_run(run, config, trainer.batch, inputs)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
     if accelerator.is_main_process:
@@ -193,11 +227,11 @@ def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) ->
     return encode_prompts(text, [prompt.text for prompt in prompts], list(config.validation_prompts), cache)
 
 
-def _open_run(run: Path, config: DistillConfig, batch: int) -> None:
+def _open_run(run: Path, config: DistillConfig, batch: int, inputs: dict[str, str | None]) -> None:
     with explain_os_errors(run, "create the run folder"):
         run.mkdir(parents=True, exist_ok=True)
     # config.yaml last: with it the run can be resumed
-    write_json(run / "samples.json", {"a_step": batch})
+    write_json(run / RUN_FILE, {"samples_a_step": batch, **inputs})
     config.save(run / "config.yaml")
 
 
@@ -205,10 +239,19 @@ def _samples_a_step(run: Path, checkpoint: Path | None) -> int | None:
     """What a resumed run trains with, also where it was interrupted before its first checkpoint."""
     if checkpoint is not None:
         return checkpoint_batch(checkpoint)
-    path = run / "samples.json"
+    value = _read_run(run)
+    return None if value is None else value["samples_a_step"]
+
+
+def _read_run(run: Path) -> dict[str, Any] | None:
+    """The record of a run that was begun: samples a step, and digests of its inputs; None for a new run."""
+    path = run / RUN_FILE
     if not path.exists():
         return None
     value = read_json(path)
-    if not isinstance(value, dict) or type(value.get("a_step")) is not int or value["a_step"] < 1:
-        raise WadiError(f'{path}: not of the form {{"a_step": 4}}; write it again, or start a new run')
-    return value["a_step"]
+    samples = value.get("samples_a_step") if isinstance(value, dict) else None
+    if type(samples) is not int or samples < 1 or not value.keys() >= INPUTS.keys():
+        raise WadiError(
+            f"{path}: is damaged, it must hold samples_a_step, {', '.join(INPUTS)}; start a new run"
+        )
+    return value

@@ -8,7 +8,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
+from wadi.distill.checks import check_ranks, free_memory
 from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import (
@@ -45,6 +46,7 @@ from wadi.interrupt import catch_interrupt
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
+from wadi.onestep.adapters import adapter_folder
 from wadi.progress import progress
 
 WARMUP_ITERATIONS = 3
@@ -126,6 +128,7 @@ class Trainer:
         backbone: the loaded teacher, on the accelerator's device and in `config.dtype`.
         prompts: encoded prompts.
         accelerator: from `make_accelerator`.
+        inputs: digests of the files that the options name; checkpoints are of these.
     """
 
     def __init__(
@@ -134,8 +137,10 @@ class Trainer:
         backbone: Backbone,
         prompts: PromptEmbeddings,
         accelerator: Accelerator,
+        inputs: Mapping[str, str | None] | None = None,
     ) -> None:
         self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
+        self.fingerprint = config.fingerprint(inputs)
         self.device, self.hosts = accelerator.device, hosts_group(accelerator)
         self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
             self.device
@@ -170,6 +175,7 @@ class Trainer:
         student = student_config(base, config.student_rank)
         fake_layers = fake_config if config.fake_layers == "attention" else student_config
         fake = fake_layers(base, config.fake_rank)
+        check_ranks(config, student, fake, base, free_memory(self.device))
         roles = build_roles(
             base,
             method_config(config.student_method, student),
@@ -179,7 +185,7 @@ class Trainer:
         if config.student_adapter is not None:
             with together(self.hosts):
                 try:
-                    copy_adapter(roles.student, config.student_adapter)
+                    copy_adapter(roles.student, adapter_folder(config.student_adapter))
                 except ValueError as error:
                     raise WadiError(f"--student-adapter: {error}") from error
         if config.gradient_checkpointing:
@@ -665,7 +671,7 @@ class Trainer:
             raise WadiError(f"step {self.global_step}: weights are not finite; no checkpoint was written")
         scaler = self.accelerator.scaler
         state = {
-            "config": self.config.fingerprint(),
+            "config": self.fingerprint,
             "batch": self.batch,
             "seconds": self.seconds,
             "skipped": self.skipped.tolist(),
@@ -680,7 +686,7 @@ class Trainer:
         Raises:
             WadiError: damaged, of other options or another number of samples a step, or of another model.
         """
-        groups, state = checkpoint.load_checkpoint(path, self.checkpoint_tensors(), self.config.fingerprint())
+        groups, state = checkpoint.load_checkpoint(path, self.checkpoint_tensors(), self.fingerprint)
         if state["batch"] != self.batch:
             raise WadiError(
                 f"{path}: was trained with {state['batch']} samples a step, not {self.batch}; choose "

@@ -7,18 +7,20 @@ what `save_adapter` writes, and `load_adapter` what `PeftModel.save_pretrained` 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import cast_adapter_dtype, set_adapter
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,6 +35,7 @@ def save_adapter(
     folder: str | os.PathLike,
     adapter_name: str = "default",
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    base_model: str | os.PathLike | None = None,
 ) -> None:
     """Write one adapter of `model`; each of the two files is written whole or not at all.
 
@@ -42,6 +45,8 @@ def save_adapter(
         adapter_name: which adapter.
         state_dict: values to write in place of the model's own (an average of weights, say), with the keys of
             `model.state_dict()`; entries beside the adapter are ignored.
+        base_model: hub id or folder of the model without the adapter, which PEFT keeps in the configuration
+            as `base_model_name_or_path`; ``None`` keeps what is there.
 
     Raises:
         ValueError: `model` has no such LoRaD adapter, or `state_dict` lacks some of its tensors.
@@ -52,14 +57,23 @@ def save_adapter(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, LoRaDConfig):
         raise ValueError(f"{type(model).__name__} has no LoRaD adapter {adapter_name!r} to save.")
-    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = own if state_dict is None else get_peft_model_state_dict(model, dict(state_dict), adapter_name)
+    own = _adapter_state(model, adapter_name)
+    tensors = own if state_dict is None else _adapter_state(model, adapter_name, dict(state_dict))
     missing = own.keys() - tensors.keys()
     if missing:
         raise ValueError(
             f"state_dict lacks {len(missing)} tensors of adapter {adapter_name!r}: {_some(missing)}."
         )
+    if base_model is not None:
+        config = dataclasses.replace(config, base_model_name_or_path=os.fspath(base_model))
     _write(Path(folder), config, {key: tensors[key].detach() for key in own})
+
+
+def _adapter_state(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    # by default PEFT looks on the hub whether the base's vocabulary grew; LoRaD turns no embeddings
+    return get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
 
 
 def _write(folder: Path, config: LoRaDConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -110,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         reason = " ".join(str(error).split())  # some of PEFT's messages print whole modules
         raise ValueError(f"{config_file}: does not fit {type(model).__name__}: {reason}") from error
 
-    problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors)
+    problem = _mismatch(_adapter_state(model, adapter_name), tensors)
     if problem:
         _remove_adapter(model, adapter_name)
         raise ValueError(f"{weights_file}: does not fit {type(model).__name__}: {problem}")
@@ -137,7 +151,7 @@ def copy_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         ValueError: the file is missing or unreadable, or does not fit; `model` is then as it was.
     """
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    own, found = get_peft_model_state_dict(model, adapter_name=adapter_name), _read_tensors(file)
+    own, found = _adapter_state(model, adapter_name), _read_tensors(file)
     tensors = {}
     for key_A in [key for key in found if key.endswith(".lorad_A")]:
         key_B = f"{key_A.removesuffix('A')}B"
@@ -238,14 +252,41 @@ def _read_config(file: Path) -> LoRaDConfig:
         raise ValueError(f"{file}: not a LoRaD configuration: {error}") from error
 
 
+def check_finite(file: str | os.PathLike) -> None:
+    """Raise if a tensor of an adapter file has a number that is not finite: merged, it would spoil its layer.
+
+    Raises:
+        ValueError: there is such a tensor, or the file is missing or unreadable; the message names the file.
+    """
+    broken = {}
+    with _explained(Path(file)), safe_open(file, "pt") as opened:
+        keys = list(opened.keys())
+        for key in keys:
+            # in float32, because float8 knows no isfinite
+            if count := int((~torch.isfinite(opened.get_tensor(key).float())).sum()):
+                broken[key] = count
+    if broken:
+        key = min(broken)
+        raise ValueError(
+            f"{file}: {len(broken)} of {len(keys)} tensors hold numbers that are not finite, such as {key} "
+            f"({broken[key]} of its numbers); train the adapter again, or name another"
+        )
+
+
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    check_finite(file)
+    with _explained(file):
+        return {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(file).items()}
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
     try:
-        tensors = load_file(file)
+        yield
     except OSError as error:
         raise ValueError(f"{file}: cannot read the adapter's weights: {error.strerror or error}") from error
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
-    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
 def _mismatch(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str | None:

@@ -26,6 +26,7 @@ from wadi._version import __version__
 from wadi.device import chosen_device
 from wadi.errors import WadiError, tell
 from wadi.files import load_tensors, read_json, replacing_file, save_tensors, write_json
+from wadi.identity import adapter_digest, files_digest, model_digest
 from wadi.images import image_files, open_picture
 from wadi.metrics.captions import Chosen, choose_captions
 from wadi.metrics.diversity import spread
@@ -42,8 +43,6 @@ REFERENCE_FEATURES = 10_000
 """Features that are kept of a reference for precision and recall, the first ones."""
 
 MADE_BY = (
-    "model",
-    "adapter",
     "num_inference_steps",
     "guidance_scale",
     "seed",
@@ -52,7 +51,7 @@ MADE_BY = (
     "spread_samples",
     "dtype",
 )
-"""Options that pictures depend on."""
+"""Options that images depend on, beside the content of the model and of its adapter."""
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -173,8 +172,10 @@ def measure(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
         embed = clip.embed if clip else extractor
         features = extract(embed, _batches([folder / task.file for task in several], config, "spread"))
         figures["spread"] = spread(features.unflatten(0, (config.spread_prompts, config.spread_samples)))
+    made_by = {"made_by": read_json(config.out / SETTINGS_FILE)}
     write_json(
-        config.out / RESULT_FILE, {"figures": figures, **_settings(config, chosen), **_versions(device)}
+        config.out / RESULT_FILE,
+        {"figures": figures, **_settings(config, chosen), **made_by, **_versions(device)},
     )
     return figures
 
@@ -235,19 +236,29 @@ def _tasks(config: EvaluateConfig, chosen: Chosen) -> list[Task]:
 def _settings(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
     options = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
     hashes = {"captions_sha256": chosen.file_sha256, "choice_sha256": chosen.choice_sha256}
+    if config.reference is not None:
+        hashes["reference_sha256"] = files_digest(config.reference, below=True)
     return {"options": options, **hashes}
 
 
 def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
     """Write settings.json, or see that the pictures which are there were made with the same."""
-    settings = {name: asdict(config)[name] for name in MADE_BY} | {"choice_sha256": chosen.choice_sha256}
+    from wadi.emoji import teacher_folder
+
+    # by content: the same model may have moved, and another one may lie at the same path
+    settings = {
+        "model": model_digest(config.model or teacher_folder()),
+        "adapter": None if config.adapter is None else adapter_digest(config.adapter),
+        **{name: asdict(config)[name] for name in MADE_BY},
+        "choice_sha256": chosen.choice_sha256,
+    }
     path = config.out / SETTINGS_FILE
     if path.exists():
         found = read_json(path)
         if found != settings:
             different = [k for k in settings if not isinstance(found, dict) or found.get(k) != settings[k]]
             raise WadiError(
-                f"{path}: the pictures there were made with other {', '.join(different)}; name another --out"
+                f"{path}: the images there were made with another {', '.join(different)}; name another --out"
             )
         return
     if (config.out / PICTURES).exists():

@@ -1,6 +1,5 @@
 """The result: one-step scheduler, pipeline and export that any diffusers user can load."""
 
-from wadi.onestep.adapters import read_alpha_T_squared, write_alpha_T_squared
 from wadi.onestep.average import average_students
 from wadi.onestep.embedding import load_embedding
 from wadi.onestep.export import export_pipeline
@@ -10,10 +9,12 @@ from wadi.onestep.loading import load_pipeline
 from wadi.onestep.pictures import check_picture_path, image_grid, labelled_grid, save_picture
 from wadi.onestep.pipeline import OneStepPipeline, refuse_guidance
 from wadi.onestep.scheduler import one_step_scheduler
+from wadi.onestep.student import Student
 
 __all__ = [
     "FastPath",
     "OneStepPipeline",
+    "Student",
     "average_students",
     "check_picture_path",
     "export_pipeline",
@@ -23,8 +24,6 @@ __all__ = [
     "load_embedding",
     "load_pipeline",
     "one_step_scheduler",
-    "read_alpha_T_squared",
     "refuse_guidance",
     "save_picture",
-    "write_alpha_T_squared",
 ]

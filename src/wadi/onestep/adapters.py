@@ -9,21 +9,23 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from wadi.errors import WadiError
-from wadi.files import load_tensors, read_json, write_json
+from wadi.files import load_tensors
+from wadi.lorad.io import check_finite
 from wadi.onestep.components import first_line
 from wadi.onestep.loading import check_hub_id, run_part
+from wadi.onestep.student import Student, network_of, student_of
 
-ONE_STEP_FILE = "one_step.json"
 TEXT_ENCODER_FOLDER = "text_encoder"
 """Of an adapter folder: the adapter of the text encoder, where it has one."""
 Adapters = str | os.PathLike | Sequence[str | os.PathLike] | None
 """No adapter, one, or several: folders or hub ids."""
 
 
-def merge_adapters(pipeline: DiffusionPipeline, adapters: Adapters) -> None:
+def merge_adapters(pipeline: DiffusionPipeline, adapters: Adapters) -> Student | None:
     """Merge PEFT adapters into a pipeline's U-Net or transformer, and text encoder where one has that too.
 
     They are merged one after the other, each into what the ones before left. Of LoRaD adapters the order does
@@ -31,17 +33,46 @@ def merge_adapters(pipeline: DiffusionPipeline, adapters: Adapters) -> None:
 
     Args:
         pipeline: a stock pipeline; its modules are changed in place.
-        adapters: folder or hub id, or several.
+        adapters: folder or hub id, or several; at most one of them a student's, and none a student's where
+            the pipeline is a student already. Others, such as a subject's, go with both.
+
+    Returns:
+        The student that the pipeline then is; ``None`` where neither it nor an adapter is a student.
 
     Raises:
-        WadiError: no such adapter, or it does not fit the pipeline.
+        WadiError: no such adapter, it has numbers that are not finite, it is of another base, or it would
+            turn a student into a student once more.
     """
+    folders = [adapter_folder(one) for one in as_list(adapters)]
+    student = student_with(pipeline, folders)
     name = "unet" if hasattr(pipeline, "unet") else "transformer"
-    for folder in [adapter_folder(one) for one in as_list(adapters)]:
+    for folder in folders:
         setattr(pipeline, name, _merge(getattr(pipeline, name), folder))
         if (folder / TEXT_ENCODER_FOLDER).is_dir():
             part = adapter_folder(folder / TEXT_ENCODER_FOLDER)
             pipeline.text_encoder = _merge(pipeline.text_encoder, part)
+    return student
+
+
+def student_with(pipeline: DiffusionPipeline, folders: Sequence[Path]) -> Student | None:
+    """What a pipeline is with adapters on it, before any is merged; see `merge_adapters`.
+
+    Raises:
+        WadiError: a student's adapter is of another base, or there is a student already.
+    """
+    student, whose = student_of(pipeline), pipeline.name_or_path or "the pipeline"
+    for folder in folders:
+        own = Student.read(folder)
+        if own is None:
+            continue
+        if student is not None:
+            raise WadiError(
+                f"{folder}: is a student's adapter, and {whose} is a one-step student already, which would "
+                "be turned twice; omit one of the two"
+            )
+        own.check_fits(folder, network_of(pipeline), pipeline.scheduler, whose)
+        student, whose = own, folder
+    return student
 
 
 def as_list(adapters: Adapters) -> list[str | os.PathLike]:
@@ -55,7 +86,8 @@ def adapter_folder(adapter: str | os.PathLike) -> Path:
     """Folder of a PEFT adapter: itself, or a hub id's in the hub's cache, downloaded if need be.
 
     Raises:
-        WadiError: no such folder or hub id, or one of its two files is missing.
+        WadiError: no such folder or hub id, one of its two files is missing, or it holds numbers that are not
+            finite.
     """
     folder = Path(adapter)
     if not folder.exists():
@@ -66,40 +98,29 @@ def adapter_folder(adapter: str | os.PathLike) -> Path:
             folder = Path(snapshot_download(os.fspath(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except Exception as error:
             raise WadiError(f"{adapter}: could not fetch the adapter: {first_line(error)}") from error
-    folder = run_part(folder, "adapter", "adapter_config.json")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    folder = run_part(folder, "adapter", CONFIG_NAME)
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             raise WadiError(f"{folder}: not a PEFT adapter folder, {file} is missing")
+    try:
+        check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
+    except ValueError as error:
+        raise WadiError(str(error)) from error
     return folder
-
-
-def write_alpha_T_squared(folder: str | os.PathLike, alpha_T_squared: float) -> None:
-    """Keep a student's alpha_T^2 beside its adapter, in `one_step.json`."""
-    write_json(Path(folder) / ONE_STEP_FILE, {"alpha_T_squared": alpha_T_squared})
-
-
-def read_alpha_T_squared(folder: str | os.PathLike) -> float | None:
-    """Read what `write_alpha_T_squared` wrote; ``None`` (the schedule's own) where there is no such file."""
-    path = Path(folder) / ONE_STEP_FILE
-    if not path.exists():
-        return None
-    value = read_json(path)
-    if not isinstance(value, dict) or not isinstance(value.get("alpha_T_squared"), float):
-        raise WadiError(f'{path}: not of the form {{"alpha_T_squared": 0.0047}}; write it again or delete it')
-    return value["alpha_T_squared"]
 
 
 def _merge(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise WadiError(f"{folder}: the adapter does not fit the model: {first_line(error)}") from error
+        # torch names the tensors of another shape in the lines after the first
+        reason = "; ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        raise WadiError(f"{folder}: the adapter does not fit the model: {reason}") from error
     # PEFT only warns about weights that the file lacks
-    wrong = (
-        get_peft_model_state_dict(adapted).keys() ^ load_tensors(folder / "adapter_model.safetensors").keys()
-    )
-    if wrong:
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if wrong := own ^ load_tensors(folder / SAFETENSORS_WEIGHTS_NAME).keys():
         raise WadiError(
-            f"{folder}: the adapter does not fit the model: {len(wrong)} weights differ, as {min(wrong)}"
+            f"{folder}: the adapter does not fit the model: {len(wrong)} weights differ, as {min(wrong)}; "
+            "name the model that it was made for"
         )
     return adapted.merge_and_unload()

@@ -10,12 +10,8 @@ import torch
 from wadi.errors import WadiError
 from wadi.files import refuse_to_replace, replacing_folder
 from wadi.lorad.io import average_adapters
-from wadi.onestep.adapters import (
-    TEXT_ENCODER_FOLDER,
-    adapter_folder,
-    read_alpha_T_squared,
-    write_alpha_T_squared,
-)
+from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder
+from wadi.onestep.student import STUDENT_FILE, Student
 
 
 def average_students(
@@ -33,22 +29,25 @@ def average_students(
         dtype: of the written factors; those of the first when ``None``.
 
     Raises:
-        WadiError: an adapter cannot be read, is a subject's, or has other layers, ranks or another alpha_T^2
-            than the first; or the weights do not fit.
+        WadiError: an adapter cannot be read, is a subject's, or is of another base than the first or has
+            other layers, ranks or another alpha_T^2; or the weights do not fit.
     """
     refuse_to_replace(out_folder, *adapters)
     folders = [adapter_folder(adapter) for adapter in adapters]
     for folder in folders:
         if (folder / TEXT_ENCODER_FOLDER).is_dir():
             raise WadiError(f"{folder}: a subject's adapter, with a text encoder; name students' adapters")
-    alphas = [read_alpha_T_squared(folder) for folder in folders]
-    for folder, alpha in zip(folders, alphas, strict=True):
-        if alpha != alphas[0]:
-            raise WadiError(f"{folder}: its alpha_T^2 is {alpha}, the first student's {alphas[0]}")
+    students = [Student.read(folder) for folder in folders]
+    for folder, student in zip(folders, students, strict=True):
+        if student != students[0]:
+            raise WadiError(
+                f"{folder}: not a student like {folders[0]} (another base, prediction or alpha_T^2, or no "
+                f"{STUDENT_FILE}); average students of one teacher"
+            )
     with replacing_folder(out_folder) as folder:
         try:
             average_adapters(folders, folder, weights, dtype)
         except ValueError as error:
             raise WadiError(str(error)) from error
-        if alphas[0] is not None:
-            write_alpha_T_squared(folder, alphas[0])
+        if students[0] is not None:
+            students[0].write(folder)

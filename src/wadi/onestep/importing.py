@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from peft import inject_adapter_in_model
 from torch import nn
 
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, load_tensors, refuse_to_replace, replacing_folder
 from wadi.lorad import LoRaDConfig, save_adapter
-from wadi.onestep.adapters import write_alpha_T_squared
 from wadi.onestep.loading import load_denoiser, load_pipeline
 from wadi.onestep.pipeline import OneStepPipeline
 from wadi.onestep.scheduler import one_step_scheduler
+from wadi.onestep.student import Student, check_teacher, network_of
 
 RELEASED_ALPHA_T_SQUARED = 0.0047
 """alpha_T^2 that the released students were trained with, PixArt's too, whose own schedule has 4.04e-5."""
@@ -88,7 +87,8 @@ def import_weights(
         _import_angles(released, weights, model, out_folder, alpha_T_squared)
         return released
     pipeline = load_pipeline(model, dtype)
-    network = _network_of(pipeline)
+    network = network_of(pipeline)
+    check_teacher(model, pipeline.scheduler, network)
     _check_kind(released, weights, network, model)
     expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
     _check_keys(released.tensors, expected, weights, f"the {released.kind} of {model}")
@@ -174,10 +174,6 @@ def _kind(keys: Iterable[str]) -> str | None:
     return None
 
 
-def _network_of(pipeline: DiffusionPipeline) -> nn.Module:
-    return pipeline.unet if hasattr(pipeline, "unet") else getattr(pipeline, "transformer", None)
-
-
 def _check_kind(
     released: Released, weights: str | os.PathLike, network: nn.Module, model: str | os.PathLike
 ) -> None:
@@ -228,6 +224,7 @@ def _import_angles(
     alpha_T_squared: float | None,
 ) -> None:
     network, scheduler = load_denoiser(model)
+    check_teacher(model, scheduler, network)
     modules = dict(network.named_modules())
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in released.tensors))
     fan = {name: modules[name].weight.flatten(1).shape for name in names if _is_adaptable(modules.get(name))}
@@ -244,6 +241,7 @@ def _import_angles(
         target_modules=names,
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
     )
+    record = Student.of(network, scheduler, alpha_T_squared)
     inject_adapter_in_model(config, network)
     for name in names:
         layer = network.get_submodule(name)
@@ -251,9 +249,8 @@ def _import_angles(
             parameter = getattr(layer, ours)["default"]
             parameter.data = released.tensors[f"{name}.{theirs}"].to(parameter)
     with replacing_folder(out_folder) as folder:
-        save_adapter(network, folder)
-        if alpha_T_squared is not None:
-            write_alpha_T_squared(folder, alpha_T_squared)
+        save_adapter(network, folder, base_model=model)
+        record.write(folder)
 
 
 def _rank(theta_a: torch.Tensor | None) -> int:

@@ -11,9 +11,9 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.loaders import TextualInversionLoaderMixin
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.files import replacing_folder
-from wadi.onestep.adapters import Adapters, adapter_folder, as_list, merge_adapters, read_alpha_T_squared
+from wadi.onestep.adapters import Adapters, as_list, merge_adapters
 from wadi.onestep.arguments import (
     finite_number,
     generators_of,
@@ -28,6 +28,7 @@ from wadi.onestep.loading import load_pipeline, load_vae, prompt_limit, stock_ar
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
+from wadi.onestep.student import Student, network_of, student_of
 
 
 class OneStepPipeline:
@@ -46,6 +47,7 @@ class OneStepPipeline:
 
     Attributes:
         pipeline: the stock pipeline, with the one-step scheduler in place.
+        alpha_T_squared: as given.
         fast: the fast path after `compile`, else ``None``.
     """
 
@@ -54,6 +56,7 @@ class OneStepPipeline:
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = Float32Step.from_config(scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.alpha_T_squared = alpha_T_squared
         self.fast: FastPath | None = None
 
     @classmethod
@@ -72,7 +75,7 @@ class OneStepPipeline:
             pretrained_model_name_or_path: folder or hub id of a diffusers pipeline.
             adapter: folder or hub id of a PEFT adapter of its U-Net or transformer, or several, such as a
                 student's and a subject's: see `merge_adapters`. They are merged, so a step costs what the
-                teacher's does. A student's `one_step.json`, if any, holds its own alpha_T^2.
+                teacher's does. A student's `student.json` holds its own alpha_T^2.
             torch_dtype: dtype of all modules; float32 when ``None``, whatever the files hold.
             device: where to put the modules; ``None`` leaves them on the CPU.
             vae: folder or hub id of another autoencoder, such as a small and quick `AutoencoderTiny`
@@ -81,19 +84,22 @@ class OneStepPipeline:
 
         Raises:
             WadiError: something is missing, is not safetensors, or does not fit.
+
+        Warns:
+            WadiWarning: neither the pipeline nor an adapter says that it is a one-step student.
         """
-        folders = [adapter_folder(one) for one in as_list(adapter)]
-        own = {value for folder in folders if (value := read_alpha_T_squared(folder)) is not None}
-        if len(own) > 1:
-            raise WadiError(f"{folders[-1]}: adapters of students of different alpha_T^2 do not go together")
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
-        merge_adapters(pipeline, folders)
-        alpha_T_squared = own.pop() if own else None
+        student = merge_adapters(pipeline, adapter)
+        if student is None:
+            tell(
+                f"{pretrained_model_name_or_path}: nothing says that this is a one-step model, and one step "
+                "of a multi-step model gives noise; name a student's adapter or an exported student"
+            )
         if vae is not None:
             pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
         if device is not None:
             pipeline.to(device)
-        one_step = cls(pipeline, alpha_T_squared)
+        one_step = cls(pipeline, None if student is None else student.alpha_T_squared)
         return one_step.compile() if fast else one_step
 
     def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
@@ -197,7 +203,7 @@ class OneStepPipeline:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
         `StableDiffusionPipeline.from_pretrained(folder)` makes images of it without wadi. See `save_pipeline`
-        for which files are copied as they are.
+        for which files are copied as they are. Its `student.json` (see `Student`) says what it is.
 
         Raises:
             WadiError: the folder cannot be written, or `compile` has changed the modules.
@@ -208,6 +214,7 @@ class OneStepPipeline:
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
         with replacing_folder(folder) as temporary:
             save_pipeline(stock, temporary)
+            Student.of(network_of(stock), stock.scheduler, self.alpha_T_squared).write(temporary)
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
@@ -280,7 +287,8 @@ def load_for_steps(
         device: where it works.
 
     Raises:
-        WadiError: an adapter and several steps; and as `load_pipeline` and `OneStepPipeline.from_pretrained`.
+        WadiError: a student or an adapter, and several steps; and as `load_pipeline` and
+            `OneStepPipeline.from_pretrained`.
     """
     if (adapters := as_list(adapter)) and num_inference_steps != 1:
         raise WadiError(
@@ -290,6 +298,11 @@ def load_for_steps(
     if num_inference_steps == 1:
         return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
     pipeline = load_pipeline(model, torch_dtype)
+    if student_of(pipeline) is not None:
+        raise WadiError(
+            f"{model}: is a one-step student and takes 1 step, not {num_inference_steps}; name the "
+            "multi-step teacher, or ask for 1 step"
+        )
     whole_number("--num-inference-steps", num_inference_steps, 1, _timesteps(pipeline) + 1)
     return pipeline.to(device)
 

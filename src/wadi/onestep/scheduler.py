@@ -51,19 +51,19 @@ def one_step_scheduler(
     """
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
     _check_betas(scheduler, config)
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
+    predicted = prediction_type(scheduler)
+    if predicted not in ("epsilon", "v_prediction"):
         raise WadiError(
-            f"scheduler: prediction_type {prediction_type!r} cannot be distilled; "
+            f"scheduler: prediction_type {predicted!r} cannot be distilled; "
             "use a teacher with 'epsilon' or 'v_prediction'"
         )
-    one_step = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, prediction_type)
+    one_step = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, predicted)
     own = float(one_step.alphas_cumprod[-1])
     if alpha_T_squared is not None and not math.isclose(alpha_T_squared, own, rel_tol=1e-6):
         betas = _betas_ending_at(alpha_T_squared, len(one_step.alphas_cumprod))
-        one_step = _lcm({"num_train_timesteps": len(betas), "trained_betas": betas}, prediction_type)
+        one_step = _lcm({"num_train_timesteps": len(betas), "trained_betas": betas}, predicted)
         own = float(one_step.alphas_cumprod[-1])
-    if prediction_type == "epsilon" and own <= 0:
+    if predicted == "epsilon" and own <= 0:
         raise WadiError(
             "scheduler: alpha_T is zero (zero terminal SNR), so epsilon says nothing about the picture at T; "
             "use a v_prediction teacher or set alpha_T_squared"
@@ -80,6 +80,12 @@ def _check_betas(scheduler: SchedulerMixin | Mapping[str, Any], config: Mapping[
             f"scheduler: {kind or 'this scheduler'} {'samples a flow' if flow else 'has no betas'}, and "
             "has no one-step form; use a teacher with a DDPM-like noise schedule"
         )
+
+
+def prediction_type(scheduler: SchedulerMixin | Mapping[str, Any]) -> str:
+    """What a model with this scheduler predicts, such as "epsilon", which is also diffusers' default."""
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    return config.get("prediction_type", "epsilon")
 
 
 def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ from transformers import CLIPTextModel
 
 from wadi.distill.backbone import BACKBONES, Backbone
 from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from wadi.distill.checks import check_rank, layer_sizes
 from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.methods import method_config
 from wadi.distill.prompts import Prompt, check_length, read_prompts
@@ -49,14 +50,16 @@ from wadi.files import (
     save_tensors,
     write_json,
 )
+from wadi.identity import files_digest, model_digest, refuse_other_inputs
 from wadi.images import image_files, open_picture
 from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig, student_config
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
-from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, merge_adapters
+from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder, merge_adapters, student_with
 from wadi.onestep.arguments import check_seed, seeded
 from wadi.onestep.loading import prompt_limit, stock_arguments
 from wadi.onestep.saving import save_pipeline
+from wadi.onestep.student import check_teacher, network_of
 from wadi.progress import progress
 
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
@@ -77,6 +80,14 @@ CHANGEABLE = (
     "device",
 )
 """Options that may differ when a run is resumed."""
+INPUTS = {
+    "pretrained_model_name_or_path": "pretrained-model-name-or-path",
+    "instance_data_dir": "instance-data-dir",
+    "prior_prompts": "prior-prompts",
+}
+"""Options that name files. A resumed run takes another path of the same content."""
+INPUTS_FILE = "inputs.json"
+"""Of the run folder: digests of what these options name."""
 GENERATED_AT_ONCE = 8
 """Class pictures at a time; decides their last bits, so it is not an option."""
 
@@ -165,10 +176,15 @@ class DreamBoothConfig:
         if self.mixed_precision == "fp16" and self.device == "cpu":
             raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
 
-    def fingerprint(self) -> str:
-        """Hash of every option that decides the numbers: a checkpoint goes on only under the same one."""
+    def fingerprint(self, inputs: Mapping[str, str | None] | None = None) -> str:
+        """Hash of every option that decides the numbers: a checkpoint goes on only under the same one.
+
+        Args:
+            inputs: digests of what the options in `INPUTS` name; their paths do not count.
+        """
         names = [field.name for field in dataclasses.fields(DreamBoothConfig)]
-        values = {name: str(getattr(self, name)) for name in names if name not in CHANGEABLE}
+        values = {name: str(getattr(self, name)) for name in names if name not in (*CHANGEABLE, *INPUTS)}
+        values |= inputs or {}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -210,14 +226,18 @@ def dreambooth(config: DreamBoothConfig) -> Path:
     config, checkpoint = resolve(config)
     run = config.output_dir
     pictures = read_pictures(config.instance_data_dir)
+    inputs = _digests(config)
+    if (run / INPUTS_FILE).exists():
+        refuse_other_inputs(run, read_json(run / INPUTS_FILE), inputs, INPUTS)
     pipeline = _load(config)
     priors = class_prompts(config)
     _check_lengths(config, priors, pipeline)
     with explain_os_errors(run, "create the run folder"):
         run.mkdir(parents=True, exist_ok=True)
+    write_json(run / INPUTS_FILE, inputs)
     write_json(run / "config.json", _as_json(config))
     painted = class_pictures(pipeline, priors, config, run / "class")
-    training = DreamBooth(config, pipeline, pictures, painted, priors)
+    training = DreamBooth(config, pipeline, pictures, painted, priors, inputs)
     if checkpoint is not None:
         training.load_checkpoint(checkpoint)
     if not training.train(run / "checkpoints"):
@@ -240,6 +260,7 @@ class DreamBooth:
         instance_pictures: of the subject, of any sizes: the centre is cut out.
         class_pictures: of `class_prompts`, which may be none.
         class_prompts: one for each class picture.
+        inputs: digests of the files that the options name; checkpoints are of these.
 
     Attributes:
         network: the denoiser with the adapter, a `PeftModel`.
@@ -254,8 +275,9 @@ class DreamBooth:
         instance_pictures: Sequence[Image.Image],
         class_pictures: Sequence[Image.Image],
         class_prompts: Sequence[str],
+        inputs: Mapping[str, str | None] | None = None,
     ) -> None:
-        self.config, self.global_step = config, 0
+        self.config, self.global_step, self.fingerprint = config, 0, config.fingerprint(inputs)
         self.backbone: Backbone = BACKBONES[type(pipeline).__name__](pipeline, config.device)
         self.schedule = Schedule.from_config(pipeline.scheduler).to(config.device)
         pipeline.vae.to(config.device).requires_grad_(False)
@@ -335,7 +357,7 @@ class DreamBooth:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write `folder`/step-N with adapter, optimizer and step; the one before goes."""
-        state = {"config": self.config.fingerprint()}
+        state = {"config": self.fingerprint}
         save_checkpoint(folder, self.global_step, self._tensors(), state, limit=1)
 
     def load_checkpoint(self, path: Path) -> None:
@@ -344,7 +366,7 @@ class DreamBooth:
         Raises:
             WadiError: it is damaged, or of a run with other options.
         """
-        groups, state = load_checkpoint(path, self._tensors(), self.config.fingerprint())
+        groups, state = load_checkpoint(path, self._tensors(), self.fingerprint)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(groups["adapter"][name])
@@ -359,7 +381,7 @@ class DreamBooth:
     def save(self, run: Path) -> None:
         """Write `run`/adapter (PEFT) and `run`/pipeline (the model with the adapter merged, diffusers)."""
         with replacing_folder(run / "adapter") as temporary:
-            save_peft(self.network, temporary)
+            save_peft(self.network, temporary, self.config.pretrained_model_name_or_path)
             if self.text_encoder is not None:
                 save_peft(self.text_encoder, temporary / TEXT_ENCODER_FOLDER)
         merged = load_with_adapters(self.config.pretrained_model_name_or_path, [run / "adapter"])
@@ -417,16 +439,18 @@ class DreamBooth:
 
 def _adapted(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConfig) -> PeftModel:
     """The network with a trainable float32 adapter of the method and rank, on the layers of `like`."""
+    named = [name for name, _ in network.named_modules() if name.endswith(tuple(like.target_modules))]
+    check_rank("--rank", config.rank, layer_sizes(network, named).values(), config.method == "lorad")
     adapter = method_config(config.method, dataclasses.replace(like, r=config.rank))
     model = get_peft_model(network, adapter)
     cast_training_params(model, torch.float32)
     return model
 
 
-def save_peft(model: PeftModel, folder: Path) -> None:
-    """Write an adapter of any kind as PEFT does, but without the path of its model on this machine."""
+def save_peft(model: PeftModel, folder: Path, base_model: str | None = None) -> None:
+    """Write an adapter of any kind as PEFT does, with the name of its model as the user gave it."""
     config = copy.copy(model.peft_config["default"])
-    config.base_model_name_or_path, config.inference_mode = None, True
+    config.base_model_name_or_path, config.inference_mode = base_model, True
     save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model), {"format": "pt"})
     config.save_pretrained(str(folder))
 
@@ -580,7 +604,7 @@ def _saved_options(config: DreamBoothConfig) -> DreamBoothConfig:
     saved, values = read_json(path), {}
     for field in dataclasses.fields(DreamBoothConfig):
         given = getattr(config, field.name)
-        if field.name in CHANGEABLE:
+        if field.name in CHANGEABLE or (field.name in INPUTS and given != field.default):
             continue
         if not isinstance(saved, dict) or field.name not in saved:
             raise WadiError(f"{path}: lacks {field.name}; start a new run")
@@ -593,12 +617,25 @@ def _saved_options(config: DreamBoothConfig) -> DreamBoothConfig:
     return dataclasses.replace(config, **values)
 
 
+def _digests(config: DreamBoothConfig) -> dict[str, str | None]:
+    """What the options in `INPUTS` name, by content."""
+    prompts = config.prior_prompts
+    return {
+        "pretrained_model_name_or_path": model_digest(config.pretrained_model_name_or_path),
+        "instance_data_dir": files_digest(config.instance_data_dir),
+        "prior_prompts": None if prompts is None else files_digest(prompts),
+    }
+
+
 def _load(config: DreamBoothConfig) -> DiffusionPipeline:
     pipeline = load_pipeline(config.pretrained_model_name_or_path, DTYPES[config.mixed_precision])
     name = type(pipeline).__name__
     if name not in BACKBONES:
         known = " or a ".join(BACKBONES)
         raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name a {known}")
+    check_teacher(config.pretrained_model_name_or_path, pipeline.scheduler, network_of(pipeline))
+    if config.student_adapter is not None:
+        student_with(pipeline, [adapter_folder(config.student_adapter)])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(config.device)
 

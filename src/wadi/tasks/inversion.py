@@ -28,6 +28,7 @@ from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep.arguments import check_seed, own_size
 from wadi.onestep.loading import load_pipeline
+from wadi.onestep.student import check_teacher, network_of
 from wadi.progress import progress
 from wadi.tasks.exemplars import Exemplars, cropped, read_exemplars
 
@@ -201,6 +202,7 @@ def invert(config: InvertConfig) -> Inversion:
     exemplars = read_exemplars(config.examples)
     device = chosen_device(config.device)
     pipeline = load_pipeline(config.model, getattr(torch, config.dtype))
+    check_teacher(config.model, pipeline.scheduler, network_of(pipeline))
     return learn_word(pipeline.to(device), exemplars, config)
 
 

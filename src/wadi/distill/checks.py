@@ -1,0 +1,186 @@
+"""Whether options go with a teacher, told before anything is allocated for them: presets and ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from wadi.distill.config import FITS, DistillConfig, Fit
+from wadi.errors import WadiError, tell
+from wadi.lorad import LoRaDConfig
+from wadi.onestep.scheduler import prediction_type
+from wadi.onestep.student import network_of
+
+
+def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
+    """Refuse a preset of another kind of model, and tell of one of another resolution.
+
+    Args:
+        config: the options; `preset` is "none", or a key of `PRESETS`.
+        pipeline: the teacher's, of which the network and the scheduler are looked at.
+
+    Raises:
+        WadiError: the preset is for another class of pipeline or another prediction type.
+    """
+    name, prediction = config.pretrained_model_name_or_path, prediction_type(pipeline.scheduler)
+    if prediction == "v_prediction" and config.alpha_T_squared is not None:
+        tell(
+            f"--alpha-T-squared {config.alpha_T_squared}: is unusual for {name}, which predicts v and needs "
+            "none; omit it unless you know that the student needs this value"
+        )
+    if config.preset == "none":
+        return
+    size = network_of(pipeline).config.sample_size
+    side = (size if isinstance(size, int) else max(size)) * pipeline.vae_scale_factor
+    found, wanted = Fit(type(pipeline).__name__, prediction, side), FITS[config.preset]
+    if (found.pipeline, found.prediction) != (wanted.pipeline, wanted.prediction):
+        raise WadiError(
+            f"--preset {config.preset}: is for a {wanted.pipeline} that predicts {wanted.prediction}, and "
+            f"{name} is a {found.pipeline} that predicts {found.prediction}; use {_right_preset(found)}"
+        )
+    if found.resolution != wanted.resolution:
+        tell(
+            f"--preset {config.preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
+            f"{found.resolution}; the preset for that would be {_right_preset(found)}"
+        )
+
+
+def _right_preset(found: Fit) -> str:
+    """The preset of the nearest resolution for such a teacher."""
+    alike = [
+        name
+        for name, fit in FITS.items()
+        if (fit.pipeline, fit.prediction) == (found.pipeline, found.prediction)
+    ]
+    if not alike:
+        return "no preset (--preset none)"
+    return f"--preset {min(alike, key=lambda name: abs(FITS[name].resolution - found.resolution))}"
+
+
+# --- ranks ---
+
+_FLOAT32 = 4  # bytes: what is trained is float32 always
+_STUDENT_COPIES, _FAKE_COPIES = 5, 4
+"""Numbers held for a trained one: itself, its gradient, AdamW's two moments, and the student's average."""
+
+
+def check_ranks(
+    config: DistillConfig, student: LoRaDConfig, fake: LoRaDConfig, network: nn.Module, free: int
+) -> None:
+    """Raise if no layer can use a rank, or if what is trained does not fit the memory.
+
+    Args:
+        config: the options, for the methods and the messages.
+        student: layers and ranks of the student's adapter.
+        fake: those of the fake model's.
+        network: that both are put on, without adapters.
+        free: bytes; see `free_memory`.
+
+    Raises:
+        WadiError: a rank is more than any of its layers can use, or adapters, gradients, AdamW's moments and
+            the student's average need more than `free`.
+    """
+    needs = {}
+    roles = (("student", student, _STUDENT_COPIES), ("fake", fake, _FAKE_COPIES))
+    for who, adapter, copies in roles:
+        method, needed = getattr(config, f"{who}_method"), 0
+        if method in ("oft", "full"):  # a block size and no rank, or no adapter
+            continue
+        for option, layers in _by_option(who, adapter, network).items():
+            for r, group in layers.items():
+                check_rank(option, r, group, turned=method == "lorad")
+                needed += sum(r * (out + _width(fan_in, method == "lorad")) for out, fan_in in group)
+        needs[f"--{who}-rank"] = _FLOAT32 * copies * needed
+    if (total := sum(needs.values())) > free:
+        option = max(needs, key=lambda name: needs[name])
+        raise WadiError(
+            f"{option}: the adapters and their optimizers need {total / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB of memory are free; give a lower rank"
+        )
+
+
+def check_rank(option: str, r: int, layers: Collection[tuple[int, int]], turned: bool = True) -> None:
+    """Raise if no layer can use an adapter's rank.
+
+    LoRaD's angles of a layer are a matrix (out, in // 2), and LoRA's change is one (out, in): a rank beyond
+    the smaller side changes nothing that they can be.
+
+    Args:
+        option: that gave the rank, for the message.
+        r: the rank.
+        layers: (out, in) of the layers; see `layer_sizes`.
+        turned: whether the adapter is LoRaD's.
+
+    Raises:
+        WadiError: the rank is less than 1, or more than any layer can use.
+    """
+    useful = max((min(out, _width(fan_in, turned)) for out, fan_in in layers), default=r)
+    if not 1 <= r <= useful:
+        raise WadiError(
+            f"{option} {r}: must be at least 1, and at most {useful}, which is the most that a layer of this "
+            "model can use"
+        )
+
+
+def layer_sizes(network: nn.Module, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the weights of layers, with a convolution's kernel flattened into `in`.
+
+    Args:
+        network: without adapters.
+        names: of its layers; modules without a weight are not among the results.
+    """
+    weights = {name: getattr(network.get_submodule(name), "weight", None) for name in names}
+    return {name: (len(w), w[0].numel()) for name, w in weights.items() if w is not None}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device: of the GPU, or of this computer or container."""
+    if device.type == "cuda":
+        # what torch holds in reserve can be used as well
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    return min(_available(), _container_limit())
+
+
+def _available() -> int:
+    """Memory without swapping; all memory where the system does not tell what is in use."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 2**63
+
+
+def _container_limit() -> int:
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(file).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return 2**63
+
+
+def _width(fan_in: int, turned: bool) -> int:
+    return fan_in // 2 if turned else fan_in
+
+
+def _by_option(
+    who: str, adapter: LoRaDConfig, network: nn.Module
+) -> dict[str, dict[int, list[tuple[int, int]]]]:
+    """Sizes of the layers of an adapter by the option that gives their rank, and by the rank."""
+    found: dict[str, dict[int, list[tuple[int, int]]]] = {}
+    for name, size in layer_sizes(network, adapter.target_modules).items():
+        own = adapter.rank_pattern.get(re.escape(name))  # of a convolution, as `student_config` writes it
+        option = f"--{who}-rank" if own is None else f"--{who}-conv-rank"
+        found.setdefault(option, {}).setdefault(own or adapter.r, []).append(size)
+    return found

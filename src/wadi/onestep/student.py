@@ -1,0 +1,217 @@
+"""What a one-step student is: the record `student.json` beside its weights; how students are recognised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from wadi.errors import WadiError, tell
+from wadi.files import read_json, write_json
+from wadi.onestep.scheduler import prediction_type
+
+STUDENT_FILE = "student.json"
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+"""Schedulers that only models which were distilled to few steps come with."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The record of a one-step student: `student.json` in its adapter folder or its exported pipeline.
+
+        {"prediction": "epsilon", "steps": [1.0], "alpha_T_squared": null,
+         "base": {"class": "UNet2DConditionModel", "shapes": "<sha256>"}}
+
+    Attributes:
+        prediction: what the network predicts, "epsilon" or "v_prediction".
+        base_class: class of the network that was distilled.
+        base_shapes: `shapes_fingerprint` of the network's saved tensors, without adapters.
+        alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule.
+        steps: where the network is called, as fractions of T: once, at T.
+    """
+
+    prediction: str
+    base_class: str
+    base_shapes: str
+    alpha_T_squared: float | None = None  # noqa: N815
+    steps: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def of(
+        cls,
+        network: nn.Module,
+        scheduler: SchedulerMixin | Mapping[str, Any],
+        alpha_T_squared: float | None = None,
+    ) -> Student:
+        """Describe the student of a base.
+
+        Args:
+            network: the base's U-Net or transformer, without adapters in it.
+            scheduler: the base's scheduler, or its configuration.
+            alpha_T_squared: of the student, where it is not the schedule's own.
+        """
+        fingerprint = shapes_fingerprint(_shapes(network))
+        return cls(prediction_type(scheduler), type(network).__name__, fingerprint, alpha_T_squared)
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write `student.json` into a folder.
+
+        Raises:
+            WadiError: the file cannot be written.
+        """
+        base = {"class": self.base_class, "shapes": self.base_shapes}
+        record = {"prediction": self.prediction, "steps": list(self.steps)}
+        write_json(
+            Path(folder) / STUDENT_FILE, {**record, "alpha_T_squared": self.alpha_T_squared, "base": base}
+        )
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Student | None:
+        """Read the record in a folder; ``None`` where there is none.
+
+        Raises:
+            WadiError: the file is broken, or describes a student of several steps.
+        """
+        path = Path(folder) / STUDENT_FILE
+        if not path.is_file():
+            return None
+        value = read_json(path)
+        if problem := _problem(value):
+            raise WadiError(f"{path}: {problem}; fetch the student again, or write the file by hand")
+        base, alpha = value["base"], value["alpha_T_squared"]
+        return cls(value["prediction"], base["class"], base["shapes"], alpha, tuple(value["steps"]))
+
+    def check_base(
+        self, folder: str | os.PathLike, shapes: Mapping[str, Sequence[int]], base: str | os.PathLike
+    ) -> None:
+        """Raise unless the student was distilled from a network with these tensors.
+
+        Args:
+            folder: the student's, for the message.
+            shapes: of the network's saved tensors, by name.
+            base: the model that holds the network, for the message.
+
+        Raises:
+            WadiError: the tensors have other names or shapes.
+        """
+        if shapes_fingerprint(shapes) != self.base_shapes:
+            raise WadiError(
+                f"{folder}: the adapter was made for another base model ({self.base_class}, of other layers "
+                f"or sizes) than {base}; name the model that it was distilled from"
+            )
+
+    def check_fits(
+        self,
+        folder: str | os.PathLike,
+        network: nn.Module,
+        scheduler: SchedulerMixin | Mapping[str, Any],
+        base: str | os.PathLike,
+    ) -> None:
+        """Raise unless the student was distilled from this network, or from one of the same kind.
+
+        Args:
+            folder: the student's, for the message.
+            network: the U-Net or transformer, without adapters.
+            scheduler: of the model that holds it, or its configuration.
+            base: that model, for the message.
+
+        Raises:
+            WadiError: the network has other tensors, or the model predicts something else.
+        """
+        self.check_base(folder, _shapes(network), base)
+        if (found := prediction_type(scheduler)) != self.prediction:
+            raise WadiError(
+                f"{folder}: the student predicts {self.prediction}, and {base} predicts {found}; "
+                "name the model that it was distilled from"
+            )
+
+
+def shapes_fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
+    """SHA-256 of the sorted names and shapes of a network's saved tensors."""
+    facts = sorted((name, list(shape)) for name, shape in shapes.items())
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
+    """Whether a scheduler is the one that `one_step_scheduler` makes, or was made of its configuration."""
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    return config.get("original_inference_steps") == 1
+
+
+def student_of(pipeline: DiffusionPipeline) -> Student | None:
+    """What a loaded pipeline is, by its folder's `student.json` or by its scheduler; ``None`` for a teacher.
+
+    Raises:
+        WadiError: its `student.json` is broken.
+    """
+    if pipeline.name_or_path and (found := Student.read(pipeline.name_or_path)):
+        return found
+    if is_one_step(pipeline.scheduler):
+        return Student.of(network_of(pipeline), pipeline.scheduler)
+    return None
+
+
+def network_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The U-Net or transformer of a pipeline; ``None`` where it has neither."""
+    return pipeline.unet if hasattr(pipeline, "unet") else getattr(pipeline, "transformer", None)
+
+
+def check_teacher(
+    name: str | os.PathLike, scheduler: SchedulerMixin | Mapping[str, Any], network: nn.Module
+) -> None:
+    """Refuse a one-step student where a multi-step model is needed; tell of models for a few steps.
+
+    Args:
+        name: of the model, as the user gave it.
+        scheduler: the model's, or its configuration.
+        network: the model's U-Net or transformer.
+
+    Raises:
+        WadiError: the model is a one-step student.
+    """
+    if is_one_step(scheduler) or Student.read(name) is not None:
+        raise WadiError(
+            f"{name}: is a one-step student already; name the multi-step model that it was distilled from"
+        )
+    kind = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    signs = []
+    if kind in FEW_STEP_SCHEDULERS:
+        signs.append(f"its scheduler is {kind}")
+    if getattr(network, "config", {}).get("time_cond_proj_dim") is not None:
+        signs.append("its U-Net takes the guidance as an input (time_cond_proj_dim)")
+    if signs:
+        tell(
+            f"{name}: seems to be distilled to a few steps already ({' and '.join(signs)}); a multi-step "
+            "model is meant here, so check that this is the model you want"
+        )
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with the content of `student.json`, or None."""
+    if not isinstance(value, dict):
+        return "does not hold an object"
+    if value.get("prediction") not in ("epsilon", "v_prediction"):
+        return 'prediction must be "epsilon" or "v_prediction"'
+    if value.get("steps") != [1.0]:
+        return f"steps are {value.get('steps')}, and wadi runs students of one step, [1.0]"
+    alpha = value.get("alpha_T_squared", 0)
+    if alpha is not None and not (isinstance(alpha, float) and 0 < alpha < 1):
+        return "alpha_T_squared must be null or a number between 0 and 1"
+    base = value.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("class"), str):
+        return "base must name the class of the network"
+    if not re.fullmatch(r"[0-9a-f]{64}", str(base.get("shapes"))):
+        return "base must hold the SHA-256 of the network's shapes"
+    return None
