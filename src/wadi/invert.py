@@ -12,8 +12,9 @@ from PIL import Image
 
 from wadi import emoji
 from wadi.errors import WadiError
-from wadi.files import refuse_to_replace, replacing_folder, write_json
+from wadi.files import write_json
 from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
+from wadi.outputs import Output
 from wadi.tasks.exemplars import read_exemplars, square
 from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig, invert
 
@@ -36,6 +37,8 @@ class InvertOptions(InvertConfig):
     """Of the multi-step model's pictures."""
     guidance_scale: float = 2.0
     """Of the multi-step model's pictures."""
+    overwrite: bool = False
+    """Replace the folder if wadi invert wrote it and nothing else is in it."""
 
 
 def run(options: InvertOptions) -> None:
@@ -46,7 +49,7 @@ def run(options: InvertOptions) -> None:
     what is written. After Ctrl-C the word is written as it is by then, without pictures.
 
     Raises:
-        WadiError: as `wadi.tasks.inversion.invert`, or the folder cannot be written.
+        WadiError: as `wadi.tasks.inversion.invert`, or the folder may not or cannot be written.
         KeyboardInterrupt: again, once that is written.
     """
     if options.model is None:
@@ -54,13 +57,15 @@ def run(options: InvertOptions) -> None:
         options = replace(options, model=str(emoji.teacher_folder()), adapter=student)
     if options.num_inference_steps < 1:
         raise WadiError(f"--num-inference-steps {options.num_inference_steps}: must be at least 1")
-    refuse_to_replace(options.out, options.examples, options.model, options.adapter or options.model)
+    inputs = (options.examples, options.model, options.adapter)
+    output = Output(options.out, "invert", inputs, options.overwrite)
+    output.check()
     options = replace(options, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [field.name for field in fields(InvertConfig)]
     inversion = invert(InvertConfig(**{name: getattr(options, name) for name in names}))
     if inversion.interrupted and not inversion.losses:
         raise KeyboardInterrupt
-    with replacing_folder(options.out) as folder:
+    with output.writing() as folder:
         inversion.save(folder)
         write_json(folder / RESULT_FILE, _facts(options, inversion))
         if not inversion.interrupted:

@@ -16,12 +16,13 @@ from wadi.directions.fit import best_angles, best_factors, explained_share, norm
 from wadi.directions.plot import save_plot
 from wadi.directions.weights import check_shapes
 from wadi.errors import WadiError
-from wadi.files import refuse_to_replace, replacing_folder, write_json
+from wadi.files import write_json
 from wadi.lorad import save_adapter, student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import one_step_scheduler, write_alpha_T_squared
 from wadi.onestep.loading import load_denoiser
+from wadi.outputs import Output
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
 FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"
@@ -109,6 +110,7 @@ def extract_adapter(
     r: int | None = None,
     max_sweeps: int = 10,
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
 ) -> Extraction:
     """Write the LoRaD adapter that turns a teacher into a student as nearly as rank `r` allows.
 
@@ -121,18 +123,20 @@ def extract_adapter(
     Args:
         teacher: pipeline folder or hub id.
         student: pipeline folder or hub id of the same architecture, as `wadi export` or `wadi import` writes.
-        out_folder: where to write; replaced if it exists.
+        out_folder: where to write; new or empty.
         r: rank; by default the paper's.
         max_sweeps: of the fit; 0 takes the plain SVD of the angles.
         device: where to compute, layer by layer.
+        overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Raises:
         WadiError: a model cannot be loaded, they are not of one architecture or prediction type, a weight is
-            not finite, or there is no such device.
+            not finite, there is no such device, or the folder may not or cannot be written.
     """
     if (r is not None and r < 1) or max_sweeps < 0:
         raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
-    refuse_to_replace(out_folder, teacher, student)
+    output = Output(out_folder, "extract", inputs=(teacher, student), overwrite=overwrite)
+    output.check()
     _check_device(device)
     network, teacher_scheduler = load_denoiser(teacher)
     other, student_scheduler = load_denoiser(student)
@@ -155,7 +159,7 @@ def extract_adapter(
 
     inject_adapter_in_model(config, network)
     _fill(network, factors)
-    with replacing_folder(out_folder) as folder:
+    with output.writing() as folder:
         save_adapter(network, folder)
         if alpha_T_squared is not None:
             write_alpha_T_squared(folder, alpha_T_squared)

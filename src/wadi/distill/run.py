@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from wadi.distill.backbone import Backbone, load_backbone
-from wadi.distill.cache import EmbeddingCache
+from wadi.distill.cache import EmbeddingCache, cache_output
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint
 from wadi.distill.config import CHANGEABLE, DistillConfig
 from wadi.distill.methods import merged_state
@@ -17,9 +17,10 @@ from wadi.distill.processes import hosts_group, together
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, read_json, write_json
+from wadi.files import read_json, write_json
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, export_pipeline, load_pipeline, write_alpha_T_squared
+from wadi.onestep import OneStepPipeline, load_pipeline, write_alpha_T_squared
+from wadi.outputs import Output
 
 GRID_PROMPTS = 4
 """Training prompts in the sample grids where the config names none."""
@@ -73,12 +74,26 @@ def export(trainer: Trainer, run: Path) -> None:
         network = getattr(pipeline, trainer.backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, config.alpha_T_squared).save_pretrained(run / "pipeline")
+        OneStepPipeline(pipeline, config.alpha_T_squared).write(part(run, "pipeline"))
         return
-    save_adapter(student, run / "adapter", state_dict=trainer.ema_state())
-    if config.alpha_T_squared is not None:
-        write_alpha_T_squared(run / "adapter", config.alpha_T_squared)
-    export_pipeline(config.pretrained_model_name_or_path, run / "adapter", run / "pipeline")
+    with part(run, "adapter").writing() as folder:
+        save_adapter(student, folder, state_dict=trainer.ema_state())
+        if config.alpha_T_squared is not None:
+            write_alpha_T_squared(folder, config.alpha_T_squared)
+    pipeline = OneStepPipeline.from_pretrained(config.pretrained_model_name_or_path, run / "adapter")
+    pipeline.write(part(run, "pipeline"))
+
+
+def part(run: Path, name: str) -> Output:
+    """A folder in a run folder: one that a finished run wrote is replaced when the run goes on."""
+    return Output(run / name, "distill", overwrite=True)
+
+
+def run_output(config: DistillConfig) -> Output:
+    """The rule for the run folder of a new run."""
+    inputs = (config.pretrained_model_name_or_path, config.prompts, config.student_adapter)
+    go_on = f"go on with wadi distill --resume-from-checkpoint {config.output_dir}"
+    return Output(config.output_dir, "distill", inputs, instead=go_on)
 
 
 def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillConfig:
@@ -118,11 +133,8 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
         if getattr(config, name) is None:
             raise WadiError(f"--{name.replace('_', '-')}: is required")
     run = Path(config.output_dir).absolute()
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise WadiError(
-            f"{config.output_dir}: exists and is not empty; name another --output-dir, "
-            f"or go on with --resume-from-checkpoint {config.output_dir}"
-        )
+    run_output(config).check()
+    _check_cache(config)
     paths = {
         name: str(Path(value).absolute()) if Path(value).exists() else value
         for name in ("pretrained_model_name_or_path", "prompts", "student_adapter")
@@ -150,7 +162,17 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
                 f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)}, "
                 f"it cannot go on with {value}; leave the option away or start a new run"
             )
-    return dataclasses.replace(saved, output_dir=str(run), **changed), checkpoint
+    for name in ("adapter", "pipeline"):
+        part(run, name).check()
+    config = dataclasses.replace(saved, output_dir=str(run), **changed)
+    _check_cache(config)
+    return config, checkpoint
+
+
+def _check_cache(config: DistillConfig) -> None:
+    if config.embeddings_dir is not None:
+        inputs = (config.pretrained_model_name_or_path, config.prompts, config.student_adapter)
+        cache_output(config.embeddings_dir, *inputs).check()
 
 
 def _load(
@@ -195,8 +217,8 @@ def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) ->
 
 
 def _open_run(run: Path, config: DistillConfig, batch: int) -> None:
-    with explain_os_errors(run, "create the run folder"):
-        run.mkdir(parents=True, exist_ok=True)
+    if not (run / "config.yaml").exists():
+        run_output(config).open()
     # config.yaml last: with it the run can be resumed
     write_json(run / "samples.json", {"a_step": batch})
     config.save(run / "config.yaml")

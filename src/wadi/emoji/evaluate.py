@@ -18,6 +18,7 @@ from wadi.emoji.scenes import FREE, render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
 from wadi.metrics import entropy_bits, feature_statistics, frechet_distance, precision_recall
+from wadi.outputs import Output
 
 Generate = Callable[[list[str], list[int]], torch.Tensor]
 """Prompts and seeds to pictures (N, 3, 64, 64) uint8."""
@@ -50,6 +51,8 @@ class EvaluateConfig:
     """Atlas file of `wadi emoji atlas` for `real`; drawn from the font if not given."""
     out: Path | None = None
     """JSON file for the figures."""
+    overwrite: bool = False
+    """Replace that file if there is one already."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
 
@@ -263,6 +266,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         raise WadiError(
             f"--num-inference-steps {config.num_inference_steps}: the student of --adapter takes one step"
         )
+    inputs = (config.pipeline, config.adapter, config.atlas)
+    output = Output(config.out or "", "emoji evaluate", inputs, config.overwrite, suffixes=(".json",))
+    if config.out is not None:
+        output.check()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     captions = evaluation_captions(config.prompts, config.num_samples)
     images = drawn_pictures(config, captions) if config.real else generated_pictures(config, captions)
@@ -271,5 +278,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     if config.out is not None:
         options = {name: str(value) for name, value in vars(config).items()}
         by_name = alignment_by(reading, columns)
-        write_json(config.out, {"config": options, "figures": figures, "alignment_by": by_name})
+        with output.writing() as temporary:
+            write_json(temporary, {"config": options, "figures": figures, "alignment_by": by_name})
     return figures

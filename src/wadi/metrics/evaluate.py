@@ -31,6 +31,7 @@ from wadi.metrics.diversity import spread
 from wadi.metrics.extractors import Clip, Extractor, extract, load_extractor
 from wadi.metrics.frechet import feature_statistics, frechet_distance
 from wadi.metrics.precision_recall import precision_recall
+from wadi.outputs import Output
 
 RESULT_FILE, SETTINGS_FILE, PICTURES = "result.json", "settings.json", "pictures"
 REFERENCE_FEATURES = 10_000
@@ -105,6 +106,8 @@ class EvaluateConfig:
     """Of the networks."""
     device: str | None = None
     """Such as cpu or cuda:1; of several processes each has its own."""
+    overwrite: bool = False
+    """Replace the file of --save-reference if there is one already. The folder is gone on with always."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,30 @@ def _check(config: EvaluateConfig) -> None:
         raise WadiError("nothing to measure: give --reference, --clip-model or --spread-prompts")
     if config.reference is not None and not config.reference.exists():
         raise WadiError(f"--reference {config.reference}: no such file or folder")
+    _check_outputs(config)
+
+
+def _output(config: EvaluateConfig) -> Output:
+    inputs = (config.captions, config.model, config.adapter, config.reference, config.clip_model)
+    return Output(config.out, "evaluate", inputs, resume=True)
+
+
+def _saved_reference(config: EvaluateConfig) -> Output:
+    inputs, kind = (config.captions, config.reference), (".safetensors",)
+    return Output(
+        config.save_reference or "", "evaluate", inputs, config.overwrite, kind, option="--save-reference"
+    )
+
+
+def _check_outputs(config: EvaluateConfig) -> None:
+    _output(config).check()
+    if config.save_reference is not None:
+        _saved_reference(config).check()
+    if config.reference is not None and config.reference.resolve() in config.out.resolve().parents:
+        raise WadiError(
+            f"--out {config.out}: is in {config.reference}, and its images would be taken for real ones; "
+            "name another folder"
+        )
 
 
 def _tasks(config: EvaluateConfig, chosen: Chosen) -> list[Task]:
@@ -201,6 +228,7 @@ def _settings(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
 
 def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
     """Write settings.json, or see that the pictures which are there were made with the same."""
+    _output(config).open()
     settings = {name: asdict(config)[name] for name in MADE_BY} | {"choice_sha256": chosen.choice_sha256}
     path = config.out / SETTINGS_FILE
     if path.exists():
@@ -294,7 +322,8 @@ def _reference(config: EvaluateConfig, extractor: Extractor) -> dict[str, torch.
     features = extract(extractor, _batches(files, config, "reference"))
     reference = feature_statistics(features) | {"features": features[:REFERENCE_FEATURES]}
     if config.save_reference is not None:
-        save_tensors(config.save_reference, reference, how)
+        with _saved_reference(config).writing() as temporary:
+            save_tensors(temporary, reference, how)
     return reference
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from wadi.errors import WadiError
-from wadi.files import refuse_to_replace, replacing_folder
 from wadi.lorad.io import average_adapters
 from wadi.onestep.adapters import (
     TEXT_ENCODER_FOLDER,
@@ -16,6 +15,7 @@ from wadi.onestep.adapters import (
     read_alpha_T_squared,
     write_alpha_T_squared,
 )
+from wadi.outputs import Output
 
 
 def average_students(
@@ -23,20 +23,24 @@ def average_students(
     out_folder: str | os.PathLike,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the mean of several students' adapters, as `wadi.lorad.average_adapters` forms it.
 
     Args:
         adapters: folders or hub ids of the students' LoRaD adapters, with the same layers and ranks.
-        out_folder: adapter folder to write; replaced if it exists.
+        out_folder: adapter folder to write; new or empty.
         weights: of each, divided by their sum; equal ones when ``None``.
         dtype: of the written factors; those of the first when ``None``.
+        overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Raises:
         WadiError: an adapter cannot be read, is a subject's, or has other layers, ranks or another alpha_T^2
-            than the first; or the weights do not fit.
+            than the first; or the weights do not fit; or the folder may
+            not or cannot be written.
     """
-    refuse_to_replace(out_folder, *adapters)
+    output = Output(out_folder, "average", inputs=adapters, overwrite=overwrite)
+    output.check()
     folders = [adapter_folder(adapter) for adapter in adapters]
     for folder in folders:
         if (folder / TEXT_ENCODER_FOLDER).is_dir():
@@ -45,7 +49,7 @@ def average_students(
     for folder, alpha in zip(folders, alphas, strict=True):
         if alpha != alphas[0]:
             raise WadiError(f"{folder}: its alpha_T^2 is {alpha}, the first student's {alphas[0]}")
-    with replacing_folder(out_folder) as folder:
+    with output.writing() as folder:
         try:
             average_adapters(folders, folder, weights, dtype)
         except ValueError as error:

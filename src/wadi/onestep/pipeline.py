@@ -12,12 +12,12 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.loaders import TextualInversionLoaderMixin
 
 from wadi.errors import WadiError
-from wadi.files import replacing_folder
 from wadi.onestep.adapters import Adapters, adapter_folder, as_list, merge_adapters, read_alpha_T_squared
 from wadi.onestep.embedding import load_embedding
 from wadi.onestep.fast import FastPath
 from wadi.onestep.loading import forget_origin, load_pipeline, load_vae, prompt_limit, stock_arguments
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
+from wadi.outputs import Output
 
 
 class OneStepPipeline:
@@ -175,19 +175,30 @@ class OneStepPipeline:
             raise WadiError(f"{path}: load embeddings before compile()")
         return load_embedding(self.pipeline, path)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
-        `StableDiffusionPipeline.from_pretrained(folder)` makes pictures of it without wadi.
+        `StableDiffusionPipeline.from_pretrained(folder)` makes images of it without wadi.
+
+        Args:
+            folder: new or empty.
+            overwrite: replace the folder if this method or `wadi export` wrote it, nothing else is in it, and
+                the pipeline was not loaded from it.
 
         Raises:
-            WadiError: the folder cannot be written, or `compile` has changed the modules.
+            WadiError: the folder may not or cannot be written, or `compile` has changed the modules.
         """
+        origin = self.pipeline.config.get("_name_or_path")
+        self.write(Output(folder, "export", inputs=(origin or None,), overwrite=overwrite))
+
+    def write(self, output: Output) -> None:
+        """`save_pretrained` for a command that has an `Output` of its own."""
+        output.check()
         if self.fast is not None:
-            raise WadiError(f"{folder}: a compiled pipeline cannot be saved; save it before compile()")
+            raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
-        with replacing_folder(folder) as temporary:
+        with output.writing() as temporary:
             stock.save_pretrained(temporary, safe_serialization=True)
             forget_origin(temporary)
 
