@@ -3,7 +3,7 @@
     with Output(out, "export", inputs=(adapter, model), overwrite=overwrite).writing() as folder:
         ...  # write into `folder`, which then takes the place of `out`
 
-A folder is written if it is new or empty. `MARKER`, a file in it, then says which command wrote what, and only
+A folder is written if it is new or empty. `MARKER`, a file in it, then says which command wrote what. Only
 that command replaces it, only with ``--overwrite``, and only as long as nothing else is in it.
 """
 
@@ -25,8 +25,9 @@ MARKER = ".wadi.json"
 diffusers, transformers and PEFT do not look at it."""
 
 FILE_SUFFIXES = frozenset(
-    ".bin .bmp .ckpt .csv .gif .html .jpeg .jpg .json .jsonl .onnx .parquet .pdf .png .pt .pth .safetensors "
-    ".svg .tar .txt .webp .yaml .yml .zip".split()
+    {".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors", ".tar", ".zip"}
+    | {".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"}
+    | {".csv", ".html", ".json", ".jsonl", ".parquet", ".txt", ".yaml", ".yml"}
 )
 """Endings that nobody gives to a folder: a new folder of such a name is a mistake."""
 
@@ -73,10 +74,10 @@ class Output:
             WadiError: it may not; the message says why, and what to do instead.
         """
         with explain_os_errors(self.path, "write there"):
-            if self.resume and (_marker(self.real) or ("",))[0] == self.command:
-                return  # nothing of it is replaced
-            self._refuse_protected()
             self._refuse_inputs()
+            if self.resume and (_marker(self.real) or ("",))[0] == self.command:
+                return  # nothing is replaced
+            self._refuse_protected()
             if self.suffixes:
                 self._check_file()
             else:
@@ -101,7 +102,7 @@ class Output:
             self.check()
 
     def open(self) -> None:
-        """Make a folder that the command fills little by little, and mark it; it is never replaced as a whole.
+        """Make a folder that the command fills little by little, and mark it; it is never replaced whole.
 
         Raises:
             WadiError: as `check`, or it cannot be made.
@@ -113,7 +114,7 @@ class Output:
             _mark(self.real, self.command)
 
     def _refuse_protected(self) -> None:
-        """Nothing may take the place of the folder that the user stands in, of the home, or of what is above."""
+        """Nothing may take the place of the current folder, of the home folder, or of what holds them."""
         found = {"the home folder": os.path.expanduser("~")}
         with suppress(OSError):  # a folder that was deleted
             found["the current folder"] = os.getcwd()
@@ -136,9 +137,7 @@ class Output:
         if path.is_dir():
             raise WadiError(f"{self.path}: is a folder; name a file ({endings}) as {self.option}")
         if Path(self.path).suffix.lower() not in self.suffixes:
-            raise WadiError(
-                f"{self.option} {self.path}: wadi {self.command} writes a file; its name must end in {endings}"
-            )
+            raise WadiError(f"{self.option} {self.path}: the name of the file must end in {endings}")
         if not path.exists():
             return
         if not path.is_file():
@@ -157,7 +156,7 @@ class Output:
             )
         if not path.exists() and suffix in FILE_SUFFIXES:
             raise WadiError(
-                f"{self.option} {self.path}: wadi {self.command} writes a folder; omit the {suffix} at the end"
+                f"{self.option} {self.path}: a folder is written here; omit the {suffix} at the end"
             )
         if path.exists() and (reason := self._unreplaceable(path)):
             raise WadiError(f"{self.path}: {reason}")

@@ -24,7 +24,6 @@ from wadi.outputs import Output
 from wadi.tasks import control as steering
 from wadi.tasks import editing, growth, redilated
 
-
 READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
 """Options of these commands that name what is read."""
 

@@ -499,8 +499,8 @@ def class_pictures(
     if prompts and not (folder / names[-1]).is_file():
         with part(folder.parent, folder.name).writing() as temporary:
             for first in tqdm(range(0, len(prompts), GENERATED_AT_ONCE), desc="class pictures", unit="batch"):
-                part = list(prompts[first : first + GENERATED_AT_ONCE])
-                images = _paint(pipeline, part, config, config.seed + first)
+                chunk = list(prompts[first : first + GENERATED_AT_ONCE])
+                images = _paint(pipeline, chunk, config, config.seed + first)
                 for name, image in zip(names[first:], images, strict=False):
                     image.save(temporary / name)
     return [_read_picture(folder / name) for name in names]
