@@ -238,7 +238,7 @@ def main(options: Options) -> None:
     """Measure, print the table, write JSON and picture."""
     if options.samples < 1 or options.timed < 1 or options.batch_size < 1:
         raise WadiError("--samples, --timed, --batch-size: must be at least 1")
-    check_picture_path(options.picture, "--picture")
+    check_picture_path(options.picture, "--picture", overwrite=True)
     captions, scenes, real = draw(options)
     edges = edges_of(real)
     maps = [Image.fromarray(edge).convert("RGB") for edge in edges.numpy()]
@@ -315,7 +315,7 @@ def save_pictures(
         made = [Image.fromarray(pictures[name][i].permute(1, 2, 0).numpy()) for name in names]
         scene = Image.fromarray(real[i].permute(1, 2, 0).numpy())
         rows.append((prompt, [scene, maps[i], *made]))
-    save_picture(labelled_grid(rows, ["scene", "edges", *names]), path)
+    save_picture(labelled_grid(rows, ["scene", "edges", *names]), path, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -447,7 +447,7 @@ def save_pictures(
         (edit.texts[i], [shown(edit.images, i), *(shown(varied_pictures[name], i) for name in names)])
         for i in range(min(SHOWN, len(edit.texts)))
     ]
-    save_picture(labelled_grid(rows, ["picture", *names]), folder / "image-to-image.jpg")
+    save_picture(labelled_grid(rows, ["picture", *names]), folder / "image-to-image.jpg", overwrite=True)
     rows = []
     for kind, edit in edits.items():
         made = repainted_pictures[kind]
@@ -456,7 +456,7 @@ def save_pictures(
             cells = [shown(images, i) for images in (edit.images, masked, *made.values())]
             rows.append((edit.texts[i], cells))
     names = list(repainted_pictures["add"])
-    save_picture(labelled_grid(rows, ["picture", "mask", *names]), folder / "inpainting.jpg")
+    save_picture(labelled_grid(rows, ["picture", "mask", *names]), folder / "inpainting.jpg", overwrite=True)
 
 
 if __name__ == "__main__":

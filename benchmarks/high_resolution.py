@@ -109,7 +109,7 @@ def main(options: Options) -> None:
     """Measure, print, write JSON and picture."""
     if options.samples < 1:
         raise WadiError("--samples: must be at least 1")
-    check_picture_path(options.picture, "--picture")
+    check_picture_path(options.picture, "--picture", overwrite=True)
     pipeline = load_for_steps(teacher_folder(), student_folder(), 1, device=options.device)
     pipeline.set_progress_bar_config(disable=True)
     judge = Judge.load(assets_folder() / "judge.safetensors")
@@ -177,7 +177,7 @@ def save_pictures(pipeline: DiffusionPipeline, options: Options) -> None:
             cells += pipeline.image_processor.postprocess(2 * shown - 1, output_type="pil")
         rows.append((text, cells))
     names = [f"{size} px" + (", re-dilated" if damping is not None else "") for size, damping in cases]
-    save_picture(labelled_grid(rows, names), options.picture)
+    save_picture(labelled_grid(rows, names), options.picture, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from PIL import Image
 from tests.tiny import PROMPTS
 from wadi import cli
 from wadi._version import __version__
+from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline, image_grid
+from wadi.outputs import MARKER
 
 
 def run(*arguments):
@@ -196,7 +198,11 @@ def test_pictures_of_pictures(student, tmp_path, capsys):
     mask.save(tmp_path / "mask.png")
     assert run("image-to-image", tmp_path / "picture.png", *model, "-n", 2, "--out", tmp_path / "each") == 0
     assert f"{tmp_path / 'each'}: 2 pictures, one step each" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "each").iterdir()} == {"seed-000003.png", "seed-000004.png"}
+    assert {path.name for path in (tmp_path / "each").iterdir()} == {
+        MARKER,
+        "seed-000003.png",
+        "seed-000004.png",
+    }
     inputs = [tmp_path / "picture.png", tmp_path / "mask.png"]
     assert run("inpaint", *inputs, *model, "-n", 1, "--candidates", 2, "--out", tmp_path / "painted") == 0
     painted = np.asarray(Image.open(tmp_path / "painted" / "seed-000003.png"))
@@ -221,8 +227,29 @@ def test_pictures_of_pictures(student, tmp_path, capsys):
 def test_unknown_kinds_of_pictures_are_refused_before_anything_is_read(arguments, tmp_path, capsys):
     prompt = ["a cat"] if arguments[0] == "generate" else ["--prompt", "a cat"]
     assert run(*arguments, *prompt, "--model", "nowhere", "--out", tmp_path / "x.bmpp") == 2
-    assert "x.bmpp: unknown kind of picture; use .png, .jpg" in capsys.readouterr().err
+    assert "x.bmpp: the name of the file must end in .png, .jpg" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_export_replaces_its_own_folder_and_nothing_else(student, teacher_folder, tmp_path, capsys):
+    arguments = ["export", student / "adapter", "--model", teacher_folder, "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
+    single = weights.read_bytes()
+    assert run(*arguments, "--dtype", "float16") == 2
+    assert weights.read_bytes() == single
+    assert run(*arguments, "--dtype", "float16", "--overwrite") == 0
+    assert len(weights.read_bytes()) < 0.6 * len(single)
+    assert run("export", student / "adapter", "--model", tmp_path / "out", *arguments[4:], "--overwrite") == 2
+    assert "which is read" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    pipeline = OneStepPipeline.from_pretrained(tmp_path / "out")
+    with pytest.raises(WadiError, match="which is read"):
+        pipeline.save_pretrained(tmp_path / "out", overwrite=True)
+    pipeline.save_pretrained(tmp_path / "copy")
+    pipeline.save_pretrained(tmp_path / "copy", overwrite=True)
+    with pytest.raises(WadiError, match="give --overwrite"):
+        pipeline.save_pretrained(tmp_path / "copy")
 
 
 def test_export_is_the_run_s_own_pipeline(student, teacher_folder, tmp_path):

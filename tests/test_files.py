@@ -11,7 +11,6 @@ from wadi.files import (
     load_tensors,
     read_json,
     replacing_file,
-    replacing_folder,
     save_tensors,
     write_json,
     write_text,
@@ -87,50 +86,6 @@ def test_tensors_on_a_full_disk(tmp_path, monkeypatch):
         save_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(2)})
     assert load_tensors(tmp_path / "a.safetensors")["w"].tolist() == [1, 1]
     assert names(tmp_path) == ["a.safetensors"]
-
-
-def write_folder(path, text, fail=False):
-    with replacing_folder(path) as temporary:
-        (temporary / "sub").mkdir()
-        (temporary / "sub" / "a.txt").write_text(text)
-        if fail:
-            full_disk()
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    write_folder(tmp_path / "f", "old")
-    (tmp_path / "f" / "only_in_old.txt").write_text("")
-    write_folder(tmp_path / "f", "new")
-    assert names(tmp_path / "f") == ["sub"]
-    assert (tmp_path / "f" / "sub" / "a.txt").read_text() == "new"
-    assert names(tmp_path) == ["f"]
-
-
-def test_a_failed_folder_leaves_the_old_one(tmp_path):
-    write_folder(tmp_path / "f", "old")
-    with pytest.raises(WadiError, match="could not write the folder"):
-        write_folder(tmp_path / "f", "new", fail=True)
-    assert (tmp_path / "f" / "sub" / "a.txt").read_text() == "old"
-    assert names(tmp_path) == ["f"]
-
-
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_folder_survives_a_failing_rename(tmp_path, monkeypatch, call):
-    write_folder(tmp_path / "f", "old")
-    rename, calls = os.replace, []
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == call:
-            full_disk()
-        rename(*args)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(WadiError):
-        write_folder(tmp_path / "f", "new")
-    monkeypatch.undo()
-    assert (tmp_path / "f" / "sub" / "a.txt").read_text() == "old"
-    assert names(tmp_path) == ["f"]
 
 
 @pytest.mark.parametrize("reader", [read_json, load_tensors])

@@ -9,6 +9,7 @@ from wadi import invert
 from wadi.files import load_tensors, read_json
 from wadi.invert import new_prompts
 from wadi.onestep.pictures import READABLE
+from wadi.outputs import MARKER
 from wadi.tasks.inversion import Inversion
 
 
@@ -64,7 +65,7 @@ def test_ctrl_c_writes_the_word_as_it_is(folder, teacher_folder, tmp_path, monke
     assert run("invert", folder, "--model", teacher_folder, "--out", out) == 130
     assert "interrupted: <R> as it was then" in capsys.readouterr().out
     assert read_json(out / "inversion.json")["denoising_loss_of_the_last_updates"] == 0.375
-    assert sorted(path.name for path in out.iterdir()) == ["inversion.json", "learned_embeds.safetensors"]
+    assert {path.name for path in out.iterdir()} == {"inversion.json", "learned_embeds.safetensors", MARKER}
     losses = ()
     assert run("invert", folder, "--model", teacher_folder, "--out", tmp_path / "none") == 130
     assert not (tmp_path / "none").exists()
@@ -74,7 +75,7 @@ def test_mistakes_are_told_in_a_line(folder, teacher_folder, tmp_path, capsys):
     model = ["--model", teacher_folder]
     cases = [
         ([tmp_path / "nowhere", *model], "no such folder"),
-        ([folder, "--out", folder, *model], "would replace"),
+        ([folder, "--out", folder, *model], "which is read"),
         ([folder, *model, "--num-inference-steps", "0"], "--num-inference-steps 0"),
         ([folder, *model, "--out", tmp_path / "out"], "--prepositions: this model has no English"),
     ]

@@ -131,15 +131,17 @@ def export(
     model: str | None = None,
     subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Merge a student's adapter into its teacher; plain diffusers loads the folder, without wadi.
 
     Args:
         adapter: Folder or hub id of the student's adapter.
-        out: Folder to write; replaced if it exists.
+        out: Folder to write; new or empty.
         model: Folder or hub id of the teacher; the one that comes with wadi if not given.
         subject_adapter: Adapter of wadi dreambooth, merged too; may be given several times.
         dtype: Of the written weights.
+        overwrite: Replace the folder if wadi export wrote it and nothing else is in it.
     """
     import torch
 
@@ -148,7 +150,7 @@ def export(
 
     _hide_loading_bars()
     adapters = [adapter, *subject_adapter]
-    export_pipeline(model or emoji.teacher_folder(), adapters, out, dtype=getattr(torch, dtype))
+    export_pipeline(model or emoji.teacher_folder(), adapters, out, getattr(torch, dtype), overwrite)
     print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
 
 
@@ -157,6 +159,7 @@ def average(
     out: Path,
     weights: tuple[float, ...] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Write the mean of several students' adapters, as an adapter of the same size.
 
@@ -166,15 +169,16 @@ def average(
 
     Args:
         adapters: Folders or hub ids of two or more students' adapters of one teacher.
-        out: Adapter folder to write; replaced if it exists.
+        out: Adapter folder to write; new or empty.
         weights: One for each adapter, divided by their sum; all equal if not given.
         dtype: Of the written adapter.
+        overwrite: Replace the folder if wadi average wrote it and nothing else is in it.
     """
     import torch
 
     from wadi.onestep.average import average_students
 
-    average_students(adapters, out, weights, getattr(torch, dtype))
+    average_students(adapters, out, weights, getattr(torch, dtype), overwrite)
     print(f"{out}: wadi generate --adapter {out}")
 
 
@@ -184,6 +188,7 @@ def import_(
     out: Path,
     alpha_T_squared: Annotated[float | None, tyro.conf.arg(aliases=["--alpha-t-squared"])] = 0.0047,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Make a one-step folder that plain diffusers loads of weights that the paper's authors published.
 
@@ -193,9 +198,10 @@ def import_(
     Args:
         weights: A .safetensors file, or one of torch.save (.pt, .bin), which is read without running code.
         model: The base model that the student was distilled from: folder or hub id.
-        out: Folder to write; replaced if it exists.
+        out: Folder to write; new or empty.
         alpha_T_squared: Of the student, 0.0047 for all that were published; None for the base model's own.
         dtype: Of the written weights.
+        overwrite: Replace the folder if wadi import wrote it and nothing else is in it.
     """
     import torch
     from diffusers import LCMScheduler
@@ -203,7 +209,7 @@ def import_(
     from wadi.onestep import import_weights
 
     _hide_loading_bars()
-    released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype))
+    released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype), overwrite)
     print(f"{weights}: {released.kind}, {len(released.tensors)} tensors")
     if released.ignored:
         print(f"not used: {', '.join(released.ignored)}")
@@ -223,6 +229,7 @@ def extract(
     rank: int | None = None,
     max_sweeps: int = 10,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Find the LoRaD adapter that turns a teacher into its one-step student, as nearly as the rank allows.
 
@@ -234,16 +241,18 @@ def extract(
     Args:
         teacher: Pipeline folder or hub id.
         student: Pipeline folder or hub id, as wadi export and wadi import write it.
-        out: Adapter folder to write; replaced if it exists.
+        out: Adapter folder to write; new or empty.
         rank: Of the adapter; 256 for a U-Net and 128 for PixArt if not given.
         max_sweeps: Of the fit; 0 takes the singular value decomposition of the angles as it is.
         device: Such as cpu or cuda:1; a GPU if there is one.
+        overwrite: Replace the folder if wadi extract wrote it and nothing else is in it.
     """
     from wadi.device import chosen_device
     from wadi.directions.extract import extract_adapter, table
 
     _hide_loading_bars()
-    print(table(extract_adapter(teacher, student, out, rank, max_sweeps, chosen_device(device))))
+    device = chosen_device(device)
+    print(table(extract_adapter(teacher, student, out, rank, max_sweeps, device, overwrite)))
     print(f"{out}: wadi generate --model {teacher} --adapter {out}")
 
 
@@ -252,6 +261,7 @@ def directions(
     student: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDENT")],
     base: str | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Compare the weights of a student with its teacher's: how far rows moved in length and in direction.
 
@@ -264,18 +274,18 @@ def directions(
         teacher: Pipeline folder or hub id, folder of a U-Net or transformer, or safetensors file.
         student: The same, or the folder of a PEFT adapter.
         base: What an adapter was made for, if it names nothing; the teacher if not given.
-        out: Folder to write; replaced if it exists.
+        out: Folder to write; new or empty.
+        overwrite: Replace the folder if wadi directions wrote it and nothing else is in it.
     """
-    from wadi.directions.compare import compare_models, table, write_comparison
-    from wadi.files import refuse_to_replace
+    from wadi.directions.compare import compare_models, output_of, table, write_comparison
 
     _hide_loading_bars()
     if out is not None:
-        refuse_to_replace(out, teacher, student, *([] if base is None else [base]))
+        output_of(out, teacher, student, base, overwrite).check()
     comparison = compare_models(teacher, student, base)
     print(table(comparison))
     if out is not None:
-        write_comparison(comparison, out)
+        write_comparison(comparison, out, overwrite, base)
         print(f"{out}: directions.json, directions.csv, scatter.png, spectrum.png")
 
 
@@ -286,6 +296,7 @@ def directions_swap(
     out: Path,
     base: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Write the student with the norms, or the directions, of the rows of its teacher: a pipeline folder.
 
@@ -297,16 +308,17 @@ def directions_swap(
         student: Pipeline folder or hub id, safetensors file, or adapter folder. Of the last two the rest of
             the pipeline is the teacher's.
         take: What of the teacher's.
-        out: Folder to write; replaced if it exists.
+        out: Folder to write; new or empty.
         base: What an adapter was made for, if it names nothing; the teacher if not given.
         dtype: Of the written weights.
+        overwrite: Replace the folder if wadi directions swap wrote it and nothing else is in it.
     """
     import torch
 
     from wadi.directions.swap import swap_rows
 
     _hide_loading_bars()
-    swap_rows(teacher, student, take, out, base, getattr(torch, dtype))
+    swap_rows(teacher, student, take, out, base, getattr(torch, dtype), overwrite)
     print(f"{out}: the student with the {take} of its teacher; load it with diffusers")
 
 

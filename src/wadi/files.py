@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,45 +39,6 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new temporary folder beside `path`; when the block succeeds it takes the place of `path`."""
-    path = Path(path)
-    with explain_os_errors(path, "write the folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        temporary.chmod(0o755)
-        try:
-            yield temporary
-            old = None
-            if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
-                os.replace(path, old)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                if old is not None:
-                    os.replace(old, path)
-                raise
-            if old is not None:
-                shutil.rmtree(old)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_to_replace(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
-    """Raise if writing the folder `path` would remove one of `inputs` that are read (hub ids are ignored).
-
-    Raises:
-        WadiError: `path` is an input, or holds one.
-    """
-    out = Path(path).resolve()
-    for name in inputs:
-        found = Path(name)
-        if found.exists() and (out == found.resolve() or out in found.resolve().parents):
-            raise WadiError(f"{path}: writing here would replace {name}, which is read; name another folder")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

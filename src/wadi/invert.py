@@ -13,9 +13,10 @@ from PIL import Image
 from wadi import emoji
 from wadi.device import chosen_device
 from wadi.errors import WadiError
-from wadi.files import refuse_to_replace, replacing_folder, write_json
+from wadi.files import write_json
 from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
 from wadi.onestep.arguments import own_size
+from wadi.outputs import Output
 from wadi.tasks.exemplars import cropped, read_exemplars
 from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig, invert
 
@@ -38,6 +39,8 @@ class InvertOptions(InvertConfig):
     """Of the multi-step model's pictures."""
     guidance_scale: float = 2.0
     """Of the multi-step model's pictures."""
+    overwrite: bool = False
+    """Replace the folder if wadi invert wrote it and nothing else is in it."""
 
 
 def run(options: InvertOptions) -> None:
@@ -48,7 +51,7 @@ def run(options: InvertOptions) -> None:
     what is written. After Ctrl-C the word is written as it is by then, without pictures.
 
     Raises:
-        WadiError: as `wadi.tasks.inversion.invert`, or the folder cannot be written.
+        WadiError: as `wadi.tasks.inversion.invert`, or the folder may not or cannot be written.
         KeyboardInterrupt: again, once that is written.
     """
     if options.model is None:
@@ -56,13 +59,15 @@ def run(options: InvertOptions) -> None:
         options = replace(options, model=str(emoji.teacher_folder()), adapter=student)
     if options.num_inference_steps < 1:
         raise WadiError(f"--num-inference-steps {options.num_inference_steps}: must be at least 1")
-    refuse_to_replace(options.out, options.examples, options.model, options.adapter or options.model)
+    inputs = (options.examples, options.model, options.adapter)
+    output = Output(options.out, "invert", inputs, options.overwrite)
+    output.check()
     options = replace(options, device=chosen_device(options.device))
     names = [field.name for field in fields(InvertConfig)]
     inversion = invert(InvertConfig(**{name: getattr(options, name) for name in names}))
     if inversion.interrupted and not inversion.losses:
         raise KeyboardInterrupt
-    with replacing_folder(options.out) as folder:
+    with output.writing() as folder:
         inversion.save(folder)
         write_json(folder / RESULT_FILE, _facts(options, inversion))
         if not inversion.interrupted:

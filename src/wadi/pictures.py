@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
@@ -19,12 +19,17 @@ from wadi import emoji
 from wadi.device import chosen_device
 from wadi.errors import WadiError, tell
 from wadi.images import open_mask
-from wadi.onestep import OneStepPipeline, check_picture_path, image_grid, refuse_guidance, save_picture
+from wadi.onestep import OneStepPipeline, image_grid, refuse_guidance
 from wadi.onestep.arguments import check_seed, finite_number, image_size, whole_number
 from wadi.onestep.embedding import holds_word
+from wadi.onestep.pictures import KINDS, picture_output, write_picture
 from wadi.onestep.pipeline import load_for_steps
+from wadi.outputs import Output
 from wadi.tasks import control as steering
 from wadi.tasks import editing, growth, redilated
+
+READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
+"""Options of these commands that name what is read."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +64,28 @@ class Common:
     """Of the networks; one step itself is always float32."""
     device: str | None = None
     """Such as cpu or cuda:1; a GPU if there is one."""
+    overwrite: bool = False
+    """Replace the file; or the folder, if the same command wrote it and nothing else is in it."""
+
+    command: ClassVar[str]
+    """Who writes: its words on the command line."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `out` is one file, not a folder."""
+        suffix = self.out.suffix.lower()
+        return suffix in KINDS or (suffix != "" and not self.out.is_dir())
+
+    @property
+    def output(self) -> Output:
+        """Where the images go."""
+        inputs: list[str | Path | None] = []
+        for name in READ:
+            value = getattr(self, name, None)
+            inputs += value if isinstance(value, tuple) else [value]
+        if self.is_file:
+            return picture_output(self.out, self.command, inputs, self.overwrite)
+        return Output(self.out, self.command, inputs, self.overwrite)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -74,15 +101,13 @@ class Common:
         """Tell what cannot be before anything is loaded or made.
 
         Raises:
-            WadiError: a number or a seed out of its range, an unknown kind of image, or guidance of a single
-            step.
+            WadiError: a number or seed out of its range, no place to write to, or guidance of one step.
         """
         for name in ("num_images", "batch_size", "num_inference_steps"):
             whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         finite_number("--guidance-scale", self.guidance_scale)
         self.check_seeds(self.num_images)
-        if self.out.suffix:
-            check_picture_path(self.out)
+        self.output.check()
         if self.num_inference_steps == 1:
             refuse_guidance(1, self.guidance_scale, self.negative_prompt)
 
@@ -111,20 +136,20 @@ class Common:
 
     def finish(self, images: list[Image.Image], seconds: float, sheet: Image.Image | None = None) -> None:
         """Write the pictures, in a file the sheet that shows them if there is one, and tell."""
-        save_pictures([sheet] if sheet is not None and self.out.suffix else images, self.seed, self.out)
+        save_pictures([sheet] if sheet is not None and self.is_file else images, self.seed, self.output)
         steps = "one step" if self.num_inference_steps == 1 else f"{self.num_inference_steps} steps"
         plural = "s" * (len(images) > 1)
         print(f"{self.out}: {len(images)} picture{plural}, {steps} each, {seconds:.2f} s")
 
 
-def save_pictures(images: Sequence[Image.Image], seed: int, out: Path) -> None:
-    """Write pictures as one file, several as a grid, or as files of a folder."""
-    if out.suffix:
-        files = {out: images[0] if len(images) == 1 else image_grid(images)}
-    else:
-        files = {out / f"seed-{seed + i:06d}.png": image for i, image in enumerate(images)}
-    for path, image in files.items():
-        save_picture(image, path)
+def save_pictures(images: Sequence[Image.Image], seed: int, output: Output) -> None:
+    """Write images as one file, several as a grid, or as files of a new folder."""
+    if output.suffixes:
+        write_picture(images[0] if len(images) == 1 else image_grid(images), output)
+        return
+    with output.writing() as folder:
+        for i, image in enumerate(images):
+            write_picture(image, picture_output(folder / f"seed-{seed + i:06d}.png", output.command))
 
 
 # --- generate ---
@@ -133,6 +158,8 @@ def save_pictures(images: Sequence[Image.Image], seed: int, out: Path) -> None:
 @dataclass(kw_only=True)
 class GenerateConfig(Common):
     """Options of `generate`."""
+
+    command = "generate"
 
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """What the pictures show."""
@@ -214,6 +241,8 @@ def _stretched(
 class ControlConfig(Common):
     """Options of `control`."""
 
+    command = "control"
+
     image: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
     """The picture, or the map itself. What does not fit the shape of the result is cut off."""
     condition: tyro.conf.UseAppendAction[tuple[Literal["canny", "map"], ...]] = ()
@@ -290,6 +319,8 @@ def control(config: ControlConfig) -> None:
 class ImageToImageConfig(Common):
     """Options of `image_to_image`."""
 
+    command = "image-to-image"
+
     image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")]
     """The picture. What does not fit the shape of the result is cut off."""
     strength: float = 0.6
@@ -320,6 +351,8 @@ def image_to_image(config: ImageToImageConfig) -> None:
 @dataclass(kw_only=True)
 class InpaintConfig(Common):
     """Options of `inpaint`."""
+
+    command = "inpaint"
 
     image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")]
     """The picture. What does not fit the shape of the result is cut off."""

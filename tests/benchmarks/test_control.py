@@ -17,6 +17,7 @@ from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.train_controlnet import new_controlnet, open_captions, write_controlnet
 from wadi.files import read_json, save_tensors
 from wadi.onestep.loading import load_pipeline
+from wadi.outputs import Output
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import control
@@ -42,7 +43,8 @@ def test_errors_of_place_and_size_whatever_the_order():
 @pytest.fixture
 def options(tmp_path):
     save_tensors(tmp_path / "atlas.safetensors", {"atlas": synthetic_atlas()})
-    write_controlnet(tmp_path / "controlnet", new_controlnet(load_pipeline(teacher_folder())))
+    output = Output(tmp_path / "controlnet", "emoji train-controlnet")
+    write_controlnet(output, new_controlnet(load_pipeline(teacher_folder())))
     return control.Options(
         samples=3,
         controlnet=tmp_path / "controlnet",

@@ -15,6 +15,7 @@ from tests.tiny import tiny_pipeline
 from wadi import WadiError, emoji
 from wadi.directions import compare_models, write_comparison
 from wadi.directions.compare import block_of, layers_with_rows, table, type_of
+from wadi.outputs import MARKER
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_groups_are_means_over_changed_layers(comparison):
 def test_files(comparison, tmp_path):
     write_comparison(comparison, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        *("directions.json", "directions.csv", "scatter.png", "spectrum.png")
+        *("directions.json", "directions.csv", "scatter.png", "spectrum.png", MARKER)
     }
     for picture in ("scatter.png", "spectrum.png"):
         assert np.asarray(Image.open(tmp_path / "out" / picture)).std() > 5
@@ -98,7 +99,7 @@ def test_files(comparison, tmp_path):
         assert row["name"] == layer.name == entry["name"]
         assert float(row["norm_null_std"]) == layer.norm.null_std == entry["norm"]["null_std"]
         assert float(row["energy_30"]) == layer.energy[15] == entry["energy"][15]
-    with pytest.raises(WadiError, match="would replace"):
+    with pytest.raises(WadiError, match="which is read"):
         write_comparison(comparison, comparison.student)
 
 

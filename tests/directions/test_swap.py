@@ -84,7 +84,7 @@ def test_alpha_T_of_an_adapter_goes_with_it(tmp_path):
 
 
 def test_nothing_is_left_of_a_failure(teacher_folder, student, tmp_path, monkeypatch):
-    with pytest.raises(WadiError, match="would replace"):
+    with pytest.raises(WadiError, match="which is read"):
         swap_rows(teacher_folder, student, "norms", student)
     with pytest.raises(WadiError, match="a part of one; name"):
         swap_rows(teacher_folder / "unet", student / "unet", "norms", tmp_path / "out")

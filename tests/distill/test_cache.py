@@ -12,6 +12,7 @@ from tests.tiny import PROMPTS
 from wadi.cli import main
 from wadi.distill import DistillConfig, EmbeddingCache, PromptEncoder, distill
 from wadi.errors import WadiError
+from wadi.outputs import MARKER
 
 TEXTS = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
 
@@ -49,7 +50,7 @@ def failing_after(monkeypatch, shards, error):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
 
 
 def test_an_interrupted_encoding_goes_on_where_it_stopped(cache, teacher_folder, monkeypatch):
@@ -153,3 +154,14 @@ def test_long_prompts_are_refused(teacher_folder, tmp_path, capsys):
     source.write_text("a cat\n" + "a" * 99)
     assert main(["prompts", "encode", "--teacher", str(teacher_folder), "--prompts", str(source)]) == 2
     assert "line 2" in capsys.readouterr().err
+
+
+def test_only_a_folder_of_its_own_becomes_the_cache(cache, tmp_path):
+    cache.encode(TEXTS)
+    assert EmbeddingCache(cache.encoder, cache.folder).missing(TEXTS) == []
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("mine")
+    with pytest.raises(WadiError, match="foreign: is not empty, and wadi prompts encode did not write it"):
+        EmbeddingCache(cache.encoder, foreign)
+    assert [path.name for path in foreign.iterdir()] == ["letter.txt"]

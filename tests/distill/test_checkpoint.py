@@ -7,7 +7,8 @@ import safetensors.torch
 import torch
 
 from wadi.distill.checkpoint import FORMAT, latest_checkpoint, load_checkpoint, save_checkpoint
-from wadi.errors import WadiError
+from wadi.errors import WadiError, WadiWarning
+from wadi.outputs import MARKER
 
 GROUPS = {"student": {"a": torch.arange(3.0)}, "fake": {"b": torch.ones(2, 2)}}
 
@@ -18,7 +19,12 @@ def save(folder, step, limit=None, groups=GROUPS):
 
 def test_round_trip(tmp_path):
     path = save(tmp_path / "checkpoints", 7)
-    assert sorted(p.name for p in path.iterdir()) == ["fake.safetensors", "state.json", "student.safetensors"]
+    assert {p.name for p in path.iterdir()} == {
+        "fake.safetensors",
+        "state.json",
+        "student.safetensors",
+        MARKER,
+    }
     groups, state = load_checkpoint(path, GROUPS, "abc")
     assert state == {"format": FORMAT, "step": 7, "config": "abc", "seconds": 1.5}
     assert all(torch.equal(groups[g][k], GROUPS[g][k]) for g in GROUPS for k in GROUPS[g])
@@ -30,6 +36,18 @@ def test_oldest_go_first_whatever_their_number_of_digits(tmp_path):
     save(tmp_path, 1_000_001, limit=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1000000", "step-1000001"]
     assert latest_checkpoint(tmp_path).name == "step-1000001"
+
+
+def test_an_old_checkpoint_with_a_file_of_the_user_stays(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-000001" / "notes.txt").write_text("mine")
+    (tmp_path / "step-000000").mkdir()
+    (tmp_path / "step-000000" / "letter.txt").write_text("mine")
+    with pytest.warns(WadiWarning, match=r"kept, because it holds (notes|letter)\.txt"):
+        save(tmp_path, 3, limit=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000", "step-000001", "step-000003"]
+    assert (tmp_path / "step-000001" / "student.safetensors").exists()
 
 
 def test_half_written_folders_do_not_count(tmp_path):

@@ -151,9 +151,30 @@ def test_used_run_folder_is_refused(options, tmp_path):
     (tmp_path / "run").mkdir()
     resolve(options)  # empty is fine
     (tmp_path / "run/notes.txt").write_text("mine")
-    with pytest.raises(WadiError, match=r"exists and is not empty.*--resume-from-checkpoint"):
+    with pytest.raises(WadiError, match=r"run: is not empty.*--resume-from-checkpoint"):
         distill(options)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("gone", [(), ("pipeline",), ("adapter", "pipeline")])
+def test_a_finished_run_goes_on_and_writes_its_student_again(options, gone):
+    """Also where it was killed before all of the student was written."""
+    run = distill(options)
+    first = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for name in gone:
+        shutil.rmtree(run / name)
+    distill(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=options.max_train_steps + 1))
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != first
+    assert (run / "pipeline" / "model_index.json").is_file()
+    assert not [path for path in run.iterdir() if path.name.endswith((".tmp", ".old"))]
+
+
+def test_a_file_of_the_user_in_the_student_s_folder_stops_a_resumed_run_at_once(options):
+    run = distill(options)
+    (run / "pipeline" / "notes.txt").write_text("mine")
+    with pytest.raises(WadiError, match=r"pipeline: holds notes\.txt, which wadi distill did not write"):
+        resolve(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=9))
+    assert (run / "pipeline" / "notes.txt").read_text() == "mine"
 
 
 def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):

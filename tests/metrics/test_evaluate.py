@@ -254,7 +254,7 @@ def test_two_processes_make_the_pictures_of_one(config, tmp_path):
 def test_mistakes_are_one_line(config, change, message, capsys):
     options = dataclasses.asdict(config) | change
     arguments = [
-        f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None
+        f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value not in (None, False)
     ]
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

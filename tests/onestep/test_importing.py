@@ -180,7 +180,7 @@ def test_too_large_for_half_precision(weights, teacher_folder, tmp_path):
 def test_the_base_is_not_overwritten(weights, teacher_folder, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     for out in (teacher_folder, tmp_path):
-        with pytest.raises(WadiError, match="would replace"):
+        with pytest.raises(WadiError, match="which is read"):
             import_weights(tmp_path / "w.safetensors", teacher_folder, out)
 
 

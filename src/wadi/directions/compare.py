@@ -29,7 +29,8 @@ from wadi.directions.change import (
 from wadi.directions.plot import save_scatter, save_spectrum
 from wadi.directions.weights import Weights, check_pair, open_weights
 from wadi.errors import WadiError
-from wadi.files import refuse_to_replace, replacing_folder, write_json, write_text
+from wadi.files import write_json, write_text
+from wadi.outputs import Output
 from wadi.progress import progress
 
 RANK_SHARES = torch.arange(51, dtype=torch.float64) / 50
@@ -202,13 +203,30 @@ def layer_change(name: str, before: Weights, after: Weights) -> LayerChange:
     )
 
 
-def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
+def output_of(
+    folder: str | os.PathLike, teacher: str, student: str, base: str | None, overwrite: bool
+) -> Output:
+    """The folder of a comparison, which can be checked before the models are read."""
+    return Output(folder, "directions", inputs=(teacher, student, base), overwrite=overwrite)
+
+
+def write_comparison(
+    comparison: Comparison, folder: str | os.PathLike, overwrite: bool = False, base: str | None = None
+) -> None:
     """Write directions.json, directions.csv, scatter.png and spectrum.png into a new folder, all or none.
 
-    The pictures are not drawn where nothing changed.
+    The images are not drawn where nothing changed.
+
+    Args:
+        comparison: what `compare_models` found.
+        folder: new or empty.
+        overwrite: replace the folder if this function wrote it and nothing else is in it.
+        base: what an adapter was made for, if it was read.
+
+    Raises:
+        WadiError: the folder may not or cannot be written.
     """
-    refuse_to_replace(folder, comparison.teacher, comparison.student)
-    with replacing_folder(folder) as temporary:
+    with output_of(folder, comparison.teacher, comparison.student, base, overwrite).writing() as temporary:
         write_json(temporary / "directions.json", summary(comparison))
         write_text(temporary / "directions.csv", as_csv(comparison.layers))
         if any(layer.changed and layer.norm for layer in comparison.layers):

@@ -17,13 +17,14 @@ from wadi.directions.plot import save_plot
 from wadi.directions.weights import check_shapes
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.errors import WadiError
-from wadi.files import refuse_to_replace, replacing_folder, write_json
+from wadi.files import write_json
 from wadi.lorad import save_adapter, student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import Student, one_step_scheduler
 from wadi.onestep.loading import load_denoiser
 from wadi.onestep.student import check_teacher
+from wadi.outputs import Output
 from wadi.progress import progress
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
@@ -112,6 +113,7 @@ def extract_adapter(
     r: int | None = None,
     max_sweeps: int = 10,
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
 ) -> Extraction:
     """Write the LoRaD adapter that turns a teacher into a student as nearly as rank `r` allows.
 
@@ -124,19 +126,21 @@ def extract_adapter(
     Args:
         teacher: pipeline folder or hub id.
         student: pipeline folder or hub id of the same architecture, as `wadi export` or `wadi import` writes.
-        out_folder: where to write; replaced if it exists.
+        out_folder: where to write; new or empty.
         r: rank; by default the paper's.
         max_sweeps: of the fit; 0 takes the plain SVD of the angles.
         device: where to compute, layer by layer.
+        overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Raises:
         WadiError: a model cannot be loaded, the teacher is a one-step student itself, they are not of one
-            architecture or prediction type, a weight is not finite, `r` is more than any layer can use, or
-            there is no such device.
+            architecture or prediction type, a weight is not finite, `r` is more than any layer can use,
+            there is no such device, or the folder may not or cannot be written.
     """
     if (r is not None and r < 1) or max_sweeps < 0:
         raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
-    refuse_to_replace(out_folder, teacher, student)
+    output = Output(out_folder, "extract", inputs=(teacher, student), overwrite=overwrite)
+    output.check()
     chosen_device(device)
     network, teacher_scheduler = load_denoiser(teacher)
     check_teacher(teacher, teacher_scheduler, network)
@@ -164,7 +168,7 @@ def extract_adapter(
     record = Student.of(network, teacher_scheduler, alpha_T_squared)
     inject_adapter_in_model(config, network)
     _fill(network, factors)
-    with replacing_folder(out_folder) as folder:
+    with output.writing() as folder:
         save_adapter(network, folder, base_model=teacher)
         record.write(folder)
         write_json(folder / FIGURES_FILE, summary(extraction))

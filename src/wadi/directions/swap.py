@@ -22,11 +22,12 @@ from wadi.directions.weights import (
     open_weights,
 )
 from wadi.errors import WadiError
-from wadi.files import read_json, refuse_to_replace, replacing_folder, save_tensors, write_json
+from wadi.files import read_json, save_tensors, write_json
 from wadi.onestep import Student, one_step_scheduler
 from wadi.onestep.loading import pipeline_folder
 from wadi.onestep.saving import copy_part, forget_origin
 from wadi.onestep.supported import UNUSED, parts
+from wadi.outputs import Output
 from wadi.progress import progress
 
 Part = Literal["norms", "directions"]
@@ -42,6 +43,7 @@ def swap_rows(
     out_folder: str | os.PathLike,
     base: str | os.PathLike | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
 ) -> None:
     """Write a pipeline folder whose network is the student's but for the lengths or directions of its rows.
 
@@ -55,14 +57,16 @@ def swap_rows(
         teacher: pipeline folder or hub id; where the student is a pipeline, all that `open_weights` takes.
         student: see `wadi.directions.weights.open_weights`.
         take: what of the teacher's.
-        out_folder: where to write, whole or not at all; replaced if it exists.
+        out_folder: where to write, whole or not at all; new or empty.
         base: of adapters.
         dtype: of the written weights of the network.
+        overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Raises:
         WadiError: something cannot be read or written, or the two are not of one architecture.
     """
-    refuse_to_replace(out_folder, teacher, student, *([] if base is None else [base]))
+    output = Output(out_folder, "directions swap", inputs=(teacher, student, base), overwrite=overwrite)
+    output.check()
     before = open_weights(teacher, base)
     after = open_weights(student, base, other=before)
     check_pair(before, after)
@@ -70,7 +74,7 @@ def swap_rows(
     alone = path.exists() and not (path / "model_index.json").exists()  # a hub id is a pipeline's
     source = pipeline_folder(teacher if alone else student)
     part = network_folder(source).name
-    with replacing_folder(out_folder) as folder:
+    with output.writing() as folder:
         _copy_pipeline(source, folder, part)
         if isinstance(after, AdaptedWeights):
             record = Student.read(after.folder)

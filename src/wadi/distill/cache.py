@@ -25,6 +25,7 @@ from wadi.distill.condition import MASK, PER_TOKEN, Condition, used_tokens, whol
 from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors, write_json
+from wadi.outputs import Output
 from wadi.progress import progress
 
 SHARD_SIZE = 256
@@ -75,16 +76,27 @@ def default_cache_folder() -> Path:
     return base / "prompts"
 
 
+def cache_output(folder: str | Path, *inputs: str | None) -> Output:
+    """The rule for a folder that the user names for the entries: new, empty, or filled by wadi before."""
+    return Output(folder, "prompts encode", inputs, resume=True, option="--embeddings-dir")
+
+
 class EmbeddingCache:
     """A folder of encoded prompts.
 
     Args:
         encoder: is loaded only when something is missing.
         folder: where the entries are; `default_cache_folder` when ``None``.
+
+    Raises:
+        WadiError: `folder` is used for something else.
     """
 
     def __init__(self, encoder: PromptEncoder, folder: str | Path | None = None) -> None:
         self.encoder = encoder
+        self.output = None if folder is None else cache_output(folder)
+        if self.output is not None:
+            self.output.check()
         self.folder = default_cache_folder() if folder is None else Path(folder)
         self._identity = encoder.identity()
 
@@ -128,6 +140,8 @@ class EmbeddingCache:
     def _write(self, prompts: Sequence[str], shard: int) -> int:
         entry, part = self.entry(prompts), list(prompts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE])
         if not (entry / "index.json").exists():
+            if self.output is not None:
+                self.output.open()
             write_json(entry / "index.json", {"prompts": len(prompts), "shard_size": SHARD_SIZE})
         save_tensors(_path(entry, shard), without_padding(self.encoder.encode(part)))
         return len(part)

@@ -12,7 +12,6 @@ Noise needs no entry: it derives from (seed, step).
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,12 @@ from typing import Any
 import torch
 
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, load_tensors, read_json, replacing_folder, save_tensors, write_json
+from wadi.files import load_tensors, read_json, save_tensors, write_json
+from wadi.outputs import Output, remove_written
 
 Tensors = Mapping[str, torch.Tensor]
+CHECKPOINT = "checkpoints"
+"""Who writes these folders, for their marker."""
 
 FORMAT = 1
 """Number of the format above; a checkpoint of another one is refused."""
@@ -33,17 +35,18 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step-N beside its place, rename it, then remove the oldest beyond `limit`.
 
+    A checkpoint in which the user has put something is kept.
+
     Raises:
         WadiError: the folder cannot be written; nothing half-written stays, and older checkpoints do.
     """
     path = folder / f"step-{step:06d}"
-    with replacing_folder(path) as temporary:
+    with Output(path, CHECKPOINT, overwrite=True).writing() as temporary:
         for name, tensors in groups.items():
             save_tensors(temporary / f"{name}.safetensors", tensors)
         write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state})
     for old in _checkpoints(folder)[: -limit if limit else 0]:
-        with explain_os_errors(old, "remove the old checkpoint"):
-            shutil.rmtree(old)
+        remove_written(old)
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from wadi.distill.cache import EmbeddingCache, Embeddings
+from wadi.distill.cache import EmbeddingCache, Embeddings, cache_output
 from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.config import DTYPES
 from wadi.distill.text import PromptEncoder
@@ -162,6 +162,8 @@ def encode_to_disk(config: EncodePromptsConfig) -> dict[str, Any]:
     Raises:
         WadiError: bad prompts, no such teacher, or a file that cannot be written.
     """
+    if config.embeddings_dir is not None:
+        cache_output(config.embeddings_dir, config.teacher, config.prompts).check()
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
     encoder = PromptEncoder.from_pretrained(config.teacher, DTYPES[config.mixed_precision], config.device)
     check_length(prompts, encoder.tokenizer, config.prompts, config.truncate_prompts, encoder.limit)

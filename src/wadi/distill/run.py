@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from wadi.distill.backbone import Backbone, load_backbone
-from wadi.distill.cache import EmbeddingCache
+from wadi.distill.cache import EmbeddingCache, cache_output
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset
 from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
@@ -20,12 +20,13 @@ from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, read_json, write_json
+from wadi.files import read_json, write_json
 from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, Student, export_pipeline, load_pipeline
+from wadi.onestep import OneStepPipeline, Student, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
 from wadi.onestep.student import check_teacher
+from wadi.outputs import Output
 
 RUN_FILE = "run.json"
 GRID_PROMPTS = 4
@@ -80,13 +81,25 @@ def export(trainer: Trainer, run: Path) -> None:
         network = getattr(pipeline, trainer.backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, config.alpha_T_squared).save_pretrained(run / "pipeline")
+        OneStepPipeline(pipeline, config.alpha_T_squared).write(part(run, "pipeline"))
         return
     backbone, teacher = trainer.backbone, config.pretrained_model_name_or_path
-    save_adapter(student, run / "adapter", state_dict=trainer.ema_state(), base_model=teacher)
-    record = Student.of(backbone.network, backbone.scheduler_config, config.alpha_T_squared)
-    record.write(run / "adapter")
-    export_pipeline(config.pretrained_model_name_or_path, run / "adapter", run / "pipeline")
+    with part(run, "adapter").writing() as folder:
+        save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
+        Student.of(backbone.network, backbone.scheduler_config, config.alpha_T_squared).write(folder)
+    OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
+
+
+def part(run: Path, name: str) -> Output:
+    """A folder in a run folder: one that a finished run wrote is replaced when the run goes on."""
+    return Output(run / name, "distill", overwrite=True)
+
+
+def run_output(config: DistillConfig) -> Output:
+    """The rule for the run folder of a new run."""
+    inputs = (config.pretrained_model_name_or_path, config.prompts, config.student_adapter)
+    go_on = f"go on with wadi distill --resume-from-checkpoint {config.output_dir}"
+    return Output(config.output_dir, "distill", inputs, instead=go_on)
 
 
 def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillConfig:
@@ -127,11 +140,8 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
         if getattr(config, name) is None:
             raise WadiError(f"--{name.replace('_', '-')}: is required")
     run = Path(config.output_dir).absolute()
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise WadiError(
-            f"{config.output_dir}: exists and is not empty; name another --output-dir, "
-            f"or go on with --resume-from-checkpoint {config.output_dir}"
-        )
+    run_output(config).check()
+    _check_cache(config)
     paths = {name: _absolute(value) for name in INPUTS if (value := getattr(config, name))}
     return dataclasses.replace(config, output_dir=str(run), **paths), None
 
@@ -164,12 +174,21 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
                 f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)}, "
                 f"it cannot go on with {value}; omit the option or start a new run"
             )
+    for name in ("adapter", "pipeline"):
+        part(run, name).check()
     resumed = dataclasses.replace(saved, output_dir=str(run), **changed)
     for name, option in INPUTS.items():
         path = Path(getattr(resumed, name) or run)
         if path.is_absolute() and not path.exists():
             raise WadiError(f"{path}: is not there; where it was moved, name its new place with --{option}")
+    _check_cache(resumed)
     return resumed, checkpoint
+
+
+def _check_cache(config: DistillConfig) -> None:
+    if config.embeddings_dir is not None:
+        inputs = (config.pretrained_model_name_or_path, config.prompts, config.student_adapter)
+        cache_output(config.embeddings_dir, *inputs).check()
 
 
 def _load(
@@ -228,8 +247,8 @@ def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) ->
 
 
 def _open_run(run: Path, config: DistillConfig, batch: int, inputs: dict[str, str | None]) -> None:
-    with explain_os_errors(run, "create the run folder"):
-        run.mkdir(parents=True, exist_ok=True)
+    if not (run / "config.yaml").exists():
+        run_output(config).open()
     # config.yaml last: with it the run can be resumed
     write_json(run / RUN_FILE, {"samples_a_step": batch, **inputs})
     config.save(run / "config.yaml")

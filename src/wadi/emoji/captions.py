@@ -21,7 +21,8 @@ import torch
 
 from wadi.emoji.glyphs import NAMES
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, write_text
+from wadi.files import explain_os_errors
+from wadi.outputs import Output
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "white")
 SIZES = ("small", "big")
@@ -198,14 +199,19 @@ class PromptsConfig:
     seed: str = "distill"
     """A seed gives the same captions everywhere; with the defaults they are those of the package. `selection`
     and `test` are for evaluation."""
+    overwrite: bool = False
+    """Replace the file if there is one already."""
 
 
 def write_prompts(config: PromptsConfig) -> None:
     """Write the captions that a configuration asks for.
 
     Raises:
-        WadiError: an option is out of its range, or the file cannot be written.
+        WadiError: an option is out of its range, or the file may not or cannot be written.
     """
+    inputs = (config.focus_on,)
+    output = Output(config.out, "emoji prompts", inputs, config.overwrite, suffixes=(".txt",))
+    output.check()
     if config.num_prompts < 1:
         raise WadiError(f"--num-prompts: must be at least 1, but is {config.num_prompts}")
     if not 0 <= config.pair_share <= 1:
@@ -214,7 +220,8 @@ def write_prompts(config: PromptsConfig) -> None:
         raise WadiError(f"--seed: {config.seed} makes the captions of the evaluation; take another seed")
     focus = None if config.focus_on is None else read_focus(config.focus_on, config.focus_share)
     captions = sample_captions(config.num_prompts, config.seed, pair_share=config.pair_share, focus=focus)
-    write_text(config.out, "".join(f"{caption.text}\n" for caption in captions))
+    with output.writing() as temporary:
+        temporary.write_text("".join(f"{caption.text}\n" for caption in captions), encoding="utf-8")
     pairs = sum(len(caption.emoji) == 2 for caption in captions)
     print(f"{config.out}: {len(captions)} prompts, {pairs / len(captions):.0%} of two objects")
 

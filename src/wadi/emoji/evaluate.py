@@ -24,6 +24,7 @@ from wadi.metrics import (
     precision_recall,
 )
 from wadi.metrics.extractors import WIDTHS
+from wadi.outputs import Output
 from wadi.progress import progress
 
 Generate = Callable[[list[str], list[int]], torch.Tensor]
@@ -57,6 +58,8 @@ class EvaluateConfig:
     """Atlas file of `wadi emoji atlas` for `real`; drawn from the font if not given."""
     out: Path | None = None
     """JSON file for the figures."""
+    overwrite: bool = False
+    """Replace that file if there is one already."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
 
@@ -272,6 +275,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         raise WadiError(
             f"--num-inference-steps {config.num_inference_steps}: the student of --adapter takes one step"
         )
+    inputs = (config.pipeline, config.adapter, config.atlas)
+    output = Output(config.out or "", "emoji evaluate", inputs, config.overwrite, suffixes=(".json",))
+    if config.out is not None:
+        output.check()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     captions = evaluation_captions(config.prompts, config.num_samples)
     images = drawn_pictures(config, captions) if config.real else generated_pictures(config, captions)
@@ -280,5 +287,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     if config.out is not None:
         options = {name: str(value) for name, value in vars(config).items()}
         by_name = alignment_by(reading, columns)
-        write_json(config.out, {"config": options, "figures": figures, "alignment_by": by_name})
+        with output.writing() as temporary:
+            write_json(temporary, {"config": options, "figures": figures, "alignment_by": by_name})
     return figures

@@ -21,7 +21,7 @@ from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import Reading
 from wadi.emoji.scenes import IN_PAIR, Scenes, render, sample_scenes
 from wadi.errors import WadiError
-from wadi.files import replacing_folder
+from wadi.outputs import Output
 
 Uniform = Callable[[float, float], torch.Tensor]
 """(N,) float32, uniform between two bounds."""
@@ -221,7 +221,7 @@ class RelationExamplesConfig:
     """Draw pictures of pairs of emoji in a relation that no caption of the training names, with captions."""
 
     out: Path
-    """Folder to write: pictures and metadata.jsonl; replaced if it exists."""
+    """Folder to write: pictures and metadata.jsonl. New or empty."""
     relation: Literal["beside", "below", "right-of", "diagonal", "on-top", "corner"] = "beside"
     """Where the first object is, seen from the second."""
     count: int = 16
@@ -232,18 +232,23 @@ class RelationExamplesConfig:
     """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
     seed: int = 0
     """Of everything."""
+    overwrite: bool = False
+    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def relation_examples(config: RelationExamplesConfig) -> None:
     """Write the folder that `wadi invert` reads.
 
     Raises:
-        WadiError: too many pictures, no font and no atlas, or a folder that cannot be written.
+        WadiError: too many pictures, no font and no atlas, or a folder that may not or cannot be
+            written.
     """
+    output = Output(config.out, "emoji relation-examples", (config.atlas,), config.overwrite)
+    output.check()
     pairs = relation_pairs(config.count, config.seed, held_out=False)
     images = render(relation_scenes(config.relation, pairs, config.seed), load_atlas(config.atlas))
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    with replacing_folder(config.out) as folder:
+    with output.writing() as folder:
         lines = []
         for index, (pair, picture) in enumerate(zip(pairs, pixels, strict=True)):
             name = f"{index:03d}.png"

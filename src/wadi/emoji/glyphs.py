@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
+from wadi.outputs import Output
 
 FONT_FILE = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 """Where Debian and Ubuntu put the font (package ``fonts-noto-color-emoji``)."""
@@ -163,15 +164,19 @@ class AtlasConfig:
     """Atlas file to write (safetensors)."""
     font: Path = Path(FONT_FILE)
     """Noto Color Emoji, the bitmap build."""
+    overwrite: bool = False
+    """Replace the file if there is one already."""
 
 
 def save_atlas(config: AtlasConfig) -> None:
     """Draw the atlas and write it as safetensors.
 
     Raises:
-        WadiError: the font is missing or is not the bitmap font, or the file cannot be written.
+        WadiError: the font is missing or is not the bitmap font, or the file may not or cannot be written.
     """
-    save_tensors(config.out, {"atlas": draw_atlas(config.font)})
+    inputs, suffixes = (config.font,), (".safetensors",)
+    with Output(config.out, "emoji atlas", inputs, config.overwrite, suffixes).writing() as temporary:
+        save_tensors(temporary, {"atlas": draw_atlas(config.font)})
 
 
 def load_atlas(path: str | os.PathLike | None = None) -> torch.Tensor:

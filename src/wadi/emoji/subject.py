@@ -24,7 +24,7 @@ from wadi.emoji.judge import Judge, attributes_right
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
-from wadi.files import replacing_folder
+from wadi.outputs import Output
 
 EXAMPLES = (
     ("big", "in the center", "blue"),
@@ -42,13 +42,15 @@ class SubjectExamplesConfig:
     """Write six pictures of one emoji, to teach it with wadi dreambooth."""
 
     out: Path
-    """Folder to write; replaced if it exists."""
+    """Folder to write; new or empty."""
     character: str | None = None
     """The emoji, such as 🦩; without one, the hedgehog whose pictures come with wadi: no font is needed."""
     font: Path = Path(FONT_FILE)
     """Noto Color Emoji, the bitmap build."""
     seed: int = 0
     """Of what the pictures vary in."""
+    overwrite: bool = False
+    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def examples_folder() -> Path:
@@ -60,15 +62,19 @@ def subject_examples(config: SubjectExamplesConfig) -> None:
     """Write the pictures.
 
     Raises:
-        WadiError: the emoji is one that the teacher knows, or cannot be drawn.
+        WadiError: the emoji is one that the teacher knows, or cannot be drawn; or the folder may not or
+            cannot be written.
     """
+    inputs = (config.font, examples_folder())
+    output = Output(config.out, "emoji subject-examples", inputs, config.overwrite)
+    output.check()
     if config.character is None:
-        with replacing_folder(config.out) as temporary:
+        with output.writing() as temporary:
             for path in sorted(examples_folder().glob("*.png")):
                 shutil.copyfile(path, temporary / path.name)
         return
     glyphs = draw_subjects([config.character], config.font)
-    with replacing_folder(config.out) as temporary:
+    with output.writing() as temporary:
         for i, picture in enumerate(example_pictures(glyphs[0], config.seed)):
             picture.save(temporary / f"{i}.png", optimize=True)
 

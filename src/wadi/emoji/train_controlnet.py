@@ -24,9 +24,9 @@ from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.emoji.train_teacher import tokenize
 from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
-from wadi.files import replacing_folder
 from wadi.onestep.loading import load_pipeline
 from wadi.onestep.saving import forget_origin
+from wadi.outputs import Output
 from wadi.progress import progress
 from wadi.tasks.control import canny, layout_map
 
@@ -71,6 +71,8 @@ class TrainControlNetConfig:
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
+    overwrite: bool = False
+    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def open_captions(count: int, seed: int | str, split: Split = "train") -> list[Caption]:
@@ -273,6 +275,9 @@ def train_controlnet(config: TrainControlNetConfig) -> dict[str, float]:
     for name in ("pictures", "captions", "train_batch_size"):
         if getattr(config, name) < 1:
             raise WadiError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    inputs = (config.teacher, config.atlas)
+    output = Output(config.out, "emoji train-controlnet", inputs, config.overwrite)
+    output.check()
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -292,12 +297,12 @@ def train_controlnet(config: TrainControlNetConfig) -> dict[str, float]:
         steps.show(training.loss)
     for parameter, average in zip(training.update.parameters, training.update.ema, strict=True):
         parameter.data.copy_(average)
-    write_controlnet(config.out, controlnet)
+    write_controlnet(output, controlnet)
     return {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
 
 
-def write_controlnet(folder: Path, controlnet: ControlNetModel) -> None:
+def write_controlnet(output: Output, controlnet: ControlNetModel) -> None:
     """Write a ControlNetModel folder in float16, whole or not at all."""
-    with replacing_folder(folder) as temporary:
+    with output.writing() as temporary:
         controlnet.half().save_pretrained(temporary, safe_serialization=True)
         forget_origin(temporary)

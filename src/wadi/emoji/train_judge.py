@@ -15,6 +15,7 @@ from wadi.emoji.judge import GRID, Judge, attributes_right
 from wadi.emoji.scenes import Scenes, render, sample_scenes
 from wadi.files import save_tensors
 from wadi.metrics.frechet import feature_statistics, frechet_distance
+from wadi.outputs import Output
 
 REFERENCE_SAMPLES = 10_000
 REAL_DISTANCE = 0.19
@@ -44,6 +45,8 @@ class TrainJudgeConfig:
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
+    overwrite: bool = False
+    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def blemish(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -93,6 +96,8 @@ def judge_loss(out: dict[str, torch.Tensor], scenes: Scenes) -> torch.Tensor:
 
 def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
     """Train, calibrate the unit of the features, write the files; returns the figures on fresh pictures."""
+    output = Output(config.out, "emoji train-judge", (config.init, config.atlas), config.overwrite)
+    output.check()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     judge = Judge() if config.init is None else Judge.load(config.init).requires_grad_(True).train()
@@ -115,7 +120,7 @@ def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         steps.show(loss)
-    return _finish(config, judge.eval().requires_grad_(False), atlas)
+    return _finish(config, output, judge.eval().requires_grad_(False), atlas)
 
 
 def _random_scenes(pool: dict[str, torch.Tensor], count: int, generator: torch.Generator) -> Scenes:
@@ -142,7 +147,7 @@ def real_images(
     return torch.cat(images), columns
 
 
-def _finish(config: TrainJudgeConfig, judge: Judge, atlas: torch.Tensor) -> dict[str, float]:
+def _finish(config: TrainJudgeConfig, output: Output, judge: Judge, atlas: torch.Tensor) -> dict[str, float]:
     half = Judge().to(atlas.device).eval()
     half.load_state_dict({name: tensor.half().float() for name, tensor in judge.state_dict().items()})
     images, _ = real_images("reference", REFERENCE_SAMPLES, atlas, config.seed + 1)
@@ -151,12 +156,11 @@ def _finish(config: TrainJudgeConfig, judge: Judge, atlas: torch.Tensor) -> dict
     raw = frechet_distance(feature_statistics(reference.features), feature_statistics(other.features))
     half.feature_scale.fill_((REAL_DISTANCE / raw) ** 0.5)
     half.feature_scale.copy_(half.feature_scale.half().float())
-    half.save(config.out / "judge.safetensors")
     features = reference.features * half.feature_scale
-    save_tensors(
-        config.out / "reference.safetensors",
-        {**feature_statistics(features), "features": features[: REFERENCE_SAMPLES * 2 // 5].half()},
-    )
+    statistics = {**feature_statistics(features), "features": features[: REFERENCE_SAMPLES * 2 // 5].half()}
+    with output.writing() as folder:
+        half.save(folder / "judge.safetensors")
+        save_tensors(folder / "reference.safetensors", statistics)
     right = attributes_right(other, columns)
     unseen, unseen_columns = real_images("unseen", REFERENCE_SAMPLES, atlas, config.seed + 3, "held-out")
     unseen_right = attributes_right(half.read(unseen), unseen_columns)["all"].float().mean().item()

@@ -32,9 +32,9 @@ from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from wadi.emoji.updates import AveragedAdamW, captured
 from wadi.errors import WadiError
-from wadi.files import replacing_folder
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import pipeline_class_name
+from wadi.outputs import Output
 from wadi.progress import progress
 
 ENCODED_BATCH = 2000
@@ -99,6 +99,8 @@ class TrainTeacherConfig:
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
+    overwrite: bool = False
+    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -320,6 +322,9 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
             that is no pipeline folder; a share out of range, or of captions to recombine for a transformer.
     """
     _check(config)
+    inputs = (config.vae, config.init, config.atlas)
+    output = Output(config.out, "emoji train-teacher", inputs, config.overwrite)
+    output.check()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -339,7 +344,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
     steps = _fit(training, pool, pairs, recombination)
     for parameter, average, start in zip(training.parameters, training.ema, initial, strict=True):
         parameter.data.copy_(average.lerp(start, config.init_share))
-    write_pipeline(config.out, vae, text_encoder, tokenizer, network)
+    write_pipeline(output, vae, text_encoder, tokenizer, network)
     return {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
 
 
@@ -373,7 +378,7 @@ def _fit(
 
 
 def write_pipeline(
-    folder: Path,
+    output: Output,
     vae: AutoencoderKL,
     text_encoder: TextEncoder,
     tokenizer: Tokenizer,
@@ -391,5 +396,5 @@ def write_pipeline(
             requires_safety_checker=False,
             **shared,
         )
-    with replacing_folder(folder) as temporary:
+    with output.writing() as temporary:
         pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

@@ -15,8 +15,8 @@ from wadi.emoji.captions import sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import render, sample_scenes
-from wadi.files import replacing_folder
 from wadi.onestep.components import load_module
+from wadi.outputs import Output
 
 MEASURED_BATCH = 256
 """Pictures at a time when the latents and the error are measured."""
@@ -48,6 +48,8 @@ class TrainVAEConfig:
     """Of everything."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
+    overwrite: bool = False
+    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def new_vae() -> AutoencoderKL:
@@ -79,6 +81,8 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
     Returns:
         ``psnr``, the peak signal-to-noise ratio of the reconstructions in decibels.
     """
+    output = Output(config.out, "emoji train-vae", (config.init, config.atlas), config.overwrite)
+    output.check()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
@@ -98,7 +102,7 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
         standardise_latents(vae, torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]))
     batches = (images(MEASURED_BATCH) for _ in range(8))
     error = torch.stack([(_reconstruct(vae, batch) - batch).square().mean() for batch in batches])
-    with replacing_folder(config.out) as folder:
+    with output.writing() as folder:
         vae.half().save_pretrained(folder)
     # The pictures span [-1, 1]: peak 2.
     return {"psnr": 10 * math.log10(4 / error.mean().item())}

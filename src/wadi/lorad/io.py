@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,13 @@ from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, 
 from peft.tuners.tuners_utils import cast_adapter_dtype, set_adapter
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from wadi.files import save_tensors
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.layer import LoRaDLayer
+from wadi.outputs import Output
 
 _PREFIX = "base_model.model."  # of every key in PEFT's files; a model without a PeftModel around it has none
 
@@ -36,20 +37,23 @@ def save_adapter(
     adapter_name: str = "default",
     state_dict: Mapping[str, torch.Tensor] | None = None,
     base_model: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write one adapter of `model`; each of the two files is written whole or not at all.
+    """Write one adapter of `model` as a folder, whole or not at all.
 
     Args:
         model: the adapted model, inside a `PeftModel` or not.
-        folder: created if missing.
+        folder: new or empty.
         adapter_name: which adapter.
         state_dict: values to write in place of the model's own (an average of weights, say), with the keys of
             `model.state_dict()`; entries beside the adapter are ignored.
         base_model: hub id or folder of the model without the adapter, which PEFT keeps in the configuration
             as `base_model_name_or_path`; ``None`` keeps what is there.
+        overwrite: replace the folder if this function wrote it and nothing else is in it.
 
     Raises:
         ValueError: `model` has no such LoRaD adapter, or `state_dict` lacks some of its tensors.
+        WadiError: `folder` may not or cannot be written; see `wadi.outputs`.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -66,7 +70,8 @@ def save_adapter(
         )
     if base_model is not None:
         config = dataclasses.replace(config, base_model_name_or_path=os.fspath(base_model))
-    _write(Path(folder), config, {key: tensors[key].detach() for key in own})
+    output = Output(folder, "save_adapter", overwrite=overwrite)
+    _write(output, config, {key: tensors[key].detach() for key in own})
 
 
 def _adapter_state(
@@ -76,21 +81,17 @@ def _adapter_state(
     return get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
 
 
-def _write(folder: Path, config: LoRaDConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+def _write(output: Output, config: LoRaDConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     config = copy.copy(config)
     config.inference_mode = True
     for field in ("target_modules", "exclude_modules"):  # sets: sorted, the same adapter is the same file
         if isinstance(getattr(config, field), set):
             setattr(config, field, sorted(getattr(config, field)))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
-        temporary = Path(name)
-        contiguous = {_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(name)
-        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(temporary / file, folder / file)
+    with output.writing() as folder:
+        prefixed = {_PREFIX + key: tensor for key, tensor in tensors.items()}
+        save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, prefixed, {"format": "pt"})
+        config.save_pretrained(os.fspath(folder))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
@@ -199,6 +200,7 @@ def average_adapters(
     out_folder: str | os.PathLike,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the mean of several adapters' factors, formed in float64 (model soups, arXiv 2203.05482).
 
@@ -207,14 +209,18 @@ def average_adapters(
 
     Args:
         folders: of LoRaD adapters on the same layers at the same ranks. The configuration is the first one's.
-        out_folder: created if missing.
+        out_folder: new or empty.
         weights: of each adapter, zero or more; they are divided by their sum. Equal ones when ``None``.
         dtype: of the written factors; those of the first when ``None``.
+        overwrite: replace the folder if this function wrote it and nothing else is in it.
 
     Raises:
         ValueError: fewer than two adapters, weights that do not fit, a file that is missing or unreadable, or
             adapters that differ in their layers or shapes; the message names the file.
+        WadiError: `out_folder` may not or cannot be written; see `wadi.outputs`.
     """
+    output = Output(out_folder, "average_adapters", inputs=folders, overwrite=overwrite)
+    output.check()
     weights = [1.0] * len(folders) if weights is None else list(weights)
     if len(folders) < 2 or len(weights) != len(folders):
         raise ValueError(
@@ -233,7 +239,7 @@ def average_adapters(
         key: sum(share * adapter[key].double() for share, adapter in zip(shares, adapters, strict=True))
         for key in first
     }
-    _write(Path(out_folder), config, {key: mean[key].to(dtype or first[key].dtype) for key in first})
+    _write(output, config, {key: mean[key].to(dtype or first[key].dtype) for key in first})
 
 
 def _read_config(file: Path) -> LoRaDConfig:

@@ -34,6 +34,7 @@ from wadi.metrics.extractors import WIDTHS, Clip, Extractor, extract, load_extra
 from wadi.metrics.frechet import feature_statistics, fewest_images, frechet_distance
 from wadi.metrics.precision_recall import NEIGHBOURS, precision_recall
 from wadi.onestep.arguments import SEEDS, check_seed, finite_number, whole_number
+from wadi.outputs import Output
 from wadi.progress import progress
 
 RESULT_FILE, SETTINGS_FILE, PICTURES = "result.json", "settings.json", "pictures"
@@ -110,6 +111,8 @@ class EvaluateConfig:
     """Of the networks."""
     device: str | None = None
     """Such as cpu or cuda:1; of several processes each has its own."""
+    overwrite: bool = False
+    """Replace the file of --save-reference if there is one already. The folder is gone on with always."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,30 @@ def _check(config: EvaluateConfig) -> None:
         raise WadiError("nothing to measure: give --reference, --clip-model or --spread-prompts")
     if config.reference is not None and not config.reference.exists():
         raise WadiError(f"--reference {config.reference}: no such file or folder")
+    _check_outputs(config)
+
+
+def _output(config: EvaluateConfig) -> Output:
+    inputs = (config.captions, config.model, config.adapter, config.reference, config.clip_model)
+    return Output(config.out, "evaluate", inputs, resume=True)
+
+
+def _reference_output(config: EvaluateConfig) -> Output:
+    inputs, kind = (config.captions, config.reference), (".safetensors",)
+    return Output(
+        config.save_reference or "", "evaluate", inputs, config.overwrite, kind, option="--save-reference"
+    )
+
+
+def _check_outputs(config: EvaluateConfig) -> None:
+    _output(config).check()
+    if config.save_reference is not None:
+        _reference_output(config).check()
+    if config.reference is not None and config.reference.resolve() in config.out.resolve().parents:
+        raise WadiError(
+            f"--out {config.out}: is in {config.reference}, and its images would be taken for real ones; "
+            "name another folder"
+        )
 
 
 def _too_few(config: EvaluateConfig) -> str:
@@ -243,6 +270,7 @@ def _settings(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
 
 def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
     """Write settings.json, or see that the pictures which are there were made with the same."""
+    _output(config).open()
     from wadi.emoji import teacher_folder
 
     # by content: the same model may have moved, and another one may lie at the same path
@@ -332,7 +360,8 @@ def _reference(config: EvaluateConfig, extractor: Extractor) -> dict[str, torch.
     features = extract(extractor, _batches(image_files(config.reference, below=True), config, "reference"))
     reference = feature_statistics(features) | {"features": features[:REFERENCE_FEATURES]}
     if config.save_reference is not None:
-        save_tensors(config.save_reference, reference, _made_how(config))
+        with _reference_output(config).writing() as temporary:
+            save_tensors(temporary, reference, _made_how(config))
     return reference
 
 

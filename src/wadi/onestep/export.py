@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from wadi.onestep.adapters import as_list
 from wadi.onestep.pipeline import OneStepPipeline
+from wadi.outputs import Output
 
 
 def export_pipeline(
@@ -15,6 +17,7 @@ def export_pipeline(
     adapter: str | os.PathLike | Sequence[str | os.PathLike],
     out_folder: str | os.PathLike,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Merge a student into its teacher and write a diffusers folder of stock classes, whole or not at all.
 
@@ -29,11 +32,13 @@ def export_pipeline(
     Args:
         teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.
         adapter: folder or hub id of the student's adapter, or of it and others to stack on it.
-        out_folder: where to write; replaced if it exists.
+        out_folder: where to write; new or empty.
         dtype: dtype of the written weights; float32 when ``None``.
+        overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Raises:
-        WadiError: teacher or adapter cannot be loaded, or the folder cannot be written.
+        WadiError: teacher or adapter cannot be loaded, or the folder may not or cannot be written.
     """
-    student = OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype)
-    student.save_pretrained(out_folder)
+    output = Output(out_folder, "export", inputs=(teacher, *as_list(adapter)), overwrite=overwrite)
+    output.check()
+    OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).write(output)

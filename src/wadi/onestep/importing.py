@@ -21,12 +21,13 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, load_tensors, refuse_to_replace, replacing_folder
+from wadi.files import explain_os_errors, load_tensors
 from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep.loading import load_denoiser, load_pipeline
 from wadi.onestep.pipeline import OneStepPipeline
 from wadi.onestep.scheduler import one_step_scheduler
 from wadi.onestep.student import Student, check_teacher, network_of
+from wadi.outputs import Output
 
 RELEASED_ALPHA_T_SQUARED = 0.0047
 """alpha_T^2 that the released students were trained with, PixArt's too, whose own schedule has 4.04e-5."""
@@ -61,6 +62,7 @@ def import_weights(
     out_folder: str | os.PathLike,
     alpha_T_squared: float | None = RELEASED_ALPHA_T_SQUARED,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Released:
     """Write released weights as a folder, whole or not at all, every key and shape accounted for.
 
@@ -70,21 +72,23 @@ def import_weights(
     Args:
         weights: a file, safetensors or of `torch.save`; the latter is read with ``weights_only=True``.
         model: folder or hub id of the base model's pipeline; its other parts are written unchanged.
-        out_folder: where to write; replaced if it exists.
+        out_folder: where to write; new or empty.
         alpha_T_squared: of the student; ``None`` keeps the value of the base model's schedule.
         dtype: dtype of a pipeline's written weights; float32 when ``None``.
+        overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Returns:
         What the file held.
 
     Raises:
         WadiError: a file cannot be read, the weights are not finite or not those of the base model's network,
-            or the folder cannot be written.
+            or the folder may not or cannot be written.
     """
-    refuse_to_replace(out_folder, weights, model)
+    output = Output(out_folder, "import", inputs=(weights, model), overwrite=overwrite)
+    output.check()
     released = read_released(weights)
     if released.kind == ANGLES:
-        _import_angles(released, weights, model, out_folder, alpha_T_squared)
+        _import_angles(released, weights, model, output, alpha_T_squared)
         return released
     pipeline = load_pipeline(model, dtype)
     network = network_of(pipeline)
@@ -94,7 +98,7 @@ def import_weights(
     _check_keys(released.tensors, expected, weights, f"the {released.kind} of {model}")
     network.load_state_dict(released.tensors)
     _check_finite(network.state_dict(), weights, f" in {network.dtype}")
-    OneStepPipeline(pipeline, alpha_T_squared).save_pretrained(out_folder)
+    OneStepPipeline(pipeline, alpha_T_squared).write(output)
     return released
 
 
@@ -220,7 +224,7 @@ def _import_angles(
     released: Released,
     weights: str | os.PathLike,
     model: str | os.PathLike,
-    out_folder: str | os.PathLike,
+    output: Output,
     alpha_T_squared: float | None,
 ) -> None:
     network, scheduler = load_denoiser(model)
@@ -248,7 +252,7 @@ def _import_angles(
         for theirs, ours in _ANGLE_NAMES.items():
             parameter = getattr(layer, ours)["default"]
             parameter.data = released.tensors[f"{name}.{theirs}"].to(parameter)
-    with replacing_folder(out_folder) as folder:
+    with output.writing() as folder:
         save_adapter(network, folder, base_model=model)
         record.write(folder)
 

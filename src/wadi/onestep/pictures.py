@@ -9,9 +9,9 @@ from pathlib import Path
 from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from wadi.errors import WadiError
-from wadi.files import replacing_file
+from wadi.outputs import Output
 
 KINDS = {
     ".png": ("PNG", {"optimize": True}),
@@ -29,30 +29,76 @@ _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
 
 
-def check_picture_path(path: str | os.PathLike, option: str = "--out") -> None:
-    """Raise unless pictures can be written under this name; ask before making what takes long.
+_SOFTWARE = 0x0131
+"""EXIF's number of the tag that PNG calls Software."""
+
+
+def picture_output(
+    path: str | os.PathLike,
+    command: str,
+    inputs: Sequence[str | os.PathLike | None] = (),
+    overwrite: bool = False,
+    option: str = "--out",
+) -> Output:
+    """The rule for an image file: new, or written by the same command before, or `overwrite`.
+
+    Images say which command wrote them (Software, of PNG or of EXIF), so it may replace its own.
+    """
+    return Output(path, command, inputs, overwrite, suffixes=tuple(KINDS), option=option, signed=_written_by)
+
+
+def check_picture_path(path: str | os.PathLike, option: str = "--out", overwrite: bool = False) -> None:
+    """Raise unless `save_picture` can write under this name; ask before making what takes long.
 
     Args:
         path: of the file.
         option: what the message calls it.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
-        WadiError: the suffix is none of `KINDS`.
+        WadiError: the suffix is none of `KINDS`, or there is such a file, which `save_picture` did not write.
     """
-    if Path(path).suffix.lower() not in KINDS:
-        raise WadiError(f"{option} {path}: unknown kind of picture; use {', '.join(KINDS)}")
+    picture_output(path, "save_picture", overwrite=overwrite, option=option).check()
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write a picture, whole or not at all, in the format that the suffix of `path` names.
+def save_picture(image: Image.Image, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Write an image, whole or not at all, in the format that the suffix of `path` names.
+
+    Args:
+        image: what to write.
+        path: of the file.
+        overwrite: replace a file that is there; one that this function wrote is replaced always.
 
     Raises:
-        WadiError: the suffix is none of `KINDS`, or the file could not be written.
+        WadiError: as `check_picture_path`, or the file could not be written.
     """
-    check_picture_path(path, "picture")
-    kind, options = KINDS[Path(path).suffix.lower()]
-    with replacing_file(path) as temporary:
-        image.save(temporary, kind, **options)
+    write_picture(image, picture_output(path, "save_picture", overwrite=overwrite, option="picture"))
+
+
+def write_picture(image: Image.Image, output: Output) -> None:
+    """`save_picture` for a command that has an `Output` of its own."""
+    software = f"wadi {output.command}"
+    with output.writing() as temporary:
+        kind, options = KINDS[Path(output.path).suffix.lower()]
+        if kind == "PNG":
+            text = PngInfo()
+            text.add_text("Software", software)
+            image.save(temporary, kind, pnginfo=text, **options)
+        else:
+            exif = Image.Exif()
+            exif[_SOFTWARE] = software
+            image.save(temporary, kind, exif=exif, **options)
+
+
+def _written_by(path: Path) -> str | None:
+    """The command of ours that an image file says it was written by."""
+    try:
+        with Image.open(path) as image:
+            software = image.info.get("Software") or image.getexif().get(_SOFTWARE)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # not an image
+        return None
+    found = str(software)
+    return found.removeprefix("wadi ") if found.startswith("wadi ") else None
 
 
 def enlarge(image: Image.Image, width: int = READABLE) -> Image.Image:

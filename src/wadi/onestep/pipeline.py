@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.loaders import TextualInversionLoaderMixin
 
 from wadi.errors import WadiError, tell
-from wadi.files import replacing_folder
 from wadi.onestep.adapters import Adapters, as_list, merge_adapters
 from wadi.onestep.arguments import (
     finite_number,
@@ -29,6 +28,7 @@ from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import Float32Step, one_step_scheduler
 from wadi.onestep.student import Student, network_of, student_of
+from wadi.outputs import Output
 
 
 class OneStepPipeline:
@@ -199,20 +199,31 @@ class OneStepPipeline:
             raise WadiError(f"{path}: load embeddings before compile()")
         return load_embedding(self.pipeline, path)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
         `StableDiffusionPipeline.from_pretrained(folder)` makes images of it without wadi. See `save_pipeline`
         for which files are copied as they are. Its `student.json` (see `Student`) says what it is.
 
+        Args:
+            folder: new or empty.
+            overwrite: replace the folder if this method or `wadi export` wrote it, nothing else is in it, and
+                the pipeline was not loaded from it.
+
         Raises:
-            WadiError: the folder cannot be written, or `compile` has changed the modules.
+            WadiError: the folder may not or cannot be written, or `compile` has changed the modules.
         """
+        origin = self.pipeline.config.get("_name_or_path")
+        self.write(Output(folder, "export", inputs=(origin or None,), overwrite=overwrite))
+
+    def write(self, output: Output) -> None:
+        """`save_pretrained` for a command that has an `Output` of its own."""
+        output.check()
         if self.fast is not None:
-            raise WadiError(f"{folder}: a compiled pipeline cannot be saved; save it before compile()")
+            raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
         stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
-        with replacing_folder(folder) as temporary:
+        with output.writing() as temporary:
             save_pipeline(stock, temporary)
             Student.of(network_of(stock), stock.scheduler, self.alpha_T_squared).write(temporary)
 

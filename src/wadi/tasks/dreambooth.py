@@ -43,10 +43,8 @@ from wadi.distill.roles import trainable
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import (
-    explain_os_errors,
     read_json,
     replacing_file,
-    replacing_folder,
     save_tensors,
     write_json,
 )
@@ -60,6 +58,7 @@ from wadi.onestep.arguments import check_seed, seeded
 from wadi.onestep.loading import prompt_limit, stock_arguments
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.student import check_teacher, network_of
+from wadi.outputs import Output
 from wadi.progress import progress
 
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
@@ -232,8 +231,8 @@ def dreambooth(config: DreamBoothConfig) -> Path:
     pipeline = _load(config)
     priors = class_prompts(config)
     _check_lengths(config, priors, pipeline)
-    with explain_os_errors(run, "create the run folder"):
-        run.mkdir(parents=True, exist_ok=True)
+    if not (run / "config.json").exists():
+        run_output(config).open()
     write_json(run / INPUTS_FILE, inputs)
     write_json(run / "config.json", _as_json(config))
     painted = class_pictures(pipeline, priors, config, run / "class")
@@ -380,12 +379,12 @@ class DreamBooth:
 
     def save(self, run: Path) -> None:
         """Write `run`/adapter (PEFT) and `run`/pipeline (the model with the adapter merged, diffusers)."""
-        with replacing_folder(run / "adapter") as temporary:
+        with part(run, "adapter").writing() as temporary:
             save_peft(self.network, temporary, self.config.pretrained_model_name_or_path)
             if self.text_encoder is not None:
                 save_peft(self.text_encoder, temporary / TEXT_ENCODER_FOLDER)
         merged = load_with_adapters(self.config.pretrained_model_name_or_path, [run / "adapter"])
-        with replacing_folder(run / "pipeline") as temporary:
+        with part(run, "pipeline").writing() as temporary:
             save_pipeline(merged, temporary)
 
     def _draw(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
@@ -511,11 +510,11 @@ def class_pictures(
     """
     names = [f"{i:04d}.png" for i in range(len(prompts))]
     if prompts and not (folder / names[-1]).is_file():
-        with replacing_folder(folder) as temporary:
+        with part(folder.parent, folder.name).writing() as temporary:
             starts = range(0, len(prompts), GENERATED_AT_ONCE)
             for first in progress(starts, desc="class images", unit="batch"):
-                part = list(prompts[first : first + GENERATED_AT_ONCE])
-                images = _paint(pipeline, part, config, config.seed + first)
+                chunk = list(prompts[first : first + GENERATED_AT_ONCE])
+                images = _paint(pipeline, chunk, config, config.seed + first)
                 for name, image in zip(names[first:], images, strict=False):
                     image.save(temporary / name)
     return [open_picture(folder / name) for name in names]
@@ -575,6 +574,18 @@ def before_after(config: DreamBoothConfig, adapter: Path, prompts: Sequence[str]
     return labelled_grid(rows, headings)
 
 
+def run_output(config: DreamBoothConfig) -> Output:
+    """The rule for the run folder of a new run."""
+    model, student = config.pretrained_model_name_or_path, config.student_adapter
+    inputs = (config.instance_data_dir, model, config.prior_prompts, student)
+    return Output(config.output_dir, "dreambooth", inputs, instead="go on with --resume")
+
+
+def part(run: Path, name: str) -> Output:
+    """A folder in a run folder: one that the run wrote is replaced when it goes on."""
+    return Output(run / name, "dreambooth", overwrite=True)
+
+
 def resolve(config: DreamBoothConfig) -> tuple[DreamBoothConfig, Path | None]:
     """Check the run folder; where a run is resumed, find its checkpoint.
 
@@ -588,11 +599,10 @@ def resolve(config: DreamBoothConfig) -> tuple[DreamBoothConfig, Path | None]:
         raise WadiError("--pretrained-model-name-or-path: is required")
     run = config.output_dir
     if not config.resume:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise WadiError(
-                f"{run}: exists and is not empty; name another --output-dir, or go on with --resume"
-            )
+        run_output(config).check()
         return config, None
+    for name in ("adapter", "pipeline", "class"):
+        part(run, name).check()
     return _saved_options(config), latest_checkpoint(run / "checkpoints")
 
 

@@ -29,6 +29,7 @@ from wadi.files import save_tensors
 from wadi.onestep.arguments import check_seed, own_size
 from wadi.onestep.loading import load_pipeline
 from wadi.onestep.student import check_teacher, network_of
+from wadi.outputs import Output
 from wadi.progress import progress
 from wadi.tasks.exemplars import Exemplars, cropped, read_exemplars
 
@@ -74,7 +75,7 @@ class InvertConfig:
     """Folder of pictures. Captions in metadata.jsonl or metadata.csv (file_name, text) or in a .txt file
     beside each picture hold the new word, as "a panda <R> a rocket" for a relation; a subject needs none."""
     out: Path = Path("runs/inversion")
-    """Folder to write: learned_embeds.safetensors, inversion.json, pictures.png; replaced if it exists."""
+    """Folder to write: learned_embeds.safetensors, inversion.json, pictures.png. New or empty."""
     model: str | None = None
     """Folder or hub id of the multi-step model; the teacher that comes with wadi if not given."""
     kind: Literal["auto", "relation", "subject"] = "auto"
@@ -136,10 +137,23 @@ class Inversion:
     losses: tuple[float, ...]
     interrupted: bool
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write the embedding as diffusers' `load_textual_inversion` reads it; returns the file."""
+    def save(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
+        """Write the embedding as diffusers' `load_textual_inversion` reads it.
+
+        Args:
+            folder: made if missing.
+            overwrite: replace the file if there is one already.
+
+        Returns:
+            The file.
+
+        Raises:
+            WadiError: the file exists, or cannot be written.
+        """
         path = Path(folder) / EMBEDDING_FILE
-        save_tensors(path, {self.token: self.embedding}, {"kind": self.kind})
+        output = Output(path, "invert", overwrite=overwrite, suffixes=(path.suffix,))
+        with output.writing() as temporary:
+            save_tensors(temporary, {self.token: self.embedding}, {"kind": self.kind})
         return path
 
 
