@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -152,3 +153,10 @@ def test_mistakes_are_one_line(unet, teacher_folder, tmp_path):
         with pytest.raises(WadiError, match=message) as caught:
             mistake()
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_stands_for_its_pipeline(teacher_folder, tmp_path):
+    shutil.copytree(teacher_folder, tmp_path / "run" / "pipeline")
+    with pytest.warns(WadiWarning, match="its pipeline is used"):
+        weights = open_weights(tmp_path / "run")
+    assert weights.shapes() == open_weights(teacher_folder).shapes()

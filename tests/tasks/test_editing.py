@@ -184,6 +184,9 @@ def test_other_models_are_refused(teacher):
     masked.unet.register_to_config(in_channels=9)
     with pytest.raises(WadiError, match="its U-Net takes 9 channels, latents have 4"):
         editing.fitted(masked, Image.new("RGB", (4, 4)))
+    masked.unet.register_to_config(in_channels=4, sample_size=[8, 16])
+    with pytest.raises(WadiError, match="are not square"):
+        editing.fitted(masked, Image.new("RGB", (4, 4)))
 
 
 def test_seam_by_hand():

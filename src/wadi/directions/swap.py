@@ -24,7 +24,7 @@ from wadi.directions.weights import (
 from wadi.errors import WadiError
 from wadi.files import read_json, save_tensors, write_json
 from wadi.onestep import Student, one_step_scheduler
-from wadi.onestep.loading import pipeline_folder
+from wadi.onestep.loading import pipeline_folder, run_part
 from wadi.onestep.saving import copy_part, forget_origin
 from wadi.onestep.supported import UNUSED, parts
 from wadi.outputs import Output
@@ -67,6 +67,7 @@ def swap_rows(
     """
     output = Output(out_folder, "directions swap", inputs=(teacher, student, base), overwrite=overwrite)
     output.check()
+    teacher, student = (run_part(Path(name), "pipeline", "model_index.json") for name in (teacher, student))
     before = open_weights(teacher, base)
     after = open_weights(student, base, other=before)
     check_pair(before, after)

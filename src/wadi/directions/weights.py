@@ -22,7 +22,7 @@ from wadi.files import read_json
 from wadi.onestep.adapters import adapter_folder
 from wadi.onestep.components import Entry, find_weights, read_headers, read_tensor
 from wadi.onestep.importing import without_prefixes
-from wadi.onestep.loading import pipeline_folder
+from wadi.onestep.loading import pipeline_folder, run_part
 from wadi.onestep.student import Student
 
 NETWORKS = ("unet", "transformer")
@@ -158,7 +158,7 @@ def open_weights(
     Raises:
         WadiError: there is no such thing, it is no such thing, or a file is unreadable.
     """
-    path = Path(source)
+    path = source = run_part(Path(source), "pipeline", "model_index.json")
     if path.is_file():
         return Weights(str(source), _file_entries(path))
     if (path / ADAPTER_CONFIG).is_file():

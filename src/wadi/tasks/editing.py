@@ -301,6 +301,11 @@ def _check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"--model: its U-Net takes {pipeline.unet.config.in_channels} channels, latents have "
             f"{pipeline.vae.config.latent_channels}; name a model that was not made for inpainting alone"
         )
+    if not isinstance(pipeline.unet.config.sample_size, int):
+        raise WadiError(
+            "--model: its own images are not square, and diffusers' pipelines for images of images take only "
+            "models of square ones; name another"
+        )
 
 
 def _call(
