@@ -13,6 +13,7 @@ from tests.directions.cases import WEIGHTS, save_whole_checkpoint
 from tests.tiny import tiny_pipeline
 from wadi import LoRaDConfig, WadiError
 from wadi.directions.weights import check_pair, ldm_names, open_weights
+from wadi.errors import WadiWarning
 
 
 @pytest.fixture(scope="module")
