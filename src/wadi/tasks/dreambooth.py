@@ -380,7 +380,8 @@ class DreamBooth:
     def save(self, run: Path) -> None:
         """Write `run`/adapter (PEFT) and `run`/pipeline (the model with the adapter merged, diffusers)."""
         with part(run, "adapter").writing() as temporary:
-            save_peft(self.network, temporary, self.config.pretrained_model_name_or_path)
+            name = self.config.pretrained_model_name_or_path
+            save_peft(self.network, temporary, None if Path(name).exists() else name)
             if self.text_encoder is not None:
                 save_peft(self.text_encoder, temporary / TEXT_ENCODER_FOLDER)
         merged = load_with_adapters(self.config.pretrained_model_name_or_path, [run / "adapter"])
@@ -447,7 +448,7 @@ def _adapted(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConf
 
 
 def save_peft(model: PeftModel, folder: Path, base_model: str | None = None) -> None:
-    """Write an adapter of any kind as PEFT does, with the name of its model as the user gave it."""
+    """Write an adapter of any kind as PEFT does, with its model's hub id but no path of this machine."""
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base_model, True
     save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model), {"format": "pt"})
