@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from tests.tiny import tiny_tokenizer
+from tests.onestep.test_adapters import write_adapter
+from tests.tiny import tiny_pipeline, tiny_tokenizer
 from wadi.cli import main
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import save_tensors
@@ -181,6 +182,24 @@ def test_pictures_of_other_settings_are_refused(config):
     for change in ({"seed": 5}, {"resize": "box"}, {"choice_seed": 3}):
         with pytest.raises(WadiError, match="were made with other"):
             evaluate(dataclasses.replace(config, **change))
+
+
+def test_pictures_are_of_a_model_and_not_of_its_path(config, teacher_folder, tmp_path):
+    """A moved model goes on; another one at the same path, or with another adapter, is refused."""
+    model = shutil.copytree(teacher_folder, tmp_path / "model")
+    config = dataclasses.replace(config, model=str(model))
+    evaluate(config)
+    made = pictures(config.out)
+    moved = dataclasses.replace(config, model=str(model.rename(tmp_path / "moved")))
+    evaluate(moved)
+    assert same(made, pictures(config.out))
+    adapter = write_adapter(tmp_path / "adapter")
+    with pytest.raises(WadiError, match=r"were made with other settings \(adapter\)"):
+        evaluate(dataclasses.replace(moved, adapter=str(adapter)))
+    tiny_pipeline(seed=5).save_pretrained(moved.model)
+    with pytest.raises(WadiError, match=r"were made with other settings \(model\)"):
+        evaluate(moved)
+    assert same(made, pictures(config.out))
 
 
 def test_clip_score_is_the_cosine_of_the_models_own_embeddings(config, clip_folder):

@@ -286,7 +286,8 @@ def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
         if found != settings:
             different = [k for k in settings if not isinstance(found, dict) or found.get(k) != settings[k]]
             raise WadiError(
-                f"{path}: the images there were made with another {', '.join(different)}; name another --out"
+                f"{path}: the images there were made with other settings ({', '.join(different)}); "
+                "name another --out"
             )
         return
     if (config.out / PICTURES).exists():
