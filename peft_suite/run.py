@@ -76,12 +76,11 @@ def main() -> int:
     unpack_tests(fetch_source())
     hub = BUILD / "hub"
     shutil.rmtree(hub, ignore_errors=True)
-    paths = [str(HERE), str(BUILD), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         **OFFLINE,
         "HF_HOME": str(hub),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent / "src", BUILD))),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -53,6 +53,7 @@ def turned(weight: torch.Tensor, layer: LoRaDLayer, names: list[str]) -> torch.T
 )
 @settings(max_examples=40, deadline=None)
 @given(actions=st.lists(st.sampled_from(["a", "b", "unmerge", "lora"]), max_size=8))
+@example(actions=["a", "lora", "b", "unmerge", "lora"])
 def test_merging_in_any_order_next_to_a_lora(make, actions):
     """The weight is what was found, turned by what is merged, plus what the LoRA has added since."""
     model = adapted(make, ("a", "b"), lora=True)

@@ -242,7 +242,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     def _write(self, values: torch.Tensor, added: torch.Tensor | None) -> None:
         weight = self.get_base_layer().weight
         weight.copy_(values if added is None else _wide(values) + added)
-        self._written = _checksum(weight)
+        self._written = _checksum(values)  # without what others added: it is theirs to take away again
 
     def _broken(self, names: list[str], original: torch.Tensor) -> str:
         """Return the first adapter that spoils the weight alone, or the last one."""
