@@ -71,10 +71,10 @@ class DistillConfig:
     """Teacher: a StableDiffusionPipeline or PixArtAlphaPipeline folder, or a hub id."""
 
     prompts: str | None = None
-    """Training prompts: a .txt file (one a line), a .jsonl, .csv or .parquet file, or a `datasets` id."""
+    """Training prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet, or a `datasets` id."""
 
     caption_column: str = "text"
-    """Column (or key) of the prompts in .jsonl, .csv, .parquet files and data sets."""
+    """Column (or key) of the prompts in tables and data sets."""
 
     dataset_split: str = "train"
     """Split to read when the prompts are a `datasets` id."""

@@ -67,7 +67,7 @@ class EvaluateConfig:
     """Generate pictures of captions and compare them with a reference set."""
 
     captions: Path
-    """COCO's annotations (.json), or .txt, .jsonl, .csv, .parquet."""
+    """COCO's annotations (.json), or .txt, .jsonl, .csv, .tsv, .json, .parquet."""
     out: Path
     """Folder for pictures, settings and result; pictures that are there are not made again."""
     model: str | None = None
