@@ -282,7 +282,7 @@ def test_files_that_are_no_word_of_the_model_are_refused(tmp_path):
     cases = [
         ({"<r>": torch.zeros(1, 8)}, "has 8 numbers and the model's words have 16"),
         ({"<r>": torch.zeros(1, 16), "other": torch.zeros(1)}, "not one learned word"),
-        ({"panda</w>": torch.zeros(16)}, "already in tokenizer"),
+        ({"panda</w>": torch.zeros(16)}, "already, as a token of its own"),
     ]
     for tensors, message in cases:
         module.save_tensors(tmp_path / "word.safetensors", tensors)

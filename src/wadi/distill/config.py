@@ -71,7 +71,7 @@ class DistillConfig:
     """Teacher: a StableDiffusionPipeline or PixArtAlphaPipeline folder, or a hub id."""
 
     prompts: str | None = None
-    """Training prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet, or a `datasets` id."""
+    """Prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet; or a `datasets` id."""
 
     caption_column: str = "text"
     """Column (or key) of the prompts in tables and data sets."""

@@ -207,7 +207,9 @@ def _network(pipeline: DiffusionPipeline) -> torch.nn.Module:
 def _side(name: str, side: Any, usual: int, step: int) -> int:
     side, largest = whole_number(name, side, 1), LARGEST * usual
     if side > largest:
-        raise WadiError(f"{name} {side}: is more than {LARGEST} times the model's own {usual} pixels")
+        raise WadiError(
+            f"{name} {side}: is more than {LARGEST} times the model's own {usual} pixels; use at most {largest}"
+        )
     if side % step:
         near = [nearest for nearest in (side - side % step, side - side % step + step) if nearest]
         raise WadiError(f"{name} {side}: must be a multiple of {step}; use {' or '.join(map(str, near))}")
