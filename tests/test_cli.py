@@ -82,7 +82,7 @@ def test_every_command_has_help(command, capsys):
         (["generate", "a cat", "--guidance-scale", "3"], "guidance_scale 3: a one-step student cannot be"),
         (["generate", "a cat", "--negative-prompt", "a dog"], "negative_prompt: a one-step student cannot"),
         (["generate", "a cat", "--num-inference-steps", "4"], "num_inference_steps 4: a one-step student"),
-        (["image-to-image", "nowhere.png", "--prompt", "a cat"], "nowhere.png: there is no such picture"),
+        (["image-to-image", "nowhere.png", "--prompt", "a cat"], "nowhere.png: there is no such image"),
         (["image-to-image", "x.png", "--prompt", "a cat", "--guidance-scale", "2"], "guidance_scale 2"),
         (["image-to-image", "x.png", "--prompt", "a cat", "-n", "0"], "--num-images"),
         (["inpaint", "x.png", "y.png", "--prompt", "a cat", "--candidates", "0"], "--candidates"),

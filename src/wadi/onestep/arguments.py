@@ -208,7 +208,8 @@ def _side(name: str, side: Any, usual: int, step: int) -> int:
     side, largest = whole_number(name, side, 1), LARGEST * usual
     if side > largest:
         raise WadiError(
-            f"{name} {side}: is more than {LARGEST} times the model's own {usual} pixels; use at most {largest}"
+            f"{name} {side}: is more than {LARGEST} times the model's own {usual} pixels; use at most "
+            f"{largest}"
         )
     if side % step:
         near = [nearest for nearest in (side - side % step, side - side % step + step) if nearest]
