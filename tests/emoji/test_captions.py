@@ -136,7 +136,7 @@ def test_the_command_writes_the_shipped_prompts_or_more_pairs(tmp_path):
     path = tmp_path / "prompts.txt"
     assert cli.main(["emoji", "prompts", "--out", str(path)]) == 0
     assert path.read_text() == prompts_file().read_text()
-    options = ["--num-prompts", "4000", "--pair-share", "0.6", "--seed", "more"]
+    options = ["--num-prompts", "4000", "--pair-share", "0.6", "--seed", "more", "--overwrite"]
     assert cli.main(["emoji", "prompts", "--out", str(path), *options]) == 0
     written = [parse_caption(line) for line in path.read_text().splitlines()]
     assert len(written) == 4000
