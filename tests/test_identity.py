@@ -32,7 +32,7 @@ OTHER = {
     "the text encoder": lambda folder: edit_tensor(folder / "text_encoder/model.safetensors"),
     "the VAE": lambda folder: edit_tensor(folder / "vae/diffusion_pytorch_model.safetensors"),
     "the schedule": lambda folder: edit_json(folder / "scheduler/scheduler_config.json", beta_end=0.02),
-    "the class": lambda folder: edit_json(folder / "model_index.json", _class_name="Other"),
+    "the class": lambda folder: edit_json(folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline"),
     "a student": lambda folder: (folder / "student.json").write_text("{}"),
 }
 
@@ -67,8 +67,10 @@ def test_files_and_texts(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.PNG").write_bytes(b"image")
     (tmp_path / "two" / "notes.txt").write_text("words")
-    one, two = (files_digest(tmp_path / folder, (".png",)) for folder in ("one", "two"))
-    assert one == two != files_digest(tmp_path / "two")
+    (tmp_path / "two" / "below").mkdir()
+    (tmp_path / "two" / "below" / "b.png").write_bytes(b"another")
+    one, two = (files_digest(tmp_path / folder) for folder in ("one", "two"))
+    assert one == two != files_digest(tmp_path / "two", below=True)
     shutil.copy(tmp_path / "one" / "a.PNG", tmp_path / "b.png")
     assert files_digest(tmp_path / "b.png") == files_digest(tmp_path / "one" / "a.PNG")
     assert texts_digest(["a", "b"]) != texts_digest(["ab"]) != texts_digest(["b", "a"])
