@@ -159,12 +159,12 @@ def run(options: Options, folder: Path) -> dict[str, dict[str, float]]:
     else:
         write_adapter(network, student)
     print(f"files written in {time.perf_counter() - start:.0f} s", flush=True)
-    out = ["--out", str(folder / "out")]
+    out = ["--out", str(folder / "compared")]
     commands = {"directions": ["directions", str(teacher), str(student), *out]}
     if options.swap:
         write_pipeline(teacher, folder / "pipeline", part)
         pair = [str(folder / "pipeline"), str(student)]
-        commands["directions swap"] = ["directions", "swap", *pair, "--take", "norms", *out]
+        commands["directions swap"] = ["directions", "swap", *pair, "--take", "norms", "--out", str(folder / "swapped")]
     return {name: measure(arguments, options.threads) for name, arguments in commands.items()}
 
 
