@@ -164,7 +164,8 @@ def run(options: Options, folder: Path) -> dict[str, dict[str, float]]:
     if options.swap:
         write_pipeline(teacher, folder / "pipeline", part)
         pair = [str(folder / "pipeline"), str(student)]
-        commands["directions swap"] = ["directions", "swap", *pair, "--take", "norms", "--out", str(folder / "swapped")]
+        out = ["--out", str(folder / "swapped")]
+        commands["directions swap"] = ["directions", "swap", *pair, "--take", "norms", *out]
     return {name: measure(arguments, options.threads) for name, arguments in commands.items()}
 
 
