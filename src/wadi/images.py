@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors
@@ -124,6 +124,10 @@ def _open(path: str | os.PathLike) -> Image.Image:
         ) from error
     except WadiError:
         raise
+    except UnidentifiedImageError as error:
+        raise WadiError(
+            f"{path}: could not read the image: it is none of {', '.join(FORMATS)}; save it as PNG or JPEG"
+        ) from error
     except Exception as error:  # Pillow's readers fail in every way on files that are damaged
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WadiError(f"{path}: could not read the image: {reason}; save it as PNG or JPEG") from error

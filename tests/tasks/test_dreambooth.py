@@ -338,7 +338,7 @@ def test_mistakes_are_told(config, tmp_path):
     (tmp_path / "broken" / "a.png").write_bytes(b"not a picture")
     told("nowhere: no such folder", instance_data_dir=tmp_path / "nowhere")
     told("empty: has no images", instance_data_dir=tmp_path / "empty")
-    told("a.png: not a picture that can be read", instance_data_dir=tmp_path / "broken")
+    told("a.png: could not read the image: it is none of PNG", instance_data_dir=tmp_path / "broken")
     told("--class-prompt: say what the subject is", class_prompt=None)
     told("--instance-prompt: 1 of 1 prompts are longer", instance_prompt="a zwx" * 20)
     told("--pretrained-model-name-or-path: is required", pretrained_model_name_or_path=None)
