@@ -32,7 +32,9 @@ OTHER = {
     "the text encoder": lambda folder: edit_tensor(folder / "text_encoder/model.safetensors"),
     "the VAE": lambda folder: edit_tensor(folder / "vae/diffusion_pytorch_model.safetensors"),
     "the schedule": lambda folder: edit_json(folder / "scheduler/scheduler_config.json", beta_end=0.02),
-    "the class": lambda folder: edit_json(folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline"),
+    "the class": lambda folder: edit_json(
+        folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline"
+    ),
     "a student": lambda folder: (folder / "student.json").write_text("{}"),
 }
 
