@@ -223,6 +223,11 @@ def _fakes(ranks: Ranks, seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]
                 f"{label}, {updates} update{plural}",
                 changes | {"fake_updates": updates},
             )
+    yield (
+        f"attention-r4-rate-1e-02-x1-seed{seed}",
+        "LoRaD r4, attention, rate 1e-2, 1 update",
+        small | {"fake_learning_rate": 1e-2, "fake_updates": 1},
+    )
 
 
 def _other(method: str, rate: float) -> dict[str, Any]:
