@@ -91,7 +91,7 @@ def make_network(model: str) -> nn.Module:
 def write_network(network: nn.Module, folder: Path, dtype: torch.dtype, changed: bool) -> None:
     """Random weights in shards, of which at most one is in memory; the second is the first, changed."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    network.save_config(folder)
     places, shard, held, number = {}, {}, 0, 0
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     for i, (key, shape) in enumerate(shapes.items()):
@@ -129,8 +129,12 @@ def write_pipeline(source: Path, folder: Path, part: str) -> None:
     folder.mkdir()
     (folder / part).symlink_to(source.resolve())
     DDIMScheduler().save_pretrained(folder / "scheduler")
-    parts = {part: ["diffusers", "Network"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    write_json(folder / "model_index.json", {"_class_name": "Benchmark", **parts})
+    kind, network = {
+        "unet": ("StableDiffusionPipeline", "UNet2DConditionModel"),
+        "transformer": ("PixArtAlphaPipeline", "PixArtTransformer2DModel"),
+    }[part]
+    parts = {part: ["diffusers", network], "scheduler": ["diffusers", "DDIMScheduler"]}
+    write_json(folder / "model_index.json", {"_class_name": kind, **parts})
 
 
 def measure(arguments: list[str], threads: int) -> dict[str, float]:

@@ -168,7 +168,7 @@ def test_distill_leaves_a_student_and_a_report(student, capsys):
     assert "1 step" in (student / "report.html").read_text()
     assert run("report", student, "--steps", 2) == 0
     assert capsys.readouterr().out == f"report: {student / 'report.html'}\n"
-    assert "2 steps became one" in (student / "report.html").read_text()
+    assert "Distilled with 2 updates" in (student / "report.html").read_text()
 
 
 def test_generate_writes_what_the_pipeline_makes(student, teacher_folder, tmp_path, capsys):

@@ -333,8 +333,11 @@ def test_what_changes_the_training_changes_the_fingerprint(change):
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_graph_replays_every_option(changes, compiled, monkeypatch):
-    """Compiled: the first iteration alone, from equal weights. Later ones differ in the signs of gradients that
-    are nearly zero, which Adam makes whole steps of; and TF32, coarser than all that is compared, is off."""
+    """Compiled: the first iteration alone, from equal weights.
+
+    Later ones differ in the signs of gradients that are nearly zero, which Adam makes whole steps of. TF32,
+    coarser than all that is compared, is off.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     changes = changes | {"max_train_steps": 6}
     eager, graphed = everything(**changes), everything(cuda_graphs=True, compile=compiled, **changes)

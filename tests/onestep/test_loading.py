@@ -258,7 +258,7 @@ def test_the_encoders_positions_bound_prompts(model, length):
 
 
 def test_what_making_an_image_does_not_need_is_not_loaded(model, tmp_path):
-    for checker in (None, "pytorch_model.bin"):
+    for number, checker in enumerate((None, "pytorch_model.bin")):
         index = {
             "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
             "feature_extractor": ["transformers", "CLIPImageProcessor"],
@@ -269,8 +269,8 @@ def test_what_making_an_image_does_not_need_is_not_loaded(model, tmp_path):
             (model / "safety_checker").mkdir()
             (model / "safety_checker" / checker).write_bytes(b"not looked at")
         student = OneStepPipeline.from_pretrained(model)
-        student.save_pretrained(tmp_path / f"out-{checker}")
-        stock = StableDiffusionPipeline.from_pretrained(tmp_path / f"out-{checker}")
+        student.save_pretrained(tmp_path / f"out-{number}")
+        stock = StableDiffusionPipeline.from_pretrained(tmp_path / f"out-{number}")
         assert stock.safety_checker is None
         assert stock.config.requires_safety_checker is False
 

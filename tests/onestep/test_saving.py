@@ -14,6 +14,8 @@ from tests.tiny import tiny_tokenizer
 from wadi.directions.swap import swap_rows
 from wadi.onestep import OneStepPipeline, load_embedding, load_pipeline
 from wadi.onestep.saving import copy_part, save_pipeline
+from wadi.onestep.student import STUDENT_FILE
+from wadi.outputs import MARKER
 
 ENCODER = "text_encoder/model.safetensors"
 
@@ -41,7 +43,9 @@ def teacher(teacher_folder, tmp_path):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What stock diffusers reads: all but the notes of wadi."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, STUDENT_FILE)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def exported(teacher, out, dtype=None):

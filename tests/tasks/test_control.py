@@ -266,7 +266,7 @@ def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, cap
     controlnets = [load_controlnet(folders / name, student) for name in ("first", "second")]
     maps = [condition_map(square(40), "canny", (16, 16)), square()]
     expected = steer(with_controlnets(student, controlnets), "a cat", maps, [0.5, 1.0], 7, 3)
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.png"))
     assert [file.name for file in files] == [f"seed-00000{seed}.png" for seed in (7, 8, 9)]
     assert np.array_equal(as_array(map(Image.open, files)), as_array(expected))
     assert run(inputs[0], *named, *nets[:2], "--out", tmp_path / "sheet.png") == 0
@@ -313,7 +313,7 @@ def test_the_built_in_student_keeps_to_the_edges(tmp_path, capsys):
     def made(*options):
         named = ["--prompt", "a panda on a red background", "-n", 6, "--device", "cpu"]
         assert run(tmp_path / "panda.png", *named, "--out", tmp_path / "out", *options) == 0
-        pixels = as_array(map(Image.open, sorted((tmp_path / "out").iterdir())))
+        pixels = as_array(map(Image.open, sorted((tmp_path / "out").glob("*.png"))))
         edges = torch.from_numpy(np.stack([canny(image) for image in pixels.astype(np.uint8)]))
         condition = torch.from_numpy(canny(np.asarray(drawn)))[None].expand(6, -1, -1)
         agreement = edge_agreement(condition, edges).mean().item()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -90,12 +89,11 @@ def check_ranks(
     roles = (("student", student, _STUDENT_COPIES), ("fake", fake, _FAKE_COPIES))
     for who, adapter, copies in roles:
         method, needed = getattr(config, f"{who}_method"), 0
-        if method in ("oft", "full"):  # a block size and no rank, or no adapter
+        if method == "full":  # no adapter
             continue
-        for option, layers in _by_option(who, adapter, network).items():
-            for r, group in layers.items():
-                check_rank(option, r, group, turned=method == "lorad")
-                needed += sum(r * (out + _width(fan_in, method == "lorad")) for out, fan_in in group)
+        layers, turned = layer_sizes(network, adapter.target_modules).values(), method == "lorad"
+        check_rank(f"--{who}-rank", adapter.r, layers, turned)
+        needed += sum(adapter.r * (out + _width(fan_in, turned)) for out, fan_in in layers)
         needs[f"--{who}-rank"] = _FLOAT32 * copies * needed
     if (total := sum(needs.values())) > free:
         option = max(needs, key=lambda name: needs[name])
@@ -172,15 +170,3 @@ def _container_limit() -> int:
 
 def _width(fan_in: int, turned: bool) -> int:
     return fan_in // 2 if turned else fan_in
-
-
-def _by_option(
-    who: str, adapter: LoRaDConfig, network: nn.Module
-) -> dict[str, dict[int, list[tuple[int, int]]]]:
-    """Sizes of the layers of an adapter by the option that gives their rank, and by the rank."""
-    found: dict[str, dict[int, list[tuple[int, int]]]] = {}
-    for name, size in layer_sizes(network, adapter.target_modules).items():
-        own = adapter.rank_pattern.get(re.escape(name))  # of a convolution, as `student_config` writes it
-        option = f"--{who}-rank" if own is None else f"--{who}-conv-rank"
-        found.setdefault(option, {}).setdefault(own or adapter.r, []).append(size)
-    return found
