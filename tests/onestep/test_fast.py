@@ -220,7 +220,7 @@ def test_autoencoders_that_do_not_fit(teacher_folder, tiny_vae, tmp_path):
         (tmp_path / "factor", "4 pixels a latent and the model needs 2"),
         (tmp_path / "cut", "could not read the safetensors file"),
         (tmp_path / "nowhere", "no such folder"),
-        (tmp_path, "could not load"),
+        (tmp_path, "is None; use AutoencoderTiny or AutoencoderKL"),
         (teacher_folder / "unet", "is UNet2DConditionModel"),
     ]:
         with pytest.raises(WadiError, match=message) as caught:

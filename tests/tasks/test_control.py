@@ -311,7 +311,7 @@ def test_the_built_in_student_keeps_to_the_edges(tmp_path, capsys):
     judge = Judge.load(emoji.assets_folder() / "judge.safetensors")
 
     def made(*options):
-        named = ["--prompt", "a panda on a red background", "-n", 6, "--device", "cpu"]
+        named = ["--prompt", "a panda on a red background", "-n", 6, "--device", "cpu", "--overwrite"]
         assert run(tmp_path / "panda.png", *named, "--out", tmp_path / "out", *options) == 0
         pixels = as_array(map(Image.open, sorted((tmp_path / "out").glob("*.png"))))
         edges = torch.from_numpy(np.stack([canny(image) for image in pixels.astype(np.uint8)]))
