@@ -127,21 +127,19 @@ def pairs_table(found: Mapping[str, Any]) -> str:
 
 def high_resolution_table(found: Mapping[str, Any]) -> str:
     """A row for each model, size and way, with its time as a multiple of the plain one's."""
-    # files from before the teacher was measured have the student alone
-    steps = [row.get("steps", 1) for row in found["rows"]]
-    plain = {
-        (n, row["size"]): row["seconds"]
-        for n, row in zip(steps, found["rows"], strict=True)
-        if not row["redilated"]
-    }
+    plain = {(row["steps"], row["size"]): row["seconds"] for row in found["rows"] if not row["redilated"]}
     rows = []
-    for n, row in zip(steps, found["rows"], strict=True):
+    for row in found["rows"]:
         way = "re-dilated" if row["redilated"] else "plain"
         way += f", damping {row['damping']:g}" if row["damping"] else ""
-        duration = f"{row['seconds'] / plain[n, row['size']]:.2f}"
-        figures = [f"{row['alignment']:.3f}", f"{row['objects']:.2f}", duration]
-        rows.append([model(n), str(row["size"]), way, *figures])
-    return markdown(("", "side, px", "convolutions", "all right", "objects seen", "time"), rows)
+        shares = [f"{row[part]:.3f}" for part in ("alignment", "close_up", "clean", "right")]
+        figures = [*shares, f"{row['grain']:.1f}", f"{row['objects']:.2f}"]
+        own = plain.get((row["steps"], row["size"]))
+        duration = "-" if own is None else f"{row['seconds'] / own:.2f}"
+        rows.append([model(row["steps"]), str(row["size"]), way, str(row["samples"]), *figures, duration])
+    shares = ("all right, reduced", "object, close up", "no grain", "right")
+    headings = ("", "side, px", "convolutions", "images", *shares, "grain", "objects seen", "time")
+    return markdown(headings, rows)
 
 
 def model(steps: int) -> str:
