@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 
 OUTER_LEVELS = 1
 """Levels, from the picture inwards, whose convolutions stay as they are."""
@@ -41,6 +41,15 @@ def growth(pipeline: DiffusionPipeline, height: int | None, width: int | None) -
     own = [side * pipeline.vae_scale_factor for side in sides]
     asked = (height or own[0], width or own[1])
     return tuple(max(1.0, side / usual) for side, usual in zip(asked, own, strict=True))
+
+
+def tell_larger(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    """Tell in one line that an image larger than the model's own will be poor; arguments as of `growth`."""
+    if max(growth(pipeline, height, width)) > 1:
+        tell(
+            "--height, --width: the image is larger than those that the model was trained for and will be "
+            "grainy, with little detail (docs/uses/high-resolution.md); omit them for the model's own size"
+        )
 
 
 @contextlib.contextmanager
