@@ -142,8 +142,8 @@ def read(judge: Judge, images: torch.Tensor, captions: list[Caption]) -> dict[st
 
     Returns:
         Shares of images: ``alignment``, all is right in the reduced image; ``close_up``, the object is
-        recognised at the image's own resolution; ``clean``, the grain is below ``GRAIN_LIMIT``; ``right``, all
-        three. And means: ``objects`` that the judge sees in the reduced image; ``grain`` in 8-bit steps.
+        recognised at the image's own resolution; ``clean``, the grain is below ``GRAIN_LIMIT``; ``right``,
+        all three. And means: ``objects`` that the judge sees in the reduced image; ``grain`` in 8-bit steps.
     """
     small, columns = F.interpolate(images, size=OWN, mode="area"), stated(captions)
     level = grain(images)
@@ -171,7 +171,7 @@ def main(options: Options) -> None:
     if options.teacher_samples:
         teacher = load_for_steps(teacher_folder(), None, STEPS, device=options.device)
         teacher.set_progress_bar_config(disable=True)
-        rows += measured(teacher, STEPS, captions[: options.teacher_samples], (None, 0.0), judge, options)
+        rows += measured(teacher, STEPS, captions[: options.teacher_samples], (0.0,), judge, options)
     print("\n".join(map(str, rows)))
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     header = f"captions of one object, {device}, torch {torch.__version__}, {date.today()}"
@@ -191,7 +191,7 @@ def measured(
     rows, texts = [], [caption.text for caption in captions]
     pictures(pipeline, texts[:1], OWN, None, 1, steps)  # not timed: the first is slow
     for size in (OWN, *options.sizes):
-        for damping in ways[: 1 if size <= OWN else None]:
+        for damping in (None,) if size <= OWN else ways:
             images, seconds = kept(pipeline, texts, size, damping, steps, options)
             figures = read(judge, images, captions[: len(images)])
             figures |= {"samples": len(images), "seconds": seconds}

@@ -39,7 +39,7 @@ def test_figures_and_picture(tmp_path):
         assert max(parts) <= 1
         assert row["samples"] == (4 if row["steps"] == 1 else 1)
     teacher = [(row["size"], row["redilated"]) for row in found["rows"] if row["steps"] == 25]
-    assert teacher == [(64, False), (96, False), (96, True)]
+    assert teacher == [(64, False), (96, True)]
     (line,) = found["summary"]
     assert line["student"] == rows[2]["right"]
     assert line["time_ratio"] > 2  # 50 predictions against one

@@ -1,8 +1,8 @@
 """A subject that the teacher never saw: its pictures, and a recogniser that reads it in other pictures.
 
-The judge knows 72 emoji and no other. The recogniser is a logistic regression on what the judge's layers see
-where the object is. A model that does not know a subject paints a blot of about its colours, so the recogniser
-also learns to refuse the subject blurred, and the subject in patches that have changed their places.
+The judge knows 72 emoji and no other. The recogniser is a logistic regression on what the judge's layers
+see where the object is. A model that does not know a subject paints a blot of about its colours, so the
+recogniser also learns to refuse the subject blurred, and in patches that have changed their places.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from wadi.emoji import assets_folder, prompts_file
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, Caption, stated
 from wadi.emoji.glyphs import EMOJI, FONT_FILE, NAMES, draw_atlas
-from wadi.emoji.judge import Judge, attributes_right
+from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
@@ -37,6 +37,12 @@ EXAMPLES = (
     ("small", "on the right", "purple"),
 )
 """Size, place and background of the pictures of a subject."""
+
+CERTAIN = 0.9
+"""Probability from which on a recogniser takes an object for its subject: in doubt it is a blot."""
+
+UNSEEN_WORDS = ("sks", "blorp", "wug", "xqv", "dax", "kiv")
+"""Words that the models do not know: what a student paints of them is what a recogniser shall refuse."""
 
 
 @dataclass
@@ -125,14 +131,8 @@ def object_features(judge: Judge, images: torch.Tensor, batch_size: int = 250) -
     """
     found = []
     for batch in images.split(batch_size):
-        batch = batch.to(judge.stem.weight.device)
-        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-        reading = judge.read(batch)
+        reading, layers = _read_layers(judge, batch)
         center, size = reading.center[:, 0], reading.size[:, :1]
-        layers = [judge.stem(2 * batch - 1)]
-        for block in judge.blocks:
-            layers.append(block(layers[-1]))
-        layers[-1] = F.silu(judge.norm(layers[-1]))
         parts = []
         for x in layers:
             mean, square = (_box_mean(value, center, size) for value in (x, x.square()))
@@ -144,14 +144,29 @@ def object_features(judge: Judge, images: torch.Tensor, batch_size: int = 250) -
     return torch.cat(found)
 
 
+def _read_layers(judge: Judge, images: torch.Tensor) -> tuple[Reading, list[torch.Tensor]]:
+    """What the judge reads in images, and the outputs (N, C, S, S) of its five layers on the way."""
+    layers: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output: layers.append(output))
+        for layer in (judge.stem, *judge.blocks)
+    ]
+    try:
+        reading = judge.read(images, batch_size=len(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reading, [*layers[:-1], F.silu(judge.norm(layers[-1]))]
+
+
 def _box_mean(x: torch.Tensor, center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """(N, C) mean of x (N, C, S, S) over boxes: centers (N, 2) and sizes (N, 1) are fractions of the side."""
     side = x.shape[-1]
     axis = (torch.arange(side, device=x.device) + 0.5) / side
-    # the share of each pixel's width, and height, that is within the box
-    within = ((size / 2 - (axis - center[..., None]).abs().transpose(0, 1)) * side + 0.5).clamp(0, 1)
-    weight = within[1][:, :, None] * within[0][:, None, :]
-    return (x * (weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-6))[:, None]).sum((2, 3))
+    # (N, 2, S): the share of each pixel's width, and height, that is within the box
+    within = ((size[..., None] / 2 - (axis - center[..., None]).abs()) * side + 0.5).clamp(0, 1)
+    columns, rows = (within / within.sum(-1, keepdim=True).clamp(min=1e-6)).unbind(1)
+    return torch.einsum("nch,nh->nc", torch.einsum("nchw,nw->nch", x, columns), rows)
 
 
 def blurred(images: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
@@ -196,21 +211,24 @@ def blots(judge: Judge, images: torch.Tensor, generator: torch.Generator) -> tor
         generator: of all that is random.
 
     Returns:
-        (3 N, 3, 64, 64): blurred by 1.5 to 4 pixels; the object's box in 2 x 2 to 5 x 5 patches; and the whole
-        image in patches of 8 or 16 pixels.
+        (5 N, 3, 64, 64): blurred by 1.5 to 4 pixels; with the object's box in 2 x 2 patches; in 3 x 3; and
+        twice the whole image in patches of 16 pixels. Finer patches are further from the subject than these.
     """
     side = images.shape[-1]
     drawn = torch.rand(len(images), generator=generator, device=images.device)
     reading = judge.read(images)
-    found = [blurred(images, 1.5 + 2.5 * drawn)]
-    for i, image in enumerate(images):
-        count = 2 + i % 4
+
+    def in_patches(i: int, count: int) -> torch.Tensor:
         patch = max(1, round(reading.size[i, 0].item() * side / count))
         own = min(count * patch, side // patch * patch)
-        start = [round(min(max(x * side - own / 2, 0), side - own)) for x in reading.center[i, 0].tolist()]
-        found.append(shuffled(image, (start[0], start[1], own), patch, generator)[None])
-    found += [shuffled(image, (0, 0, side), 8 << i % 2, generator)[None] for i, image in enumerate(images)]
-    return torch.cat(found)
+        left, top = (
+            round(min(max(x * side - own / 2, 0), side - own)) for x in reading.center[i, 0].tolist()
+        )
+        return shuffled(images[i], (left, top, own), patch, generator)
+
+    found = [in_patches(i, count) for count in (2, 3) for i in range(len(images))]
+    found += [shuffled(image, (0, 0, side), side // 4, generator) for _ in range(2) for image in images]
+    return torch.cat([blurred(images, 1.5 + 2.5 * drawn), torch.stack(found)])
 
 
 class Recogniser:
@@ -237,9 +255,8 @@ class Recogniser:
         x = (features - self.mean) / self.std
         label = torch.zeros(len(x), device=x.device)
         label[: len(subject)] = 1
-        # the subject counts as much as all else, and the kinds of it alike, however many there are
-        shares = zip((0.5, 0.25, 0.25), kinds, strict=True)
-        weight = torch.cat([torch.full((len(kind),), share / len(kind)) for share, kind in shares]).to(x)
+        # the kinds count alike, however many there are of each
+        weight = torch.cat([torch.full((len(kind),), 1 / len(kinds) / len(kind)) for kind in kinds]).to(x)
         self.weight = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
         self.bias = torch.zeros((), device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS(
@@ -261,7 +278,7 @@ class Recogniser:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(N,) bool: the object of each picture (N, 3, 64, 64) is the subject."""
         features = (object_features(self.judge, images) - self.mean) / self.std
-        return features @ self.weight + self.bias > 0
+        return torch.sigmoid(features @ self.weight + self.bias) > CERTAIN
 
 
 def drawn_scenes(
@@ -307,6 +324,11 @@ def subject_captions(
         for _ in range(count)
     ]
     return [caption.text.replace(NAMES[0], word) for caption in captions], stated(captions)
+
+
+def unseen_captions(count: int, words: Sequence[str] = UNSEEN_WORDS) -> list[str]:
+    """As many captions of each of several words that no model knows."""
+    return [text for word in words for text in subject_captions(count, f"unseen-{word}", word)[0]]
 
 
 def distillation_prompts(word: str = "zwx", count: int = 2000) -> list[str]:
