@@ -5,13 +5,16 @@
     python benchmarks/dreambooth.py --draw glyphs.safetensors        # where the emoji font is, for
     python benchmarks/dreambooth.py --glyphs glyphs.safetensors      # a machine without it
     python benchmarks/dreambooth.py --distill-on hedgehog --device cpu    # only: the student distilled on
+    python benchmarks/dreambooth.py --alone hedgehog --device cpu --max-train-steps 150 --train-batch-size 8 \
+        --num-class-images 100 --subject-samples 60 --samples 60    # only: one short training
     python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md, from the JSON
 
 Learning rates are chosen on one subject, as many tried for each method, and three other subjects are
 reported. Both adapters have the same layers and number of parameters, see the same pictures, class pictures,
-noise and number of updates. What a picture shows is read by the judge, and by a recogniser of the subject
-that was fitted to drawn scenes only. Each training leaves its figures, and the machine that it ran on, in a
-JSON file in --results, and adapter and pictures in --runs. What is in --results is not run again.
+noise and number of updates. What an image shows is read by the judge, and by a recogniser of the subject
+that was fitted to drawn scenes and refuses blots (`wadi.emoji.subject`). Each training leaves its figures,
+and the machine that it ran on, in a JSON file in --results, and adapter and images in --runs. What is in
+--results is not run again.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tables import find_tables, markdown, with_tables
 
+from wadi.customise import LEARNING_RATES, TRAIN_TEXT_ENCODER
 from wadi.distill import PRESETS, distill
 from wadi.emoji import assets_folder, prompts_file, student_folder, teacher_folder
 from wadi.emoji.captions import stated
@@ -41,14 +45,18 @@ from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeli
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.emoji.subject import (
+    UNSEEN_WORDS,
     Recogniser,
+    blots,
     distillation_prompts,
     draw_subjects,
     drawn_scenes,
     example_pictures,
     subject_captions,
     subject_figures,
+    unseen_captions,
 )
+from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
 from wadi.files import (
     explain_os_errors,
@@ -78,6 +86,8 @@ KNOWN_DECOYS = "🐌🧸🐿🥜🐹🍟🦐"
 """Emoji that neither teacher nor judge know, among what the recogniser learns to refuse."""
 NEW_DECOYS = "🦥🎃🦫🌰🦝🦞🦢🏺"
 """The same, which only test it."""
+NEW_WORDS = ("fep", "glimp", "toma", "vrk", "yuzb", "lok")
+"""Words that the student does not know either, of which it makes blots that only test the recogniser."""
 RATES = {
     "lorad": ((1e-3, False), (3e-3, False), (1e-2, False), (3e-2, False), (1e-2, True)),
     "lora": ((3e-4, False), (1e-3, False), (3e-3, False), (1e-2, False), (3e-3, True)),
@@ -94,6 +104,15 @@ WAYS = {
 """How a picture is made."""
 COLUMNS = ("subject recognised", "and as stated", "other prompts right", "Fréchet distance")
 """Of the tables' figures."""
+RECOGNISED = {
+    "subject": "the subject",
+    "the_72": "the 72 known emoji",
+    "new_decoys": "8 other unknown emoji",
+    "new_words": "the student's images of 6 unseen words",
+    "blurred": "the subject, blurred",
+    "shuffled": "the subject, shuffled",
+}
+"""What a recogniser is tested on."""
 DISTILLED = {"student": "subject stacked on the student", "distilled": "student distilled on"}
 """The two that --distill-on compares."""
 
@@ -112,6 +131,8 @@ class Options:
     """Only write the tables of --page, from --out."""
     distill_on: tuple[str, ...] = ()
     """Only: teach these subjects with LoRaD and distil the shipped student on with the customised teacher."""
+    alone: tuple[str, ...] = ()
+    """Only: teach these subjects with LoRaD, and read the images of teacher and student."""
     teacher_before: bool = False
     """Measure the shipped teacher before any subject too: minutes on a CPU."""
     seeds: tuple[int, ...] = (1, 2)
@@ -159,6 +180,7 @@ class Options:
             "only_rates",
             "table",
             "teacher_before",
+            "alone",
             "distill_on",
             "distill_train_steps",
             "distill_steps",
@@ -211,29 +233,46 @@ def read_glyphs(options: Options) -> dict[str, torch.Tensor]:
     return {name: tensor.to(options.device).float() / 255 for name, tensor in glyphs.items()}
 
 
+def blots_of(words: tuple[str, ...], count: int, options: Options) -> torch.Tensor:
+    """(N, 3, 64, 64) float32 in [0, 1]: what the student makes of words that it does not know."""
+    student = load_for_steps(teacher_folder(), student_folder(), 1, device=options.device)
+    texts = unseen_captions(count, words)
+    made = generate_in_batches(_generator(student, 1), texts, seed=0, batch_size=100)
+    return made.to(options.device).float() / 255
+
+
 def make_recogniser(subject: str, glyphs: dict[str, torch.Tensor], options: Options) -> Recogniser:
-    """Fitted to drawn scenes of the subject, of the 72 and of some decoys."""
+    """Fitted to drawn scenes of the subject, of the 72 and of some decoys, and to the student's blots."""
     judge = Judge.load(assets_folder() / "judge.safetensors").to(options.device)
     own = glyphs["subjects"][[list(SUBJECTS).index(subject)]]
     others = torch.cat([glyphs["atlas"], glyphs["known_decoys"]])
     shown, _ = drawn_scenes(own, options.scenes, seed=1)
-    return Recogniser(judge, shown, drawn_scenes(others, max(1, options.scenes // 10), seed=2)[0])
+    few = max(1, options.scenes // 10)
+    unseen = blemish(blots_of(UNSEEN_WORDS, few, options), torch.Generator(options.device).manual_seed(7))
+    return Recogniser(judge, shown, torch.cat([drawn_scenes(others, few, seed=2)[0], unseen]))
 
 
 def recogniser_figures(
     recogniser: Recogniser, subject: str, glyphs: dict[str, torch.Tensor], options: Options
 ) -> dict[str, float]:
-    """On drawn scenes that it was not fitted to: what it finds, and what it takes for the subject."""
+    """On images that it was not fitted to: what it finds, and what it takes for the subject."""
     own = glyphs["subjects"][[list(SUBJECTS).index(subject)]]
     few = max(1, options.scenes // 10)
-    return {
-        name: recogniser(drawn_scenes(shown, count, seed=seed, blemished=False)[0]).double().mean().item()
-        for name, shown, count, seed in (
-            ("subject", own, options.scenes, 3),
-            ("the_72", glyphs["atlas"], few, 4),
-            ("new_decoys", glyphs["new_decoys"], few, 5),
-        )
+
+    def drawn(shown: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+        return drawn_scenes(shown, count, seed=seed, blemished=False)[0]
+
+    real = drawn(own, options.scenes, 3)
+    none = blots(recogniser.judge, real, torch.Generator(real.device).manual_seed(8)).split(len(real))
+    shown = {
+        "subject": real,
+        "the_72": drawn(glyphs["atlas"], few, 4),
+        "new_decoys": drawn(glyphs["new_decoys"], few, 5),
+        "new_words": blots_of(NEW_WORDS, few, options),
+        "blurred": none[0],
+        "shuffled": torch.cat(none[1:]),
     }
+    return {name: recogniser(images).double().mean().item() for name, images in shown.items()}
 
 
 # --- one training ---
@@ -323,6 +362,20 @@ def customised(folder: Path, run: Run, options: Options, final: bool):
     if final and run.method == "lora":  # LoRaD's angles add: there is no order
         pipeline = load_for_steps(teacher_folder(), [adapter, student], device=options.device)
         yield "student_subject_first", 1, pipeline
+
+
+def alone(run: Run, options: Options) -> dict[str, Any]:
+    """One training, read by the recogniser, and how good that is; as JSON."""
+    glyphs = read_glyphs(options)
+    facts = train(run, options, glyphs)
+    recogniser, folder = make_recogniser(run.subject, glyphs, options), options.runs / run.name
+    facts["recogniser"] = recogniser_figures(recogniser, run.subject, glyphs, options)
+    facts["figures"] = {
+        way: read(paint(made, steps, options), recogniser)
+        for way, steps, made in customised(folder, run, options, final=False)
+    }
+    write_json(options.results / "alone" / f"{run.subject}.json", _rounded(facts))
+    return facts
 
 
 def distill_on(run: Run, options: Options) -> dict[str, Any]:
@@ -491,8 +544,14 @@ def main(options: Options) -> None:
         return
     if any(count < 1 for count in (options.workers, options.scenes, options.subject_samples)):
         raise WadiError("--workers, --scenes, --subject-samples: must be at least 1")
-    if unknown := set(options.distill_on) - set(SUBJECTS):
-        raise WadiError(f"--distill-on {min(unknown)}: known are {', '.join(SUBJECTS)}")
+    for option, subjects in (("--distill-on", options.distill_on), ("--alone", options.alone)):
+        if unknown := set(subjects) - set(SUBJECTS):
+            raise WadiError(f"{option} {min(unknown)}: known are {', '.join(SUBJECTS)}")
+    if options.alone:
+        rate = {"learning_rate": LEARNING_RATES["lorad"], "train_text_encoder": TRAIN_TEXT_ENCODER}
+        runs = [Run(subject, "lorad", **rate, seed=options.seeds[0]) for subject in options.alone]
+        print(alone_table([alone(run, options) for run in runs]))
+        return
     tried, chosen = choose(options)
     if options.only_rates:
         print(rates_table(tried, chosen))
@@ -520,8 +579,9 @@ def main(options: Options) -> None:
         "chosen": chosen,
         "runs": results,
         "distilled_on": [read_json(p) for p in sorted((options.results / "distilled-on").glob("*.json"))],
-        "summary": summary(results),
+        "alone": [read_json(path) for path in sorted((options.results / "alone").glob("*.json"))],
     }
+    whole["summary"] = summary(whole["alone"])
     for row in (before, *whole["learning_rates"], *whole["runs"]):
         row.pop("options", None)
     write_json(options.out, _rounded(whole))
@@ -530,9 +590,9 @@ def main(options: Options) -> None:
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for the overview of all uses: means of LoRaD, the default; on the student it is stacked."""
+    """Rows for the overview of all uses: means of `alone`; on the student the subject is stacked."""
     rows = []
-    own = [r["figures"] for r in results if r["method"] == "lorad"]
+    own = [r["figures"] for r in results]
     for measure, key in (("subject recognised (up)", "recognised"), ("other prompts right (up)", "others")):
         teacher, student = (statistics.mean(f[way][key] for f in own) for way in ("teacher", "student"))
         use = "a new subject from six pictures, stacked on the student"
@@ -599,7 +659,7 @@ def tables(whole: dict[str, Any]) -> dict[str, str]:
     return {
         "means": f"{means_table(whole)}\n\n{machine} The rows before: {whole['before']['header']}.",
         "subjects": f"{subjects_table(whole['runs'])}\n\n{machine}",
-        "recognisers": recognisers_table(whole["before"]),
+        "alone": alone_table(whole["alone"]),
         "distilled-on": distilled_table(whole["distilled_on"]),
         "rates": f"{rates_table(whole['learning_rates'], whole['chosen'])}\n\n{whole['header']}; seed 0.",
     }
@@ -631,14 +691,19 @@ def subjects_table(runs: list[dict[str, Any]]) -> str:
     return markdown(("subject", "adapter", *headings), rows)
 
 
-def recognisers_table(before: dict[str, Any]) -> str:
-    """Markdown: the share of drawn scenes that each recogniser takes for its subject."""
-    kinds = {"subject": "the subject", "the_72": "the 72 known emoji", "new_decoys": "8 other unknown emoji"}
-    rows = [
-        [subject, *(f"{figures[kind]:.3f}" for kind in kinds)]
-        for subject, figures in before["recognisers"].items()
-    ]
-    return f"{markdown(('recogniser of', *kinds.values()), rows)}\n\n{before['header']}."
+def alone_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one adapter on teacher and student, and what the recogniser takes for the subject."""
+    parts = []
+    for r in results:
+        rows = [[WAYS[way], *_cells([figures])] for way, figures in r["figures"].items()]
+        o = r["options"]
+        how = f"{o['max_train_steps']} updates of {o['train_batch_size']} + {o['train_batch_size']}; "
+        how += f"{o['subject_samples']} images of the subject, {o['samples']} of other prompts"
+        parts.append(markdown(("", *COLUMNS), rows))
+        parts.append(f"{r['header']}; {r['subject']}, {NAMES[r['method']]}, seed {r['seed']}; {how}.")
+        row = [r["subject"], *(f"{r['recogniser'][kind]:.3f}" for kind in RECOGNISED)]
+        parts.append(markdown(("recogniser of", *RECOGNISED.values()), [row]))
+    return "\n\n".join(parts) or "Not measured."
 
 
 def distilled_table(results: list[dict[str, Any]]) -> str:

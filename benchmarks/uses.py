@@ -8,7 +8,8 @@ Tables stand between `<!-- table: NAME -->` and `<!-- /table -->`; all else is w
 
     {"use": str, "measure": str, "teacher": number or null, "student": number or null, "time_ratio": likewise}
 
-A file that is not there yet, or that has no such rows, is named on stderr; its page keeps what it has.
+A file that is not there yet, or that has no such rows, is named on stderr; its page keeps what it has. How
+many images of a sheet are right by eye comes from docs/results/sheets.json of benchmarks/sheets.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,19 @@ from wadi.files import read_json, write_text
 
 USES = ("control", "inversion", "dreambooth", "high-resolution", "editing", "prompts")
 """Names of JSON files and pages, in the order of the table."""
+
+SHEETS = {
+    "a condition, by ControlNet": "control",
+    "a word for a relation that no caption names": "word",
+    "a new subject from six pictures, stacked on the student": "subject-stacked",
+    "images 2 times as high and wide": "larger",
+    "image to image": "image-to-image",
+    "inpainting, best of 8 in one step: replace": "inpaint-replace",
+    "inpainting, best of 8 in one step: add": "inpaint-add",
+    "prompts of several things": "prompts",
+    "prompts beyond the grammar": "prompts-beyond",
+}
+"""Names of the sheets that show the student's images of a use, by the use."""
 
 
 @dataclass
@@ -50,14 +64,30 @@ def uses_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: contents of the JSON files by name; those that are no use of `USES`, or have no summary, are
             left out.
     """
-    rows = []
+    rows, sheets = [], results.get("sheets", {})
     for name in (name for name in USES if name in results):
         for row in results[name].get("summary", ()):
             figures = [figure(row["teacher"]), figure(row["student"])]
-            rows.append(
-                [f"[{row['use']}](uses/{name}.md)", row["measure"], *figures, ratio(row["time_ratio"])]
-            )
-    return markdown(("use", "measure", "teacher, 25 steps", "student, 1 step", "time"), rows)
+            figures += [by_eye(sheets.get(SHEETS.get(row["use"], ""))), ratio(row["time_ratio"])]
+            rows.append([f"[{row['use']}](uses/{name}.md)", row["measure"], *figures])
+    return markdown(("use", "measure", "teacher, 25 steps", "student, 1 step", "by eye", "time"), rows)
+
+
+def sheets_table(sheets: Mapping[str, Any]) -> str:
+    """A row for each sheet that was looked at."""
+    rows = [
+        [f"[{name}](images/sheets/{found['sheet']})", found["looked_for"], by_eye(found)]
+        for name, found in sheets.items()
+        if found["right"] is not None
+    ]
+    return markdown(("sheet", "right means", "by eye"), rows)
+
+
+def by_eye(found: Mapping[str, Any] | None) -> str:
+    """How many images of a sheet are right; - for no sheet, or one that nobody has looked at."""
+    if found is None or found["right"] is None:
+        return "-"
+    return f"{len(found['right'])} of {len(found['prompts'])}"
 
 
 def check_summary(path: Path, found: Any) -> None:
@@ -127,21 +157,19 @@ def pairs_table(found: Mapping[str, Any]) -> str:
 
 def high_resolution_table(found: Mapping[str, Any]) -> str:
     """A row for each model, size and way, with its time as a multiple of the plain one's."""
-    # files from before the teacher was measured have the student alone
-    steps = [row.get("steps", 1) for row in found["rows"]]
-    plain = {
-        (n, row["size"]): row["seconds"]
-        for n, row in zip(steps, found["rows"], strict=True)
-        if not row["redilated"]
-    }
+    plain = {(row["steps"], row["size"]): row["seconds"] for row in found["rows"] if not row["redilated"]}
     rows = []
-    for n, row in zip(steps, found["rows"], strict=True):
+    for row in found["rows"]:
         way = "re-dilated" if row["redilated"] else "plain"
         way += f", damping {row['damping']:g}" if row["damping"] else ""
-        duration = f"{row['seconds'] / plain[n, row['size']]:.2f}"
-        figures = [f"{row['alignment']:.3f}", f"{row['objects']:.2f}", duration]
-        rows.append([model(n), str(row["size"]), way, *figures])
-    return markdown(("", "side, px", "convolutions", "all right", "objects seen", "time"), rows)
+        shares = [f"{row[part]:.3f}" for part in ("alignment", "close_up", "clean", "right")]
+        figures = [*shares, f"{row['grain']:.1f}", f"{row['objects']:.2f}"]
+        own = plain.get((row["steps"], row["size"]))
+        duration = "-" if own is None else f"{row['seconds'] / own:.2f}"
+        rows.append([model(row["steps"]), str(row["size"]), way, str(row["samples"]), *figures, duration])
+    shares = ("all right, reduced", "object, close up", "no grain", "right")
+    headings = ("", "side, px", "convolutions", "images", *shares, "grain", "objects seen", "time")
+    return markdown(headings, rows)
 
 
 def model(steps: int) -> str:
@@ -251,7 +279,7 @@ TABLES = {
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """The JSON files of `USES` and `TABLES` that are there; tells what is lacking."""
     results = {}
-    for name in dict.fromkeys((*USES, *(table.source for table in TABLES.values()))):
+    for name in dict.fromkeys((*USES, *(table.source for table in TABLES.values()), "sheets")):
         path = folder / "results" / f"{name}.json"
         if not path.exists():
             print(f"{path}: is not there yet", file=sys.stderr)
@@ -269,6 +297,9 @@ def blocks_of(page: Path, places: Iterable[str], results: Mapping[str, dict[str,
     for name in places:
         if name == "uses":
             blocks[name] = uses_table(results) + "\n"
+            continue
+        if name == "sheets":
+            blocks |= {name: sheets_table(results[name]) + "\n"} if name in results else {}
             continue
         table = TABLES[name]
         if folder / table.page != page:
@@ -298,7 +329,7 @@ def main(options: Options) -> int:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise WadiError(f"{path}: could not read the page: {error}") from error
-        places = find_tables(text, path, ("uses", *TABLES))
+        places = find_tables(text, path, ("uses", "sheets", *TABLES))
         blocks = blocks_of(path, places, results, folder)
         other += [f"{path} ({name})" for name, block in blocks.items() if text[slice(*places[name])] != block]
         pages[path] = with_tables(text, places, blocks)
@@ -321,7 +352,7 @@ def tell_missing(path: Path, places: Sequence[str] | Mapping[str, Any], folder: 
         WadiError: it names page and table.
     """
     wanted = {name for name, table in TABLES.items() if folder / table.page == path}
-    wanted |= {"uses"} if path == folder / "uses.md" else set()
+    wanted |= {"uses", "sheets"} if path == folder / "uses.md" else set()
     if lacking := sorted(wanted - set(places)):
         raise WadiError(f"{path}: has no <!-- table: {lacking[0]} -->; put it where the table shall stand")
 

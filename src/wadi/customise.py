@@ -19,7 +19,14 @@ from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeli
 from wadi.emoji.glyphs import NAMES
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE
-from wadi.emoji.subject import Recogniser, distillation_prompts, subject_captions, subject_figures
+from wadi.emoji.subject import (
+    UNSEEN_WORDS,
+    Recogniser,
+    distillation_prompts,
+    subject_captions,
+    subject_figures,
+    unseen_captions,
+)
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json, write_text
@@ -34,10 +41,11 @@ LEARNING_RATES = {"lorad": 1e-2, "lora": 3e-3}
 subject and other prompts right (benchmarks/dreambooth.py, one subject, one seed)."""
 TRAIN_TEXT_ENCODER = True
 """Of the built-in model, chosen in the same trials: for LoRA clearly, for LoRaD by next to nothing."""
-VARIATIONS = 12
+VARIATIONS = 8
 """Of every picture that the recogniser learns from: blur and noise."""
-BEFORE = 36
-"""Pictures of the word before it means anything, which the recogniser learns to refuse."""
+BEFORE = 6
+"""Images of the word before it means anything, and of each other unseen word, which the recogniser learns to
+refuse."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +203,10 @@ def judged(config: SubjectConfig, run: Path) -> dict[str, float]:
 
 
 def known_pictures(device: str, word: str) -> torch.Tensor:
-    """(72 + BEFORE, 3, 64, 64) float32 in [0, 1]: each emoji that the built-in student knows, and what it
-    makes of a word that it does not know."""
+    """(72 + 7 BEFORE, 3, 64, 64) float32 in [0, 1]: each emoji that the built-in student knows, and what it
+    makes of words that it does not know."""
     pipeline = load_for_steps(emoji.teacher_folder(), emoji.student_folder(), device=device)
-    prompts = [with_article(name) for name in NAMES] + subject_captions(BEFORE, "recogniser", word)[0]
+    prompts = [with_article(name) for name in NAMES] + unseen_captions(BEFORE, (word, *UNSEEN_WORDS))
     return generate_in_batches(pipeline_generator(pipeline, 1, 1.0), prompts, 0, 24).float() / 255
 
 

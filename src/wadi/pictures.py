@@ -27,6 +27,7 @@ from wadi.onestep.pipeline import load_for_steps
 from wadi.outputs import Output
 from wadi.tasks import control as steering
 from wadi.tasks import editing, growth, redilated
+from wadi.tasks.high_resolution import tell_larger
 
 READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
 """Options of these commands that name what is read."""
@@ -126,13 +127,15 @@ class Common:
             raise WadiError("--num-inference-steps: the student of --adapter takes 1 step; omit one of them")
         if self.model is None and adapter is None and self.num_inference_steps == 1:
             adapter = str(emoji.student_folder())
-        return load_for_steps(
+        pipeline = load_for_steps(
             self.model or emoji.teacher_folder(),
             adapter,
             self.num_inference_steps,
             self.torch_dtype,
             self.chosen_device,
         )
+        tell_larger(pipeline, self.height, self.width)
+        return pipeline
 
     def finish(self, images: list[Image.Image], seconds: float, sheet: Image.Image | None = None) -> None:
         """Write the pictures, in a file the sheet that shows them if there is one, and tell."""
@@ -193,6 +196,7 @@ def generate(config: GenerateConfig) -> None:
     config.check()
     pipeline, batch_size, images = _student(config), config.batch_size, []
     height, width = config.height, config.width
+    tell_larger(pipeline.pipeline, height, width)
     with _stretched(pipeline, height, width) if config.redilate else contextlib.nullcontext():
         if config.fast:
             batch_size = min(batch_size, config.num_images)

@@ -66,6 +66,17 @@ def test_one_training_is_measured_in_every_way(options, monkeypatch):
         benchmark.run_all([run], dataclasses.replace(options, samples=3), final=True)
 
 
+def test_one_subject_alone(options, monkeypatch):
+    monkeypatch.setattr(benchmark, "STEPS", 1)
+    result = benchmark.alone(benchmark.Run("hedgehog", "lorad", 1e-2, True, 1), options)
+    written = read_json(options.results / "alone" / "hedgehog.json")
+    assert written["figures"].keys() == result["figures"].keys() == {"teacher", "student"}
+    assert set(written["recogniser"]) == set(benchmark.RECOGNISED)
+    assert all(0 <= share <= 1 for share in written["recogniser"].values())
+    with pytest.raises(WadiError, match="--alone dodo: known are crab"):
+        benchmark.main(dataclasses.replace(options, alone=("dodo",)))
+
+
 def test_the_student_is_distilled_on(options, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "STEPS", 1)
     run = benchmark.Run("hedgehog", "lorad", 1e-2, True, 2)
@@ -133,11 +144,24 @@ def test_tables():
         "seeds": [2],
         "before": {
             "header": "another",
-            "recognisers": {"teapot": {"subject": 0.9, "the_72": 0.1, "new_decoys": 0.2}},
             "student": {"teapot": figures(0.25)},
         },
         "runs": [row("lorad", 0.5), row("lorad", 1.0), row("lora", 0.25), row("lora", 0.25)],
         "distilled_on": [],
+        "alone": [
+            {
+                "header": "a third",
+                "seed": 1,
+                "options": {
+                    "max_train_steps": 5,
+                    "train_batch_size": 4,
+                    "subject_samples": 3,
+                    "samples": 2,
+                },
+                "recogniser": {kind: i / 10 for i, kind in enumerate(benchmark.RECOGNISED)},
+                **row("lorad", 0.5),
+            }
+        ],
         "learning_rates": [row("lorad", 0.5), row("lorad", 0.75, 1e-2)],
         "chosen": {"lorad": {"learning_rate": 1e-2, "train_text_encoder": False}},
     }
@@ -149,7 +173,10 @@ def test_tables():
     assert means.count("subject merged first") == 1
     assert means.endswith("a machine; seed 2. The rows before: another.")
     assert "| teapot | LoRaD | 0.500 | 0.500 | 0.500 | 0.500 |" in shown["subjects"]
-    assert "| teapot | 0.900 | 0.100 | 0.200 |" in shown["recognisers"]
+    assert "| teapot | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 |" in shown["alone"]
+    assert "a third; teapot, LoRaD, seed 1; 5 updates of 4 + 4; 3 images of the subject, 2" in shown["alone"]
+    student = benchmark.summary(whole["alone"])[0]
+    assert (student["measure"], student["student"]) == ("subject recognised (up)", 0.5)
     assert "| LoRaD | **0.01** | no | 0.750 |" in shown["rates"]
     assert shown["distilled-on"] == "Not measured."
     assert benchmark.score(whole["learning_rates"][1]) == 0.75

@@ -42,35 +42,31 @@ CONTROL = {
 HIGH = {
     "header": "2 captions",
     "rows": [
-        {"size": 64, "redilated": False, "damping": None, "alignment": 0.9, "objects": 1.0, "seconds": 0.5},
         {
-            "steps": 25,
-            "size": 64,
-            "redilated": False,
-            "damping": None,
-            "alignment": 1.0,
-            "objects": 1.0,
-            "seconds": 9.0,
-        },
-        {
-            "steps": 25,
-            "size": 128,
-            "redilated": False,
-            "damping": None,
-            "alignment": 0.5,
-            "objects": 1.7,
-            "seconds": 8.0,
-        },
-        {
-            "steps": 25,
-            "size": 128,
-            "redilated": True,
-            "damping": 0.0,
-            "alignment": 0.8,
+            "steps": steps,
+            "size": size,
+            "redilated": damping is not None,
+            "damping": damping,
+            "samples": 2,
+            "alignment": 0.9,
+            "close_up": 0.8,
+            "clean": 0.7,
+            "right": right,
+            "grain": 1.25,
             "objects": 1.1,
-            "seconds": 10.0,
-        },
+            "seconds": seconds,
+        }
+        for steps, size, damping, right, seconds in (
+            (1, 64, None, 0.6, 0.5),
+            (25, 128, None, 0.5, 8.0),
+            (25, 128, 0.0, 0.4, 10.0),
+            (25, 192, 0.3, 0.3, 10.0),
+        )
     ],
+}
+SHEETS = {
+    "control": {"sheet": "control.png", "looked_for": "edges", "right": [0, 3], "prompts": ["a cat"] * 4},
+    "word": {"sheet": "word.png", "looked_for": "a word", "right": None, "prompts": ["a cat"] * 4},
 }
 PROMPTS = {
     "header": "3 prompts",
@@ -97,7 +93,11 @@ def uses():
 @pytest.fixture
 def pages(uses, tmp_path):
     """A folder with pages that have the place of every table, and no results."""
-    for name, page in {"uses": "uses.md", **{n: t.page for n, t in uses.TABLES.items()}}.items():
+    for name, page in {
+        "uses": "uses.md",
+        "sheets": "uses.md",
+        **{n: t.page for n, t in uses.TABLES.items()},
+    }.items():
         path = tmp_path / page
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:
@@ -119,8 +119,8 @@ def test_rows_of_all_uses(uses, pages, capsys):
     assert uses.main(uses.Options(folder=pages)) == 0
     lines = (pages / "uses.md").read_text().splitlines()
     assert lines[5:7] == [
-        "| [edges](uses/control.md) | F1 (up) | 0.930 | 1.000 | 1/24.3 |",
-        "| [edges](uses/control.md) | F1 (up) | - | 1.33 | - |",
+        "| [edges](uses/control.md) | F1 (up) | 0.930 | 1.000 | - | 1/24.3 |",
+        "| [edges](uses/control.md) | F1 (up) | - | 1.33 | - | - |",
     ]
     error = capsys.readouterr().err
     page = (pages / "uses" / "control.md").read_text()
@@ -131,14 +131,35 @@ def test_rows_of_all_uses(uses, pages, capsys):
     assert "control.json" not in error
 
 
+def test_what_is_right_by_eye_stands_beside_the_figures(uses, pages):
+    rows = [ROW | {"use": "a condition, by ControlNet"}]
+    write(pages, control=CONTROL | {"summary": rows}, sheets=SHEETS)
+    uses.main(uses.Options(folder=pages))
+    text = (pages / "uses.md").read_text()
+    assert "| F1 (up) | 0.930 | 1.000 | 2 of 4 | 1/24.3 |" in text
+    assert "| [control](images/sheets/control.png) | edges | 2 of 4 |" in text
+    assert "word.png" not in text  # nobody has looked at it
+
+
+def test_every_use_of_a_sheet_is_one_of_the_table(uses):
+    found = [json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in uses.USES]
+    named = {row["use"] for each in found for row in each["summary"]}
+    assert set(uses.SHEETS) <= named
+    assert set(uses.SHEETS.values()) <= set(json.loads((ROOT / "docs/results/sheets.json").read_text()))
+
+
 def test_pages_without_data_keep_what_they_have(uses, pages, capsys):
     write(pages, high_resolution=HIGH)
     uses.main(uses.Options(folder=pages))
     assert "has no summary" in capsys.readouterr().err
     assert "old prompts" in (pages / "uses" / "prompts.md").read_text()
     text = (pages / "uses" / "high-resolution.md").read_text()
-    assert "| student | 64 | plain | 0.900 | 1.00 | 1.00 |" in text
-    assert "| teacher, 25 steps | 128 | re-dilated | 0.800 | 1.10 | 1.25 |" in text
+    shares = "2 | 0.900 | 0.800 | 0.700"
+    assert f"| student | 64 | plain | {shares} | 0.600 | 1.2 | 1.10 | 1.00 |" in text
+    assert f"| teacher, 25 steps | 128 | re-dilated | {shares} | 0.400 | 1.2 | 1.10 | 1.25 |" in text
+    assert (
+        f"| teacher, 25 steps | 192 | re-dilated, damping 0.3 | {shares} | 0.300 | 1.2 | 1.10 | - |" in text
+    )
     assert text.endswith("\n\n2 captions.\n<!-- /table -->\n")
     assert text.startswith("By hand.\n\n")
 

@@ -11,11 +11,11 @@ from wadi.cli import main
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import sample_captions, stated
 from wadi.emoji.judge import Judge, attributes_right
-from wadi.errors import WadiError
+from wadi.errors import WadiError, WadiWarning
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import growth, redilated
-from wadi.tasks.high_resolution import inner_convolutions
+from wadi.tasks.high_resolution import inner_convolutions, tell_larger
 
 STATES = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
 
@@ -179,16 +179,28 @@ def test_objects_repeat_less_and_are_more_often_right(student):
     assert aligned["redilated"] > aligned["plain"] + 0.15
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "told"),
+    [(None, None, 0), (64, 64, 0), (32, None, 0), (96, None, 1), (None, 72, 1), (32, 128, 1)],
+)
+def test_a_larger_image_is_told_to_be_poor(student, recwarn, height, width, told):
+    tell_larger(student, height, width)
+    messages = [str(w.message) for w in recwarn if issubclass(w.category, WadiWarning)]
+    assert len(messages) == told
+    assert all("larger than those that the model was trained for" in message for message in messages)
+
+
 def share_right(pictures, captions):
     judge = Judge.load(assets_folder() / "judge.safetensors")
     return attributes_right(judge.read(pictures), stated(captions))["all"].double().mean().item()
 
 
-def test_command(tmp_path, monkeypatch):
+def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common = ["generate", "a big panda", "--height", "96", "--width", "128", "--seed", "3", "--device", "cpu"]
     for name, more in (("a.png", []), ("b.png", ["--no-redilate"]), ("c.png", ["--fast"])):
         assert main([*common, "--out", name, *more]) == 0
+        assert capsys.readouterr().err.count("will be grainy") == 1
     pictures = {name: Image.open(f"{name}.png") for name in "abc"}
     assert pictures["a"].size == (128, 96)
     pipeline = OneStepPipeline.from_pretrained(teacher_folder(), student_folder())

@@ -1,11 +1,13 @@
 """A subject that the teacher never saw: its pictures, and a recogniser that reads it in other pictures.
 
-The judge knows 72 emoji and no other. The recogniser is a logistic regression on what the judge's last layer
-sees where the object is, fitted to drawn scenes alone: it never sees a picture that a model made.
+The judge knows 72 emoji and no other. The recogniser is a logistic regression on what the judge's layers
+see where the object is. A model that does not know a subject paints a blot of about its colours, so the
+recogniser also learns to refuse the subject blurred, and in patches that have changed their places.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -20,7 +22,7 @@ from PIL import Image
 from wadi.emoji import assets_folder, prompts_file
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, Caption, stated
 from wadi.emoji.glyphs import EMOJI, FONT_FILE, NAMES, draw_atlas
-from wadi.emoji.judge import Judge, attributes_right
+from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
@@ -35,6 +37,12 @@ EXAMPLES = (
     ("small", "on the right", "purple"),
 )
 """Size, place and background of the pictures of a subject."""
+
+CERTAIN = 0.9
+"""Probability from which on a recogniser takes an object for its subject: in doubt it is a blot."""
+
+UNSEEN_WORDS = ("sks", "blorp", "wug", "xqv", "dax", "kiv")
+"""Words that the models do not know: what a student paints of them is what a recogniser shall refuse."""
 
 
 @dataclass
@@ -116,36 +124,128 @@ def example_pictures(glyph: torch.Tensor, seed: int = 0) -> list[Image.Image]:
 
 @torch.no_grad()
 def object_features(judge: Judge, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """What the judge's last convolutional layer sees of the strongest object.
+    """What the layers of the judge see of the strongest object: texture by the first, shape by the last.
 
     Args:
         judge: on the device where it is to work.
         images: (N, 3, 64, 64), uint8, or float in [0, 1].
-        batch_size: pictures a forward pass.
+        batch_size: images a forward pass.
 
     Returns:
-        (N, 384) float32 on the judge's device: the cell of the object, and the mean of it and the eight
-        around it.
+        (N, 2752) float32 on the judge's device: of each of the five layers mean and standard deviation within
+        the object's box, and of the three in the middle the mean of each quarter of the box.
     """
     found = []
     for batch in images.split(batch_size):
-        batch = batch.to(judge.stem.weight.device)
-        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-        x = F.silu(judge.norm(judge.blocks(judge.stem(2 * batch - 1))))
-        score = 1 - judge.cells(x)[:, : len(NAMES) + 1].softmax(1)[:, -1]
-        cell = score.flatten(1).argmax(1)[:, None, None].expand(-1, x.shape[1], 1)
-        around = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        found.append(torch.cat([part.flatten(2).gather(2, cell)[..., 0] for part in (x, around)], 1))
+        reading, layers = _read_layers(judge, batch)
+        center, size = reading.center[:, 0], reading.size[:, :1]
+        parts = []
+        for x in layers:
+            mean, square = (_box_mean(value, center, size) for value in (x, x.square()))
+            parts += [mean, (square - mean.square()).clamp(min=0).sqrt()]
+        corners = center.new_tensor([(-1, -1), (1, -1), (-1, 1), (1, 1)]) / 4
+        for x in layers[1:4]:
+            parts += [_box_mean(x, center + corner * size, size / 2) for corner in corners]
+        found.append(torch.cat(parts, 1))
     return torch.cat(found)
 
 
+def _read_layers(judge: Judge, images: torch.Tensor) -> tuple[Reading, list[torch.Tensor]]:
+    """What the judge reads in images, and the outputs (N, C, S, S) of its five layers on the way."""
+    layers: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output: layers.append(output))
+        for layer in (judge.stem, *judge.blocks)
+    ]
+    try:
+        reading = judge.read(images, batch_size=len(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reading, [*layers[:-1], F.silu(judge.norm(layers[-1]))]
+
+
+def _box_mean(x: torch.Tensor, center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """(N, C) mean of x (N, C, S, S) over boxes: centers (N, 2) and sizes (N, 1) are fractions of the side."""
+    side = x.shape[-1]
+    axis = (torch.arange(side, device=x.device) + 0.5) / side
+    # (N, 2, S): the share of each pixel's width, and height, that is within the box
+    within = ((size[..., None] / 2 - (axis - center[..., None]).abs()) * side + 0.5).clamp(0, 1)
+    columns, rows = (within / within.sum(-1, keepdim=True).clamp(min=1e-6)).unbind(1)
+    return torch.einsum("nch,nh->nc", torch.einsum("nchw,nw->nch", x, columns), rows)
+
+
+def blurred(images: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Images (N, 3, H, W), each blurred by a Gaussian of its own standard deviation (N,) in pixels."""
+    radius = math.ceil(3 * deviation.max().item())
+    offset = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-offset.square() / (2 * deviation.square())[:, None], 1).repeat_interleave(3, 0)
+    x = F.pad(images, (radius,) * 4, mode="replicate").flatten(0, 1)[None]
+    x = F.conv2d(x, kernel[:, None, None, :], groups=len(kernel))
+    return F.conv2d(x, kernel[:, None, :, None], groups=len(kernel)).view_as(images)
+
+
+def shuffled(image: torch.Tensor, box: tuple[int, int, int], patch: int, generator: torch.Generator):
+    """An image (3, H, W) in which the patches of a box have changed their places.
+
+    Args:
+        image: is not changed.
+        box: left, top and side in pixels; the side is a multiple of `patch`.
+        patch: side of the patches in pixels, at most half that of the box.
+        generator: of the order, which is another than before.
+    """
+    left, top, side = box
+    where = (slice(None), slice(top, top + side), slice(left, left + side))
+    count = side // patch
+    patches = image[where].reshape(3, count, patch, count, patch).transpose(2, 3).flatten(1, 2)
+    order = before = torch.arange(count * count, device=image.device)
+    while torch.equal(order, before):
+        order = torch.randperm(count * count, generator=generator, device=image.device)
+    patches = patches[:, order].view(3, count, count, patch, patch)
+    result = image.clone()
+    result[where] = patches.transpose(2, 3).reshape(3, side, side)
+    return result
+
+
+@torch.no_grad()
+def blots(judge: Judge, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What has the colours and the size of a subject, and is none: blurred, and shuffled in patches.
+
+    Args:
+        judge: finds the subject.
+        images: (N, 3, 64, 64) float in [0, 1] of the subject, on the generator's device.
+        generator: of all that is random.
+
+    Returns:
+        (5 N, 3, 64, 64): blurred by 1.5 to 4 pixels; with the object's box in 2 x 2 patches; in 3 x 3; and
+        twice the whole image in patches of 16 pixels. Finer patches are further from the subject than these.
+    """
+    side = images.shape[-1]
+    drawn = torch.rand(len(images), generator=generator, device=images.device)
+    reading = judge.read(images)
+
+    def in_patches(i: int, count: int) -> torch.Tensor:
+        patch = max(1, round(reading.size[i, 0].item() * side / count))
+        own = min(count * patch, side // patch * patch)
+        left, top = (
+            round(min(max(x * side - own / 2, 0), side - own)) for x in reading.center[i, 0].tolist()
+        )
+        return shuffled(images[i], (left, top, own), patch, generator)
+
+    found = [in_patches(i, count) for count in (2, 3) for i in range(len(images))]
+    found += [shuffled(image, (0, 0, side), side // 4, generator) for _ in range(2) for image in images]
+    return torch.cat([blurred(images, 1.5 + 2.5 * drawn), torch.stack(found)])
+
+
 class Recogniser:
-    """Tells whether the object of a picture is the subject: logistic regression on `object_features`.
+    """Tells whether the object of an image is the subject: logistic regression on `object_features`.
+
+    It refuses other objects, and `blots` of the subject.
 
     Args:
         judge: whose features it reads.
-        subject: (N, 3, 64, 64) pictures of the subject.
-        others: (M, 3, 64, 64) pictures of other objects.
+        subject: (N, 3, 64, 64) images of the subject, float in [0, 1].
+        others: (M, 3, 64, 64) images of other objects.
         weight_decay: of the standardised features' coefficients.
     """
 
@@ -153,13 +253,16 @@ class Recogniser:
         self, judge: Judge, subject: torch.Tensor, others: torch.Tensor, weight_decay: float = 1e-3
     ) -> None:
         self.judge = judge
-        features = torch.cat([object_features(judge, subject), object_features(judge, others)])
+        subject = subject.to(judge.stem.weight.device)
+        none = blots(judge, subject, torch.Generator(subject.device).manual_seed(0))
+        kinds = [object_features(judge, images) for images in (subject, others, none)]
+        features = torch.cat(kinds)
         self.mean, self.std = features.mean(0), features.std(0).clamp_min(1e-6)
         x = (features - self.mean) / self.std
         label = torch.zeros(len(x), device=x.device)
         label[: len(subject)] = 1
-        # both kinds count alike, however many there are
-        weight = torch.where(label == 1, 0.5 / len(subject), 0.5 / len(others))
+        # the kinds count alike, however many there are of each
+        weight = torch.cat([torch.full((len(kind),), 1 / len(kinds) / len(kind)) for kind in kinds]).to(x)
         self.weight = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
         self.bias = torch.zeros((), device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS(
@@ -181,7 +284,7 @@ class Recogniser:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(N,) bool: the object of each picture (N, 3, 64, 64) is the subject."""
         features = (object_features(self.judge, images) - self.mean) / self.std
-        return features @ self.weight + self.bias > 0
+        return torch.sigmoid(features @ self.weight + self.bias) > CERTAIN
 
 
 def drawn_scenes(
@@ -227,6 +330,11 @@ def subject_captions(
         for _ in range(count)
     ]
     return [caption.text.replace(NAMES[0], word) for caption in captions], stated(captions)
+
+
+def unseen_captions(count: int, words: Sequence[str] = UNSEEN_WORDS) -> list[str]:
+    """As many captions of each of several words that no model knows."""
+    return [text for word in words for text in subject_captions(count, f"unseen-{word}", word)[0]]
 
 
 def distillation_prompts(word: str = "zwx", count: int = 2000) -> list[str]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.onestep.arguments import image_size, own_size
 
 OUTER_LEVELS = 1
@@ -42,6 +42,15 @@ def growth(pipeline: DiffusionPipeline, height: int | None, width: int | None) -
         return 1.0, 1.0
     asked = image_size(pipeline, height, width)
     return tuple(max(1.0, side / usual) for side, usual in zip(asked, own_size(pipeline), strict=True))
+
+
+def tell_larger(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    """Tell in one line that an image larger than the model's own will be poor; arguments as of `growth`."""
+    if max(growth(pipeline, height, width)) > 1:
+        tell(
+            "--height, --width: the image is larger than those that the model was trained for and will be "
+            "grainy, with little detail (docs/uses/high-resolution.md); omit them for the model's own size"
+        )
 
 
 @contextlib.contextmanager
