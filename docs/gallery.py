@@ -117,8 +117,8 @@ ENTRIES = (
     Entry(
         "image-to-image",
         "Image to image, in one step",
-        "Another object in the place of the first, on its background. It is seldom right: in 9 of 24 images by "
-        "eye ([pictures of pictures](uses/editing.md)).",
+        "Another object in the place of the first, on its background. It is seldom right: in 9 of 24 images "
+        "by eye ([pictures of pictures](uses/editing.md)).",
         ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.jpg',),
         ("panda",),
     ),
@@ -182,8 +182,8 @@ ENTRIES = (
     Entry(
         "dreambooth",
         "A new subject, from six pictures",
-        "Emoji that the models never saw. The teacher (25 steps) learns some of them, at the places and on the "
-        "backgrounds of the prompt. The student in one step paints blots, of which none is right by eye: "
+        "Emoji that the models never saw. The teacher (25 steps) learns some of them, at the places and on "
+        "the backgrounds of the prompt. The student in one step paints blots, of which none is right by eye: "
         "[a new subject](uses/dreambooth.md).",
         (
             "wadi emoji subject-examples --out hedgehog",
