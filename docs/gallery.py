@@ -43,7 +43,7 @@ class Entry:
         words: what there is to see, and which page has more.
         commands: command lines; the last one writes the picture.
         needs: names of entries whose pictures the commands read.
-        made_by: of what trains for minutes: the benchmark that made the picture in docs/images. That one
+        made_by: of what trains for minutes: the experiment that made the picture in docs/images. That one
             is shown, the commands are not run, and the page says so.
         suffix: of the picture's file.
         module: what the commands import beyond what wadi always needs. Where it is not installed they are not
@@ -173,7 +173,7 @@ ENTRIES = (
             "wadi invert pictures --out runs/word",
             'wadi generate "a panda <R> a rocket" --embedding runs/word -n 8 --out word.jpg',
         ),
-        made_by="python benchmarks/inversion.py",
+        made_by="python experiments/inversion.py",
         suffix=".png",
     ),
     Entry(
@@ -188,7 +188,7 @@ ENTRIES = (
             'wadi generate "a big zwx on a purple background" --subject-adapter runs/hedgehog/adapter -n 4 '
             "--out zwx.jpg",
         ),
-        made_by="python benchmarks/dreambooth.py",
+        made_by="python experiments/dreambooth.py",
     ),
 )
 """The gallery, in order."""

@@ -1,4 +1,4 @@
-"""The benchmark of the comparison runs, and removes its files."""
+"""The experiment on the comparison runs, and removes its files."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from wadi.files import read_json
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "directions.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "directions.py"
 
 
 @pytest.mark.parametrize("student", ["full", "lorad"])

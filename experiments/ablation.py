@@ -1,19 +1,20 @@
 """Which adapter makes the better one-step student, and what decides it: many distillations side by side.
 
-    python benchmarks/ablation.py --list                               # the runs of a suite
-    python benchmarks/ablation.py --suites rates                       # on a GPU; selection captions
-    python benchmarks/ablation.py --suites methods ranks fake guidance # with the rates that `rates` chose
-    python benchmarks/ablation.py --suites next                        # adapters at the rate above that
-    python benchmarks/ablation.py --suites dit-rates dit-methods --dit runs/dit   # wadi emoji train-teacher
-    python benchmarks/ablation.py --suites gap                         # objectives beyond the paper's
-    python benchmarks/ablation.py --suites cost                        # one at a time: time and memory a step
-    python benchmarks/ablation.py --device cpu --max-train-steps 2 --num-samples 256    # does it run?
+    python experiments/ablation.py --list                               # the runs of a suite
+    python experiments/ablation.py --suites rates                       # on a GPU; selection captions
+    python experiments/ablation.py --suites methods ranks fake guidance # with the rates that `rates` chose
+    python experiments/ablation.py --suites next                        # adapters at the rate above that
+    python experiments/ablation.py --suites dit-rates dit-methods --dit runs/dit   # wadi emoji train-teacher
+    python experiments/ablation.py --suites gap                         # objectives beyond the paper's
+    python experiments/ablation.py --suites cost                       # one at a time: time and memory a step
+    python experiments/ablation.py --device cpu --max-train-steps 2 --num-samples 256    # does it run?
 
 Every run distils the same teacher on the same prompts with the same number of updates and is judged on the
 same captions and noise; runs differ in what `runs_of` names, and in their seed. Several students are trained
-at once on one device: as one network where they can be (benchmarks/stacked.py), else each on a CUDA stream of
-its own, with iterations captured as graphs. Each run leaves one JSON file, written when it is complete; what
-is there is not run again. `benchmarks/evidence.py` makes the tables and plots of docs/evidence.md from them.
+at once on one device: as one network where they can be (experiments/stacked.py), else each on a CUDA stream
+of its own, with iterations captured as graphs. Each run leaves one JSON file, written when it is complete;
+what is there is not run again. `experiments/evidence.py` makes the tables and plots of docs/evidence.md from
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Larger pictures than a student was trained for, with and without re-dilated convolutions.
 
-    python benchmarks/high_resolution.py        # the emoji student and its teacher, for a GPU: JSON, picture
-    python benchmarks/high_resolution.py --teacher-samples 0    # the student; two cores, 5 minutes
-    python benchmarks/uses.py                   # then: the table of docs/uses/high-resolution.md
+    python experiments/high_resolution.py        # the emoji student and its teacher, for a GPU: JSON, picture
+    python experiments/high_resolution.py --teacher-samples 0    # the student; two cores, 5 minutes
+    python experiments/uses.py                   # then: the table of docs/uses/high-resolution.md
 
 Their own size is 64 px. Every picture shows one object; the judge reads it reduced to 64 px: whether
 all that the caption states is right, and how many objects there are, of which one is right.

@@ -1,4 +1,4 @@
-"""The benchmark of relations runs, and its words and pairs are what it says."""
+"""The experiment on relations runs, and its words and pairs are what it says."""
 
 import dataclasses
 import sys
@@ -11,8 +11,8 @@ from tests.emoji.cases import synthetic_atlas
 from wadi.emoji.captions import is_held_out_pair
 from wadi.files import read_json, save_tensors
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
 import inversion  # noqa: E402
 
 TINY = inversion.Options(

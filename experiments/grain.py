@@ -1,8 +1,8 @@
 """What is wrong with a student's pictures: one prediction of the teacher at little noise, and where it helps.
 
-    python benchmarks/grain.py                                    # the built-in student; two cores, 5 minutes
-    python benchmarks/grain.py --adapter runs/mine/adapter --out mine.json
-    python benchmarks/evidence.py                                 # then: the table of docs/evidence.md
+    python experiments/grain.py                                   # the built-in student; two cores, 5 minutes
+    python experiments/grain.py --adapter runs/mine/adapter --out mine.json
+    python experiments/evidence.py                                # then: the table of docs/evidence.md
 
 Noise of a low timestep is added to the student's latents, and the unguided teacher says what they were
 before it came. The change is applied whole, or only what of it is finer, or coarser, than squares of latent

@@ -1,4 +1,4 @@
-"""Plots of docs/evidence.md; `benchmarks/evidence.py` calls them."""
+"""Plots of docs/evidence.md; `experiments/evidence.py` calls them."""
 
 from __future__ import annotations
 

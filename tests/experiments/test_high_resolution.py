@@ -1,4 +1,4 @@
-"""The benchmark of larger pictures runs, and counts objects."""
+"""The experiment on larger pictures runs, and counts objects."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from wadi.emoji.judge import Judge
 from wadi.files import read_json
 from wadi.onestep.pipeline import load_for_steps
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
 import high_resolution  # noqa: E402
 
 
@@ -22,7 +22,7 @@ def test_figures_and_picture(tmp_path):
     out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
     options = ["--samples", "4", "--sizes", "96", "--damping", "0.5"]
     options += ["--teacher-samples", "1", "--device", "cpu"]
-    command = [sys.executable, str(BENCHMARKS / "high_resolution.py"), *options]
+    command = [sys.executable, str(EXPERIMENTS / "high_resolution.py"), *options]
     subprocess.run(
         [*command, "--out", str(out), "--picture", str(picture)], capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
-"""The tables of docs/uses.md and of its pages, from the JSON files of the uses' benchmarks.
+"""The tables of docs/uses.md and of its pages, from the JSON files of the uses' experiments.
 
-    python benchmarks/uses.py             # write the tables
-    python benchmarks/uses.py --check     # only tell whether the pages are what the files give
+    python experiments/uses.py             # write the tables
+    python experiments/uses.py --check     # only tell whether the pages are what the files give
 
 Tables stand between `<!-- table: NAME -->` and `<!-- /table -->`; all else is written by hand. The table
 `uses` has the rows that each docs/results/NAME.json gives under "summary":
@@ -78,7 +78,7 @@ def check_summary(path: Path, found: Any) -> None:
         ):
             if name not in row or not isinstance(row[name], kinds):
                 wrong = "is missing" if name not in row else f"must not be {row[name]!r}"
-                raise WadiError(f"{path}: summary[{number}].{name} {wrong}; write it again by its benchmark")
+                raise WadiError(f"{path}: summary[{number}].{name} {wrong}; write it again by its experiment")
 
 
 def figure(value: float | None) -> str:
@@ -306,7 +306,7 @@ def main(options: Options) -> int:
     if options.check:
         if other:
             print(f"not what the files give: {', '.join(other)}", file=sys.stderr)
-            print("run python benchmarks/uses.py", file=sys.stderr)
+            print("run python experiments/uses.py", file=sys.stderr)
         return int(bool(other))
     for path, text in pages.items():
         write_text(path, text)

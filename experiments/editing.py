@@ -1,7 +1,7 @@
 """Pictures of pictures, and guidance forced on a student: teacher in 25 guided steps against one step.
 
-    python benchmarks/editing.py      # the built-in pair; a GPU takes a minute or two, two cores an hour
-    python benchmarks/uses.py         # then: the tables of docs/uses/editing.md
+    python experiments/editing.py      # the built-in pair; a GPU takes a minute or two, two cores an hour
+    python experiments/uses.py         # then: the tables of docs/uses/editing.md
 
 Image to image: a scene of one object that the caption states wholly; the prompt names another object only.
 How often is that one there, and the ground, the place and the size still the scene's?

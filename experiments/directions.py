@@ -1,9 +1,9 @@
 """Time and peak memory of `wadi directions` and `wadi directions swap` at full size, random weights.
 
-    python benchmarks/directions.py                          # SD 1.5's U-Net against a fine-tune of it
-    python benchmarks/directions.py --model pixart           # PixArt-alpha XL/2
-    python benchmarks/directions.py --student lorad          # an adapter, not whole weights
-    python benchmarks/directions.py --model tiny             # a smoke test
+    python experiments/directions.py                          # SD 1.5's U-Net against a fine-tune of it
+    python experiments/directions.py --model pixart           # PixArt-alpha XL/2
+    python experiments/directions.py --student lorad          # an adapter, not whole weights
+    python experiments/directions.py --model tiny             # a smoke test
 
 The weights are normal, of the shapes of the configuration, and so are the changes (a fiftieth of their size):
 what is timed does not depend on the values. Files are written to --folder first (SD 1.5 in float32: 6.9 GB).

@@ -1,7 +1,7 @@
 """Alignment by kind of prompt: teacher in 25 guided steps against student in one, on held-out combinations.
 
-    python benchmarks/prompts.py                  # the built-in pair; a GPU is quick, two cores take an hour
-    python benchmarks/uses.py                     # then: the table of docs/uses/prompts.md
+    python experiments/prompts.py                  # the built-in pair; a GPU is quick, two cores take an hour
+    python experiments/uses.py                     # then: the table of docs/uses/prompts.md
 
 Kinds of the training grammar state combinations that no training has shown, where there are any: one pair of
 objects in ten, and one background of ten for each object. Kinds beyond it are the same for both models: no

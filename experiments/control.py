@@ -1,7 +1,7 @@
 """ControlNets trained on a multi-step teacher, on its one-step student: agreement, and time.
 
-    python benchmarks/control.py      # the built-in teacher, student and ControlNet: tables, JSON, picture
-    python benchmarks/uses.py         # then: the tables of docs/uses/control.md
+    python experiments/control.py      # the built-in teacher, student and ControlNet: tables, JSON, picture
+    python experiments/uses.py         # then: the tables of docs/uses/control.md
 
 Scenes of combinations that no training has shown are drawn; their edges are the condition, and the prompt
 names the objects and, half the time, the background, but neither place nor size. The edges of the results are

@@ -1,4 +1,4 @@
-"""The benchmark of ControlNets: what it counts, and that it runs."""
+"""The experiment on ControlNets: what it counts, and that it runs."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from wadi.files import read_json, save_tensors
 from wadi.onestep.loading import load_pipeline
 from wadi.outputs import Output
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import control
 
 

@@ -1,11 +1,11 @@
 """A new subject from six pictures: LoRaD against LoRA, on the teacher and on its one-step student.
 
-    python benchmarks/dreambooth.py                     # what is in docs/results/dreambooth is not run again
-    python benchmarks/dreambooth.py --results new       # everything anew, on a GPU
-    python benchmarks/dreambooth.py --draw glyphs.safetensors        # where the emoji font is, for
-    python benchmarks/dreambooth.py --glyphs glyphs.safetensors      # a machine without it
-    python benchmarks/dreambooth.py --distill-on hedgehog --device cpu    # only: the student distilled on
-    python benchmarks/dreambooth.py --table             # the tables of docs/uses/dreambooth.md, from the JSON
+    python experiments/dreambooth.py                     # what is in docs/results/dreambooth is not run again
+    python experiments/dreambooth.py --results new       # everything anew, on a GPU
+    python experiments/dreambooth.py --draw glyphs.safetensors        # where the emoji font is, for
+    python experiments/dreambooth.py --glyphs glyphs.safetensors      # a machine without it
+    python experiments/dreambooth.py --distill-on hedgehog --device cpu    # only: the student distilled on
+    python experiments/dreambooth.py --table            # the tables of docs/uses/dreambooth.md, from the JSON
 
 Learning rates are chosen on one subject, as many tried for each method, and three other subjects are
 reported. Both adapters have the same layers and number of parameters, see the same pictures, class pictures,
@@ -138,7 +138,7 @@ class Options:
     """Drawn scenes of the subject that its recogniser is fitted to; of each other emoji a tenth."""
     workers: int = 12
     """Trainings at once."""
-    runs: Path = Path("runs/dreambooth/benchmark")
+    runs: Path = Path("runs/dreambooth/experiment")
     """Folder of adapters and pictures."""
     results: Path = Path("docs/results/dreambooth")
     """Folder of the figures of single trainings."""
@@ -196,7 +196,7 @@ class Run:
 
 
 def draw_glyphs() -> dict[str, torch.Tensor]:
-    """All emoji that the benchmark needs, each uint8 (N, 4, 96, 96)."""
+    """All emoji that the experiment needs, each uint8 (N, 4, 96, 96)."""
     return {
         "atlas": load_atlas(),
         "subjects": draw_subjects(list(SUBJECTS.values())),

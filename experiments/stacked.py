@@ -1,4 +1,4 @@
-"""Many students trained as one network with a batch for each: what benchmarks/ablation.py does on a GPU.
+"""Many students trained as one network with a batch for each: what experiments/ablation.py does on a GPU.
 
 Students with adapters differ in their Linear layers alone, so all of them go through convolutions, norms and
 attention as one batch, and an adapted layer multiplies every student's samples by that student's own weight:
@@ -6,7 +6,7 @@ attention as one batch, and an adapted layer multiplies every student's samples 
     x (K n, ..., in), W' (K, out, in)  ->  y[k] = x[k] W'[k]^T + bias
 
 Each student keeps its `Trainer`, with its own parameters, optimizers, average, rates and randomness; what is
-trained is what each would train alone, rounding aside (tests/benchmarks/test_stacked.py). Five students as
+trained is what each would train alone, rounding aside (tests/experiments/test_stacked.py). Five students as
 one did 30 updates of 64 samples a second on one H100, twelve on streams of their own 29 on one H200; they
 were not timed on one card.
 """

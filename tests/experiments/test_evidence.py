@@ -13,7 +13,7 @@ import pytest
 from wadi.errors import WadiError
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "evidence.py"
+SCRIPT = ROOT / "experiments" / "evidence.py"
 
 
 @pytest.fixture(scope="module")

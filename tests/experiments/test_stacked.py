@@ -13,7 +13,7 @@ from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.distill import PixArtBackbone, Trainer, encode_prompts, make_accelerator
 from wadi.distill.config import DistillConfig
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import stacked
 
 # not 1 above: before the first update teacher and fake model are the same, and their difference is rounding

@@ -1,6 +1,6 @@
 """Relations that no caption names, learned from exemplars as a new word; the judge reads pairs never seen.
 
-    python benchmarks/inversion.py --device cuda    # table, JSON and picture of docs/uses/inversion.md
+    python experiments/inversion.py --device cuda    # table, JSON and picture of docs/uses/inversion.md
 
 Where several values of an option are given, those are taken that do best on other held-out pairs than are
 reported on. All words train in one batch, each as it would alone (`learn_words`).

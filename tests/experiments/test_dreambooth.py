@@ -1,4 +1,4 @@
-"""The benchmark of subjects: equal parameters, one whole training on a synthetic glyph, and its tables."""
+"""The experiment on subjects: equal parameters, one whole training on a synthetic glyph, and its tables."""
 
 import dataclasses
 import sys
@@ -17,18 +17,18 @@ from wadi.files import load_tensors, read_json, save_tensors
 from wadi.lorad import student_config
 from wadi.onestep import load_pipeline
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import dreambooth as benchmark  # noqa: E402
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import dreambooth as experiment  # noqa: E402
 
-SHAPE = {"subjects": len(benchmark.SUBJECTS), "known_decoys": 1, "new_decoys": 1}
+SHAPE = {"subjects": len(experiment.SUBJECTS), "known_decoys": 1, "new_decoys": 1}
 
 
 @pytest.fixture
 def options(tmp_path):
     glyphs = {name: torch.full((n, 4, 96, 96), 200, dtype=torch.uint8) for name, n in SHAPE.items()}
     save_tensors(tmp_path / "glyphs.safetensors", {"atlas": synthetic_atlas(), **glyphs})
-    return benchmark.Options(
+    return experiment.Options(
         glyphs=tmp_path / "glyphs.safetensors",
         rank=4,
         max_train_steps=1,
@@ -49,47 +49,47 @@ def options(tmp_path):
 
 
 def test_one_training_is_measured_in_every_way(options, monkeypatch):
-    monkeypatch.setattr(benchmark, "STEPS", 1)
-    run = benchmark.Run("hedgehog", "lora", 1e-3, False, 1)
-    (result,) = benchmark.run_all([run], options, final=True)
-    assert set(result["figures"]) == set(benchmark.WAYS)
+    monkeypatch.setattr(experiment, "STEPS", 1)
+    run = experiment.Run("hedgehog", "lora", 1e-3, False, 1)
+    (result,) = experiment.run_all([run], options, final=True)
+    assert set(result["figures"]) == set(experiment.WAYS)
     for figures in result["figures"].values():
         assert all(0 <= figures[name] <= 1 for name in ("recognised", "all", "others", "subject_elsewhere"))
     shown = load_tensors(options.runs / f"{run.name}.safetensors")
-    assert all(shown[way].shape == (2, 3, 64, 64) for way in benchmark.WAYS)
+    assert all(shown[way].shape == (2, 3, 64, 64) for way in experiment.WAYS)
     written = options.results / f"{run.name}.json"
     assert read_json(written)["header"].startswith("CPU, torch ")
     before = written.stat().st_mtime_ns
-    benchmark.run_all([run], options, final=True)  # what is there is not run again
+    experiment.run_all([run], options, final=True)  # what is there is not run again
     assert written.stat().st_mtime_ns == before
     with pytest.raises(WadiError, match="with other options"):
-        benchmark.run_all([run], dataclasses.replace(options, samples=3), final=True)
+        experiment.run_all([run], dataclasses.replace(options, samples=3), final=True)
 
 
 def test_the_student_is_distilled_on(options, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "STEPS", 1)
-    run = benchmark.Run("hedgehog", "lorad", 1e-2, True, 2)
-    result = benchmark.distill_on(run, options)
+    monkeypatch.setattr(experiment, "STEPS", 1)
+    run = experiment.Run("hedgehog", "lorad", 1e-2, True, 2)
+    result = experiment.distill_on(run, options)
     assert result == read_json(options.results / "distilled-on" / "hedgehog.json")
-    assert set(result["figures"]) == set(benchmark.DISTILLED)
+    assert set(result["figures"]) == set(experiment.DISTILLED)
     assert Image.open(tmp_path / "picture-hedgehog.jpg").width > 4 * 128
-    assert "hedgehog, LoRaD, seed 2; 1 updates of the subject" in benchmark.distilled_table([result])
+    assert "hedgehog, LoRaD, seed 2; 1 updates of the subject" in experiment.distilled_table([result])
     with pytest.raises(WadiError, match="--distill-on dodo: known are crab"):
-        benchmark.main(dataclasses.replace(options, distill_on=("dodo",)))
+        experiment.main(dataclasses.replace(options, distill_on=("dodo",)))
 
 
 def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
     def train(*_):
         raise AssertionError("something was trained again")
 
-    monkeypatch.setattr(benchmark, "train", train)
-    monkeypatch.setattr(benchmark, "read_glyphs", train)
-    docs = BENCHMARKS.parent / "docs" / "results"
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(experiment, "read_glyphs", train)
+    docs = EXPERIMENTS.parent / "docs" / "results"
     out = tmp_path / "dreambooth.json"
     page = tmp_path / "page.md"
     page.write_text((docs.parent / "uses" / "dreambooth.md").read_text())
-    benchmark.main(
-        benchmark.Options(
+    experiment.main(
+        experiment.Options(
             page=page, results=docs / "dreambooth", out=out, runs=tmp_path, picture=tmp_path / "picture.png"
         )
     )
@@ -97,14 +97,14 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
     assert "lacks the pictures" in capsys.readouterr().err
     page.write_text("nothing")
     with pytest.raises(WadiError, match="has no <!-- table: distilled-on -->"):
-        benchmark.write_page(page, read_json(out))
+        experiment.write_page(page, read_json(out))
 
 
 def test_adapters_have_equally_many_parameters(options):
     sizes = {}
     for method in ("lorad", "lora"):
-        run = benchmark.Run("crab", method, 1e-3, False, 0)
-        config = benchmark.config_of(run, dataclasses.replace(options, rank=8))
+        run = experiment.Run("crab", method, 1e-3, False, 0)
+        config = experiment.config_of(run, dataclasses.replace(options, rank=8))
         unet = load_pipeline(teacher_folder(), without=("text_encoder", "vae")).unet
         adapter = method_config(method, student_config(unet, config.rank))
         inject_adapter_in_model(adapter, unet)
@@ -119,7 +119,7 @@ def test_tables():
         return dict.fromkeys(names, value)
 
     def row(method, value, rate=1e-3):
-        ways = {way: figures(value) for way in benchmark.WAYS if "first" not in way or method == "lora"}
+        ways = {way: figures(value) for way in experiment.WAYS if "first" not in way or method == "lora"}
         return {
             "subject": "teapot",
             "method": method,
@@ -141,7 +141,7 @@ def test_tables():
         "learning_rates": [row("lorad", 0.5), row("lorad", 0.75, 1e-2)],
         "chosen": {"lorad": {"learning_rate": 1e-2, "train_text_encoder": False}},
     }
-    shown = benchmark.tables(whole)
+    shown = experiment.tables(whole)
     means = shown["means"]
     assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in means
     assert "| student, 1 step, before | none | 0.250 |" in means
@@ -152,13 +152,13 @@ def test_tables():
     assert "| teapot | 0.900 | 0.100 | 0.200 |" in shown["recognisers"]
     assert "| LoRaD | **0.01** | no | 0.750 |" in shown["rates"]
     assert shown["distilled-on"] == "Not measured."
-    assert benchmark.score(whole["learning_rates"][1]) == 0.75
+    assert experiment.score(whole["learning_rates"][1]) == 0.75
 
 
 def test_the_results_on_the_page_are_those_of_the_file():
-    docs = BENCHMARKS.parent / "docs"
+    docs = EXPERIMENTS.parent / "docs"
     page = docs / "uses" / "dreambooth.md"
-    blocks = benchmark.tables(read_json(docs / "results" / "dreambooth.json"))
+    blocks = experiment.tables(read_json(docs / "results" / "dreambooth.json"))
     text = page.read_text(encoding="utf-8")
-    places = benchmark.find_tables(text, page, tuple(blocks))
+    places = experiment.find_tables(text, page, tuple(blocks))
     assert {name: text[slice(*place)].rstrip() for name, place in places.items()} == blocks

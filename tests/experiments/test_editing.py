@@ -1,4 +1,4 @@
-"""The benchmark of edits: its scenes are what it says, and its figures count what they say."""
+"""The experiment on edits: its scenes are what it says, and its figures count what they say."""
 
 import importlib
 import sys
@@ -14,14 +14,14 @@ from wadi.emoji.judge import Judge, attributes_right
 from wadi.errors import WadiError
 from wadi.files import read_json, save_tensors
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
 def editing():
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(EXPERIMENTS))
     yield importlib.import_module("editing")
-    sys.path.remove(str(BENCHMARKS))
+    sys.path.remove(str(EXPERIMENTS))
 
 
 @pytest.fixture(scope="module")

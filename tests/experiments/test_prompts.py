@@ -14,14 +14,14 @@ from wadi.emoji.judge import NUM_FEATURES, Reading
 from wadi.errors import WadiError
 from wadi.files import read_json
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(EXPERIMENTS))
     yield importlib.import_module("prompts")
-    sys.path.remove(str(BENCHMARKS))
+    sys.path.remove(str(EXPERIMENTS))
 
 
 def test_kinds_are_what_they_say(prompts):

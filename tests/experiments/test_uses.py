@@ -11,7 +11,7 @@ import pytest
 from wadi.errors import WadiError
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "uses.py"
+SCRIPT = ROOT / "experiments" / "uses.py"
 
 ROW = {"use": "edges", "measure": "F1 (up)", "teacher": 0.93, "student": 1, "time_ratio": 24.26}
 CONTROL = {

@@ -1,4 +1,4 @@
-"""The benchmark of grain: the teacher's picture is the equation's, and the rows count what they say."""
+"""The experiment on grain: the teacher's picture is the equation's, and the rows count what they say."""
 
 import importlib
 import sys
@@ -14,14 +14,14 @@ from wadi.errors import WadiError
 from wadi.files import read_json
 from wadi.onestep.pipeline import load_for_steps
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
 def grain():
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(EXPERIMENTS))
     yield importlib.import_module("grain")
-    sys.path.remove(str(BENCHMARKS))
+    sys.path.remove(str(EXPERIMENTS))
 
 
 def test_a_cleaned_latent_is_the_equations(grain):

@@ -20,8 +20,8 @@ from wadi.files import read_json, write_json
 from wadi.lorad.presets import student_config
 from wadi.onestep import load_pipeline
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
 import ablation  # noqa: E402
 
 
@@ -160,7 +160,7 @@ def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):
 
 
 def test_what_cannot_be_is_one_line(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, str(EXPERIMENTS / "ablation.py"), "--device", "cpu", "--out", str(tmp_path)]
     for options, line in (
         (["--suites", "sizes"], "error: --suites: 'sizes' is unknown"),
         (["--suites", "dit-rates"], "error: --dit: the suite dit-rates needs the folder"),

@@ -1,11 +1,11 @@
 """The tables and plots of docs/evidence.md, from one JSON file for every training.
 
-    python benchmarks/evidence.py                         # write tables and plots
-    python benchmarks/evidence.py --check                 # only tell whether the page is what the files give
-    python benchmarks/evidence.py --only rates methods    # while other suites are not run yet
+    python experiments/evidence.py                         # write tables and plots
+    python experiments/evidence.py --check                 # only tell whether the page is what the files give
+    python experiments/evidence.py --only rates methods    # while other suites are not run yet
 
 Tables stand between `<!-- table: NAME -->` and `<!-- /table -->`; all else on the page is written by hand.
-Files are docs/results/ablation/SUITE/NAME.json, which benchmarks/ablation.py leaves. A suite without a place
+Files are docs/results/ablation/SUITE/NAME.json, which experiments/ablation.py leaves. A suite without a place
 on the page and a place without a suite are mistakes; so are runs in one table that cannot be compared.
 """
 
@@ -194,7 +194,7 @@ def read_suite(folder: Path) -> list[Run]:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise WadiError(
-            f"{folder}: holds no runs (*.json); run benchmarks/ablation.py --suites {folder.name}"
+            f"{folder}: holds no runs (*.json); run experiments/ablation.py --suites {folder.name}"
         )
     return [read_run(path) for path in paths]
 
@@ -777,7 +777,7 @@ def _draw_ranks(path: Path, runs: Sequence[Run]) -> None:
 
 
 def read_grain(path: Path) -> dict[str, Any]:
-    """Read a file of benchmarks/grain.py.
+    """Read a file of experiments/grain.py.
 
     Raises:
         WadiError: it is not as it should be.
@@ -939,7 +939,7 @@ def _compare(
     if lacking:
         print(f"missing: {', '.join(lacking)}", file=sys.stderr)
     if other or lacking:
-        print("run python benchmarks/evidence.py", file=sys.stderr)
+        print("run python experiments/evidence.py", file=sys.stderr)
     return int(bool(other or lacking))
 
 
