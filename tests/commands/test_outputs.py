@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.test_outputs import contents
 from wadi import cli
+from wadi.distill.config import DistillConfig
 from wadi.outputs import Output
 
 OUTPUTS = {"out", "output_dir", "embeddings_dir", "save_reference"}
@@ -83,7 +84,7 @@ IMAGES = ("generate", "control", "image-to-image", "inpaint")
 def options_of(command):
     """Name and type of every option of a command."""
     if command == "distill":
-        return {field.name: field.type for field in dataclasses.fields(cli._distill_options([]))}
+        return {field.name: field.type for field in dataclasses.fields(DistillConfig)}
     function = cli._load(cli.COMMANDS[command][0])
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     found = {}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.tiny import PROMPTS, tiny_pipeline
-from wadi import cli, demo, emoji
+from wadi import cli, emoji
+from wadi.emoji import demo
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from wadi import customise, emoji
+from wadi import emoji
 from wadi.cli import main
-from wadi.customise import SubjectConfig, of_resumed_run, with_built_in, word_of
+from wadi.commands.dreambooth import SubjectConfig, of_resumed_run
+from wadi.emoji import dreambooth
+from wadi.emoji.dreambooth import with_built_in, word_of
 from wadi.emoji.subject import examples_folder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
@@ -24,9 +26,9 @@ QUICK += ["--validation-prompts", "a zwx", "a cat"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two updates on the shipped pictures: enough to turn something, not to learn anything."""
-    folder = tmp_path_factory.mktemp("customise") / "run"
+    folder = tmp_path_factory.mktemp("dreambooth") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(customise, "VARIATIONS", 2)
+        patch.setattr(dreambooth, "VARIATIONS", 2)
         assert main(["dreambooth", str(examples_folder()), "--out", str(folder), *QUICK]) == 0
     return folder
 
@@ -117,8 +119,8 @@ def test_options_that_are_given_stay():
 
 
 @pytest.mark.parametrize("method", ["lorad", "lora"])
-def test_defaults_are_those_that_the_benchmark_chose(method):
-    results = Path(__file__).parents[1] / "docs" / "results" / "dreambooth.json"
+def test_defaults_are_those_that_the_experiment_chose(method):
+    results = Path(__file__).parents[2] / "docs" / "results" / "dreambooth.json"
     chosen = read_json(results)["chosen"][method]
     filled = with_built_in(SubjectConfig(examples_folder(), method=method))
     assert {name: getattr(filled, name) for name in chosen} == chosen

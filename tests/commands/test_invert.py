@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 from tests.test_cli import run
-from wadi import invert
+from wadi.commands import invert
 from wadi.files import load_tensors, read_json
-from wadi.invert import new_prompts
 from wadi.onestep.pictures import READABLE
 from wadi.outputs import MARKER
 from wadi.tasks.inversion import Inversion
+from wadi.tasks.inversion_sheet import new_prompts
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_ctrl_c_writes_the_word_as_it_is(folder, teacher_folder, tmp_path, monke
     def interrupted(config):
         return Inversion("<R>", torch.ones(1, 16), "relation", ("o <R> x",), losses, True)
 
-    monkeypatch.setattr(invert, "invert", interrupted)
+    monkeypatch.setattr(invert, "learn", interrupted)
     out, losses = tmp_path / "out", (0.5, 0.25)
     assert run("invert", folder, "--model", teacher_folder, "--out", out) == 130
     assert "interrupted: <R> as it was then" in capsys.readouterr().out

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import torch
 import tyro
-from PIL import Image
 
 from wadi import emoji
 from wadi.device import chosen_device
 from wadi.errors import WadiError
 from wadi.files import write_json
-from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
-from wadi.onestep.arguments import own_size
 from wadi.outputs import Output
-from wadi.tasks.exemplars import cropped, read_exemplars
-from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig, invert
+from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig
+from wadi.tasks.inversion import invert as learn
+from wadi.tasks.inversion_sheet import new_prompts, word_sheet
 
 RESULT_FILE, PICTURES = "inversion.json", "pictures.png"
-COLUMNS = 5
-"""Pictures of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class InvertOptions(InvertConfig):
     """Replace the folder if wadi invert wrote it and nothing else is in it."""
 
 
-def run(options: InvertOptions) -> None:
+def invert(options: InvertOptions) -> None:
     """Learn what pictures share as a new word, for prompts of the multi-step model and of its student.
 
     A subject, as "a picture of a <S>" (textual inversion), or a relation between two objects, as
@@ -64,21 +58,25 @@ def run(options: InvertOptions) -> None:
     output.check()
     options = replace(options, device=chosen_device(options.device))
     names = [field.name for field in fields(InvertConfig)]
-    inversion = invert(InvertConfig(**{name: getattr(options, name) for name in names}))
+    config = InvertConfig(**{name: getattr(options, name) for name in names})
+    inversion = learn(config)
     if inversion.interrupted and not inversion.losses:
         raise KeyboardInterrupt
+    prompts = new_prompts(inversion, options.prompts)
     with output.writing() as folder:
         inversion.save(folder)
         write_json(folder / RESULT_FILE, _facts(options, inversion))
         if not inversion.interrupted:
-            pictures(options, inversion, folder / EMBEDDING_FILE).save(folder / PICTURES)
+            steps, scale = options.num_inference_steps, options.guidance_scale
+            sheet = word_sheet(config, folder / EMBEDDING_FILE, prompts, options.adapter, steps, scale)
+            sheet.save(folder / PICTURES)
     written = f"{options.out / EMBEDDING_FILE}: {inversion.token}, {inversion.kind}"
     print(f"{written}, {len(inversion.losses)} updates")
     if inversion.interrupted:
         print(f"interrupted: {inversion.token} as it was then, without pictures")
         raise KeyboardInterrupt
     print(f"{options.out / PICTURES}: exemplars, and what the word gives")
-    print(f'wadi generate "{new_prompts(inversion, options.prompts)[0]}" --embedding {options.out}')
+    print(f'wadi generate "{prompts[0]}" --embedding {options.out}')
 
 
 def _facts(options: InvertOptions, inversion: Inversion) -> dict:
@@ -93,54 +91,3 @@ def _facts(options: InvertOptions, inversion: Inversion) -> dict:
             name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()
         },
     }
-
-
-def new_prompts(inversion: Inversion, prompts: Sequence[str] = (), count: int = 3) -> list[str]:
-    """Prompts to try a word with: those given, or of a relation objects of other captions in new pairs.
-
-    Args:
-        inversion: holds the word and the captions it was learned from.
-        prompts: returned if there are any.
-        count: how many, at most.
-    """
-    if prompts:
-        return list(prompts)
-    captions = list(dict.fromkeys(inversion.captions))
-    if inversion.kind == "subject":
-        return captions[:count]
-    parts = [caption.partition(f" {inversion.token} ") for caption in captions]
-    found = [
-        f"{parts[i][0]} {inversion.token} {parts[(i + shift) % len(parts)][2]}"
-        for shift in range(1, len(parts))
-        for i in range(len(parts))
-        if parts[i][0] != parts[(i + shift) % len(parts)][2]
-    ]
-    fresh = [prompt for prompt in dict.fromkeys(found) if prompt not in captions]
-    return (fresh or captions)[:count]
-
-
-def pictures(options: InvertOptions, inversion: Inversion, embedding: Path) -> Image.Image:
-    """A row of exemplars, then for each prompt one of the multi-step model and one of the student, if any."""
-    dtype = getattr(torch, options.dtype)
-    teacher = load_pipeline(options.model, dtype).to(options.device)
-    load_embedding(teacher, embedding)
-    teacher.set_progress_bar_config(disable=True)
-    student = None
-    if options.adapter is not None:
-        student = OneStepPipeline.from_pretrained(options.model, options.adapter, dtype, options.device)
-        student.load_embedding(embedding)
-    size = own_size(teacher)
-    exemplars = read_exemplars(options.examples)
-    rows = [("exemplars", [cropped(image, *size) for image in exemplars.images[:COLUMNS]])]
-    for prompt in new_prompts(inversion, options.prompts):
-        made = teacher(
-            [prompt] * COLUMNS,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            generator=[torch.Generator().manual_seed(options.seed + i) for i in range(COLUMNS)],
-        ).images
-        rows.append((f"{prompt}: {options.num_inference_steps} steps", made))
-        if student is not None:
-            made = student(prompt, options.seed, num_images_per_prompt=COLUMNS)
-            rows.append((f"{prompt}: 1 step", made))
-    return labelled_grid(rows)
