@@ -1,6 +1,7 @@
 """Rooms and files know each other in one direction only: the imports of the package have no circle."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -77,3 +78,16 @@ def test_rooms_know_only_those_below_them(files):
     allowed |= {name: SHARED | BESIDE.get(name, set()) for name in SHARED}
     wrong = {name: others - allowed.get(name, set()) for name, others in found.items()}
     assert {name: others for name, others in wrong.items() if others} == {}
+
+
+def test_whoever_lets_peft_read_an_adapter_knows_lorad(files):
+    """PEFT reads an adapter of LoRaD only where `wadi.lorad` was imported before."""
+    reads = re.compile(r"Peft(Model|Config)\.from_pretrained|\.load_adapter\(|inject_adapter_in_model\(")
+    readers = {name for name, path in modules().items() if reads.search(path.read_text())}
+    assert {"wadi.onestep.adapters", "wadi.directions.weights"} <= readers
+    for name in readers:
+        reached, waiting = set(), {name}
+        while waiting:
+            reached |= waiting
+            waiting = set().union(*(files[other] for other in waiting)) - reached
+        assert any(room(other) == "lorad" for other in reached), name

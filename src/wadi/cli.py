@@ -54,7 +54,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tell how far lengths and directions of weights moved",
     ),
     "directions swap": (
-        "wadi.commands.directions:directions_swap",
+        "wadi.commands.directions_swap:directions_swap",
         "write the student with its teacher's row norms, or row directions",
     ),
     "dreambooth": ("wadi.commands.dreambooth:dreambooth", "teach a model a new subject from a few pictures"),
