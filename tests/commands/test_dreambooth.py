@@ -69,7 +69,7 @@ def test_the_subject_is_stacked_on_the_built_in_student(run, tmp_path, capsys):
 def test_a_finished_run_is_not_replaced(run, capsys):
     before = load_tensors(run / "adapter" / "adapter_model.safetensors")
     assert main(["dreambooth", str(examples_folder()), "--out", str(run), *QUICK]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "was written by wadi dreambooth before; go on with --resume" in capsys.readouterr().err
     after = load_tensors(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -44,7 +44,8 @@ def test_registered():
 SCRIPT = """
 import sys
 if sys.argv[1] == "wadi first":
-    import wadi.lorad
+    import wadi
+    from wadi import LoRaDConfig
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS

@@ -21,7 +21,7 @@ from PIL import Image
 
 from wadi.device import chosen_device
 from wadi.distill.charts import loss_curves
-from wadi.distill.config import DistillConfig
+from wadi.distill.config import PRESETS, DistillConfig
 from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_figures, read_figures
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
@@ -219,11 +219,18 @@ def write_report(
 
 
 def command_line(config: DistillConfig) -> str:
-    """The `wadi distill` command with every option of `config` that is not at its default."""
-    words = ["wadi", "distill"]
+    """The `wadi distill` command with teacher, prompts, and every option that is not as the preset has it."""
+    words, start = ["wadi", "distill"], PRESETS.get(config.preset, DistillConfig())
+    always = (
+        "preset",
+        "pretrained_model_name_or_path",
+        "prompts",
+    )  # of presets the command line knows others
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == field.default or field.name == "resume_from_checkpoint":
+        if field.name == "resume_from_checkpoint":
+            continue
+        if field.name not in always and value == getattr(start, field.name):
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
