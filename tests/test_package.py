@@ -23,8 +23,9 @@ def test_import_alone_loads_nothing_heavy_and_hooks_nothing():
 def test_every_name_is_there_before_and_after_the_rooms_are_imported():
     """Importing a module sets a name of its package, and one of the names is a room's too."""
     code = (
-        "import wadi; before = wadi.distill; assert callable(before); from wadi import *; import wadi.distill.run; "
-        "from wadi.onestep import export_pipeline; assert export is export_pipeline is wadi.export; "
+        "import wadi; before = wadi.distill; assert callable(before); from wadi import *; "
+        "import wadi.distill.run; from wadi.onestep import export_pipeline; "
+        "assert export is export_pipeline is wadi.export; "
         "assert distill is before is wadi.distill; assert set(wadi.__all__) <= set(dir(wadi)); "
         "print(len([getattr(wadi, name) for name in wadi.__all__]), len(wadi.distill.PRESETS) > 5)"
     )

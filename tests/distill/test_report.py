@@ -221,6 +221,7 @@ def test_the_command_repeats_the_run_beside_it(run, pictures):
 def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
     config = dataclasses.replace(
         PRESETS[preset],
+        pretrained_model_name_or_path="teacher",
         alpha_T_squared=None,
         prompts='it\'s my "file".txt',
         validation_prompts=("a\nb", "c $HOME `d`"),

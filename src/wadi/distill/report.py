@@ -219,18 +219,13 @@ def write_report(
 
 
 def command_line(config: DistillConfig) -> str:
-    """The `wadi distill` command with teacher, prompts, and every option that is not as the preset has it."""
+    """The `wadi distill` command with teacher, prompts, and every option that its preset has otherwise."""
     words, start = ["wadi", "distill"], PRESETS.get(config.preset, DistillConfig())
-    always = (
-        "preset",
-        "pretrained_model_name_or_path",
-        "prompts",
-    )  # of presets the command line knows others
+    named = ("preset", "pretrained_model_name_or_path", "prompts")  # whatever the preset has
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name == "resume_from_checkpoint":
-            continue
-        if field.name not in always and value == getattr(start, field.name):
+        usual = field.default if field.name in named else getattr(start, field.name)
+        if value == usual or field.name == "resume_from_checkpoint":
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
