@@ -43,7 +43,7 @@ class Entry:
         words: what there is to see, and which page has more.
         commands: command lines; the last one writes the picture.
         needs: names of entries whose pictures the commands read.
-        made_by: of what trains for minutes: the benchmark that made the picture in docs/images. That one
+        made_by: of what trains for minutes: the experiment that made the picture in docs/images. That one
             is shown, the commands are not run, and the page says so.
         suffix: of the picture's file.
         module: what the commands import beyond what wadi always needs. Where it is not installed they are not
@@ -117,8 +117,8 @@ ENTRIES = (
     Entry(
         "image-to-image",
         "Image to image, in one step",
-        "Another object in the place of the first, on its background. It is seldom right: in 9 of 24 images by "
-        "eye ([pictures of pictures](uses/editing.md)).",
+        "Another object in the place of the first, on its background. It is seldom right: in 9 of 24 images "
+        "by eye ([pictures of pictures](uses/editing.md)).",
         ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.jpg',),
         ("panda",),
     ),
@@ -176,14 +176,14 @@ ENTRIES = (
             "wadi invert pictures --out runs/word",
             'wadi generate "a panda <R> a rocket" --embedding runs/word -n 8 --out word.jpg',
         ),
-        made_by="python benchmarks/inversion.py",
+        made_by="python experiments/inversion.py",
         suffix=".png",
     ),
     Entry(
         "dreambooth",
         "A new subject, from six pictures",
-        "Emoji that the models never saw. The teacher (25 steps) learns some of them, at the places and on the "
-        "backgrounds of the prompt. The student in one step paints blots, of which none is right by eye: "
+        "Emoji that the models never saw. The teacher (25 steps) learns some of them, at the places and on "
+        "the backgrounds of the prompt. The student in one step paints blots, of which none is right by eye: "
         "[a new subject](uses/dreambooth.md).",
         (
             "wadi emoji subject-examples --out hedgehog",
@@ -191,7 +191,7 @@ ENTRIES = (
             'wadi generate "a big zwx on a purple background" --subject-adapter runs/hedgehog/adapter -n 4 '
             "--out zwx.jpg",
         ),
-        made_by="python benchmarks/dreambooth.py",
+        made_by="python experiments/dreambooth.py",
     ),
 )
 """The gallery, in order."""

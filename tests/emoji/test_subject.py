@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wadi.customise import VARIATIONS, known_pictures
 
 from tests.emoji.cases import needs_font
 from wadi.cli import main
-from wadi.customise import VARIATIONS, known_pictures
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, parse_caption, with_article
 from wadi.emoji.glyphs import ATLAS_SIZE, NAMES

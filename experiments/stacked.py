@@ -1,0 +1,351 @@
+"""Many students trained as one network with a batch for each: what experiments/ablation.py does on a GPU.
+
+Students with adapters differ in their Linear layers alone, so all of them go through convolutions, norms and
+attention as one batch, and an adapted layer multiplies every student's samples by that student's own weight:
+
+    x (K n, ..., in), W' (K, out, in)  ->  y[k] = x[k] W'[k]^T + bias
+
+Each student keeps its `Trainer`, with its own parameters, optimizers, average, rates and randomness; what is
+trained is what each would train alone, rounding aside (tests/experiments/test_stacked.py). Five students as
+one did 30 updates of 64 samples a second on one H100, twelve on streams of their own 29 on one H200; they
+were not timed on one card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from wadi.distill import DistillConfig, Trainer
+from wadi.distill.condition import Condition, choose, concatenate, repeat
+from wadi.distill.losses import (
+    fake_loss,
+    generator_loss,
+    guided,
+    interval_scale,
+    vsd_gradient,
+)
+from wadi.distill.roles import view
+from wadi.distill.trainer import WARMUP_ITERATIONS, StepInputs
+from wadi.lorad import rotation
+
+# --- the weights of K adapters of one kind and size on one layer, (K, out, in) ---
+
+
+class _Turned(torch.autograd.Function):
+    """`rotation.rotate` of one weight by K angles at once: W is repeated as rows (K out, in)."""
+
+    @staticmethod
+    def forward(ctx, repeated: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        turned = rotation._rotated(repeated, torch.bmm(A, B).flatten(0, 1))
+        ctx.save_for_backward(turned, A, B)
+        return turned.unflatten(0, A.shape[:2])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        turned, A, B = ctx.saved_tensors
+        theta = rotation.angle_gradient(turned, grad.flatten(0, 1).contiguous()).unflatten(0, A.shape[:2])
+        # dL/dA = dL/dTheta B^T, dL/dB = A^T dL/dTheta
+        return None, torch.bmm(theta, B.mT), torch.bmm(A.mT, theta)
+
+
+def _lorad(layer: Adapted, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    return _Turned.apply(layer.repeated, A, B)
+
+
+def _lora(layer: Adapted, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    # W' = W + B A: alpha is r, see wadi.distill.methods
+    return torch.baddbmm(layer.repeated.unflatten(0, (len(A), -1)), B, A)
+
+
+KINDS: dict[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
+    "lorad": ((".lorad_A.default", ".lorad_B.default"), _lorad),
+    "lora": ((".lora_A.default.weight", ".lora_B.default.weight"), _lora),
+}
+"""Of each method the names of a layer's parameters behind the layer's, and what makes weights of them."""
+
+
+class Adapted(nn.Module):
+    """The adapters of students of one method and size on one layer.
+
+    Args:
+        weight: (out, in), the frozen base's.
+        method: one of `KINDS`.
+        parameters: of each student, the layer's parameters in the order of `KINDS`. They come to lie in one
+            tensor each, (K, ...), of which they are parts.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        method: str,
+        parameters: Sequence[Sequence[nn.Parameter]],
+    ) -> None:
+        super().__init__()
+        self.repeated = weight.detach().repeat(len(parameters), 1)
+        self.weights = KINDS[method][1]
+        self.stacks: list[torch.Tensor] = []
+        self.parts: list[tuple[nn.Parameter, ...]] = list(zip(*parameters, strict=True))
+        for parts in self.parts:
+            stack = torch.stack([part.detach() for part in parts]).requires_grad_()
+            for part, own in zip(parts, stack.detach(), strict=True):
+                part.data = own
+            self.stacks.append(stack)
+
+    def forward(self) -> torch.Tensor:
+        """(K, out, in)."""
+        return self.weights(self, *self.stacks)
+
+    def take_gradients(self) -> None:
+        """Give every student's parameter its part of the gradient."""
+        for stack, parts in zip(self.stacks, self.parts, strict=True):
+            for part, own in zip(parts, stack.grad, strict=True):
+                part.grad = own
+            stack.grad = None
+
+
+class StackedLinear(nn.Module):
+    """A Linear layer with a weight for each of K students, whose samples lie one after the other.
+
+    Args:
+        base: the frozen layer.
+        groups: adapters of all students, in order.
+        samples: n, of each student; a batch of 2 K n holds all students' samples twice (guidance).
+    """
+
+    def __init__(self, base: nn.Linear, groups: Sequence[Adapted], samples: int) -> None:
+        super().__init__()
+        self.base, self.groups, self.samples = base, nn.ModuleList(groups), samples
+        self.count = sum(len(group.parts[0]) for group in groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(K n, ..., in) or (2 K n, ..., in) to (..., out)."""
+        weights = [group() for group in self.groups]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        times = len(x) // (self.count * self.samples)
+        own = x.reshape(times, self.count, -1, x.shape[-1])
+        y = torch.bmm(own[0], weight.mT) if times == 1 else torch.matmul(own, weight.mT)
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.base.bias is None else y + self.base.bias
+
+
+def stacked(trainers: Sequence[Trainer], part: str) -> nn.Module:
+    """A view of the frozen base with the adapters of all trainers' students, or fake models, on it.
+
+    Args:
+        trainers: of one teacher, layers and batch size; those of one method and rank that stand side by side
+            share their kernels.
+        part: "student" or "fake".
+    """
+    base, samples = trainers[0].backbone.network, trainers[0].config.train_batch_size
+    network, first = view(base), getattr(trainers[0].config, f"{part}_method")
+    suffix = KINDS[first][0][0]
+    names = [name for name in getattr(trainers[0], f"{part}_parameters") if name.endswith(suffix)]
+    kinds = [(getattr(t.config, f"{part}_method"), getattr(t.config, f"{part}_rank")) for t in trainers]
+    runs = [[t for _, t in run] for _, run in groupby(zip(kinds, trainers, strict=True), lambda kt: kt[0])]
+    for name in names:
+        layer = name.removesuffix(suffix)
+        linear = base.get_submodule(layer)
+        groups = [_adapted(linear, layer, run, part) for run in runs]
+        network.set_submodule(layer, StackedLinear(linear, groups, samples))
+    return network
+
+
+def _adapted(linear: nn.Linear, layer: str, trainers: Sequence[Trainer], part: str) -> Adapted:
+    method = getattr(trainers[0].config, f"{part}_method")
+    parameters = [
+        [getattr(trainer, f"{part}_parameters")[layer + suffix] for suffix in KINDS[method][0]]
+        for trainer in trainers
+    ]
+    return Adapted(linear.weight, method, parameters)
+
+
+# --- the training ---
+
+
+def stack_key(config: DistillConfig) -> Hashable | None:
+    """Students with equal keys can be trained as one; None: this one cannot."""
+    plain = DistillConfig()
+    if "full" in (config.student_method, config.fake_method):  # convolutions of their own
+        return None
+    if any(getattr(config, name) != getattr(plain, name) for name in NOT_STACKED):
+        return None
+    guided_fake = config.fake_guidance_scale != 1
+    return config.fake_layers, config.fake_updates, guided_fake, config.train_batch_size
+
+
+NOT_STACKED = (
+    "denoising_weight",
+    "gradient_accumulation_steps",
+    "weighting",
+    "fake_weighting",
+)
+"""Options that a `Stack` knows at their defaults only."""
+
+
+class Stack:
+    """K trainers whose students are trained as one network.
+
+        stack = Stack(trainers)
+        for step in range(800):
+            losses = stack.step(step)        # of each trainer
+
+    Args:
+        trainers: with equal `stack_key`s. They are used up: from here on they are to be stepped here only,
+            and judged as always.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer]) -> None:
+        self.trainers = sorted(trainers, key=lambda t: (t.config.student_method, t.config.student_rank))
+        first = self.trainers[0]
+        self.backbone, self.schedule, self.teacher = first.backbone, first.schedule, first.teacher
+        self.student, self.fake = stacked(self.trainers, "student"), stacked(self.trainers, "fake")
+        self.samples, self.device = first.config.train_batch_size, first.device
+        self.stream, self.graph = first.stream, None
+        for trainer in self.trainers:
+            trainer.stream = self.stream
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.guidance = [self._on_device(trainer.config.guidance_scale) for trainer in self.trainers]
+        self.fake_guidance = [self._on_device(t.config.fake_guidance_scale) for t in self.trainers]
+        self.fake_is_guided = any(t.config.fake_guidance_scale != 1 for t in self.trainers)
+        self.above = [self._on_device(trainer.config.guidance_scale_above) for trainer in self.trainers]
+        self.highest_guided = [self._on_device(trainer.highest_guided) for trainer in self.trainers]
+
+    def _on_device(self, scale: float) -> torch.Tensor:
+        return torch.as_tensor(scale, dtype=torch.float32, device=self.device)
+
+    def step(self, step: int) -> list[tuple[Trainer, dict[str, torch.Tensor]]]:
+        """One update of every student: `Trainer.step` of each, and what it returns."""
+        first = self.trainers[0]
+        with first.on_stream():
+            inputs = [trainer.draw(step) for trainer in self.trainers]
+            for trainer in self.trainers:
+                trainer._set_rates(step)
+            if not first.config.cuda_graphs:
+                return list(zip(self.trainers, self.iteration(inputs), strict=True))
+            if self.graph is None:
+                self._record(inputs)
+            for static, drawn in zip(self.static_inputs, inputs, strict=True):
+                for buffer, value in zip(static.tensors(), drawn.tensors(), strict=True):
+                    buffer.copy_(value)
+            self.graph.replay()
+            return list(zip(self.trainers, self.static_losses, strict=True))
+
+    def _record(self, inputs: list[StepInputs]) -> None:
+        """As `Trainer._record`."""
+        self.static_inputs = [each.clone() for each in inputs]
+        state = [tensor for trainer in self.trainers for tensor in trainer._state_tensors()]
+        before = [tensor.clone() for tensor in state]
+        for _ in range(WARMUP_ITERATIONS):
+            self.iteration(self.static_inputs)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        self.stream.synchronize()
+        del before
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.static_losses = self.iteration(self.static_inputs)
+
+    def iteration(self, inputs: list[StepInputs]) -> list[dict[str, torch.Tensor]]:
+        """`Trainer.iteration` for every trainer, whose options `stack_key` lets through."""
+        own = [each.condition for each in inputs]
+        x0, losses = self._update_students(inputs, concatenate(own))
+        for update in range(self.trainers[0].config.fake_updates):
+            told = [
+                choose(each.fake_null[update], trainer.null, condition)
+                for trainer, each, condition in zip(self.trainers, inputs, own, strict=True)
+            ]
+            t = torch.cat([each.fake_t[update] for each in inputs])
+            noise = torch.cat([each.fake_noise[update] for each in inputs])
+            for found, more in zip(losses, self._update_fakes(x0, concatenate(told), t, noise), strict=True):
+                found |= more
+        for trainer, found in zip(self.trainers, losses, strict=True):
+            trainer._count_skipped(found["student_grad_norm"].isfinite() & found["fake_grad_norm"].isfinite())
+        return losses
+
+    def _update_students(
+        self, inputs: list[StepInputs], condition: Condition
+    ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        t, noise = (torch.cat([getattr(each, name) for each in inputs]) for name in ("t", "noise"))
+        x0 = self._generate(inputs, condition)
+        gradient = self._gradient(x0.detach(), noise, t, condition)
+        parts = zip(x0.split(self.samples), gradient.split(self.samples), strict=True)
+        totals = [generator_loss(*part) for part in parts]
+        sum(totals[1:], totals[0]).backward()
+        losses = [{"student_loss": total.detach()} for total in totals]
+        self._take_gradients(self.student)
+        for trainer, found in zip(self.trainers, losses, strict=True):
+            norm = trainer._optimize(trainer.student_optimizer, trainer.student_parameters)
+            trainer._update_ema(norm.isfinite())
+            found["student_grad_norm"] = norm
+        return x0.detach(), losses
+
+    def _generate(self, inputs: list[StepInputs], condition: Condition) -> torch.Tensor:
+        """All students' images, (K n, C, H, W)."""
+        z, schedule = torch.cat([each.z for each in inputs]), self.schedule
+        last = torch.full((len(z),), schedule.num_train_timesteps - 1, device=z.device)
+        return schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
+
+    @torch.no_grad()
+    def _gradient(
+        self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        schedule = self.schedule
+        x_t = schedule.add_noise(x0, noise, t)
+        each = self._each_sample
+        scale = interval_scale(each(self.guidance), each(self.above), t, each(self.highest_guided))
+        teacher = self._guided(self.teacher, x_t, t, condition, scale)
+        if self.fake_is_guided:
+            fake = self._guided(self.fake, x_t, t, condition, each(self.fake_guidance))
+        else:
+            fake = self.backbone.predict(self.fake, x_t, t, condition)
+        return vsd_gradient(
+            schedule.epsilon(teacher, x_t, t), schedule.epsilon(fake, x_t, t), schedule.sigma(t)
+        )
+
+    def _update_fakes(
+        self, x0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
+    ) -> list[dict[str, torch.Tensor]]:
+        schedule = self.schedule
+        x_t = schedule.add_noise(x0, noise, t)
+        epsilon = schedule.epsilon(self.backbone.predict(self.fake, x_t, t, condition), x_t, t)
+        weight = schedule.alpha(t) ** 2
+        parts = (each.split(self.samples) for each in (epsilon, noise, weight))
+        losses = [fake_loss(*part) for part in zip(*parts, strict=True)]
+        sum(losses[1:], losses[0]).backward()
+        self._take_gradients(self.fake)
+        return [
+            {
+                "fake_loss": loss.detach(),
+                "fake_grad_norm": trainer._optimize(trainer.fake_optimizer, trainer.fake_parameters),
+            }
+            for trainer, loss in zip(self.trainers, losses, strict=True)
+        ]
+
+    def _each_sample(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(K n,) from one of each student."""
+        return torch.stack(list(values)).repeat_interleave(
+            self.samples, output_size=len(values) * self.samples
+        )
+
+    def _guided(
+        self,
+        network: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        scale: torch.Tensor,
+    ) -> torch.Tensor:
+        both = concatenate([repeat(self.trainers[0].null, len(t)), condition])
+        prediction = self.backbone.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        return guided(*prediction.chunk(2), scale.view(-1, 1, 1, 1))
+
+    @staticmethod
+    def _take_gradients(network: nn.Module) -> None:
+        for module in network.modules():
+            if isinstance(module, Adapted):
+                module.take_gradients()
