@@ -16,7 +16,10 @@ from wadi.files import read_json
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a Stable Diffusion that making an image does not need; they are not loaded."""
 
-NEEDED = ("vae", "text_encoder", "tokenizer", "unet", "transformer", "scheduler")
+NEEDED = (
+    *("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+    *("unet", "transformer", "scheduler"),
+)
 """Parts that a pipeline which lists them must have."""
 
 _USABLE = "name a StableDiffusionPipeline or a PixArtAlphaPipeline"
