@@ -7,7 +7,7 @@ from diffusers import PixArtSigmaPipeline
 from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_sdxl
 from wadi.backbones import BACKBONES, Backbone, load_backbone, load_prompt_encoder
 from wadi.onestep.loading import stock_arguments
 from wadi.onestep.scheduler import one_step_scheduler
@@ -22,6 +22,7 @@ def tiny_sigma():
 
 TINY = {
     "StableDiffusionPipeline": tiny_pipeline,
+    "StableDiffusionXLPipeline": tiny_sdxl,
     "PixArtAlphaPipeline": tiny_pixart,
     "PixArtSigmaPipeline": tiny_sigma,
 }

@@ -15,6 +15,18 @@ ARCHITECTURES = {
     "sd21": lambda: UNet2DConditionModel(
         cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
     ),
+    "sdxl": lambda: UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -35,6 +47,7 @@ ARCHITECTURES = {
     [
         ("sd15", {}, 859_520_964, 686),
         ("sd21", {}, 865_910_724, 686),
+        ("sdxl", {}, 2_567_463_684, 1680),
         ("pixart", {}, 610_856_096, 603),
         # two micro-conditions, each embedded by two layers: 256 -> 384 -> 384
         ("pixart", {"sample_size": 128}, 610_856_096 + 2 * (257 * 384 + 385 * 384), 603 + 8),
@@ -60,6 +73,7 @@ def count(model: nn.Module, config: LoRaDConfig) -> int:
         ("sd15", 83_795_968, 9_378_816),  # WaDi, table 1: 83.80 M
         ("sd21", 94_429_184, 9_509_888),  # 94.43 M
         ("pixart", 81_219_584, 20_127_744),  # 81.22 M
+        ("sdxl", 128_983_040, 64_491_520),  # not in the paper; 64 and 32 of 700 layers
     ],
 )
 def test_counts_of_the_paper(architecture, student, fake):

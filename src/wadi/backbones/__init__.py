@@ -2,7 +2,7 @@
 
 | pipeline | network | what it predicts |
 | --- | --- | --- |
-| `StableDiffusionPipeline` | `UNet2DConditionModel` | epsilon or v |
+| `StableDiffusionPipeline`, `StableDiffusionXLPipeline` | `UNet2DConditionModel` | epsilon or v |
 | `PixArtAlphaPipeline`, `PixArtSigmaPipeline` | `PixArtTransformer2DModel` | epsilon |
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 from wadi.backbones.base import Backbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
 from wadi.backbones.sd import UNetBackbone
+from wadi.backbones.sdxl import SDXLBackbone
 from wadi.backbones.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
@@ -27,6 +28,7 @@ __all__ = [
     "PixArtBackbone",
     "PixArtSigmaBackbone",
     "PromptEncoder",
+    "SDXLBackbone",
     "UNetBackbone",
     "fake_config",
     "load_backbone",
@@ -39,7 +41,7 @@ FAKE_RANK = 32
 
 BACKBONES: dict[str, type[Backbone]] = {
     backbone.pipeline_class.__name__: backbone
-    for backbone in (UNetBackbone, PixArtBackbone, PixArtSigmaBackbone)
+    for backbone in (UNetBackbone, SDXLBackbone, PixArtBackbone, PixArtSigmaBackbone)
 }
 """By the pipeline class in model_index.json."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -36,14 +38,26 @@ class UNetBackbone(Backbone):
     student_pattern = r"(down_blocks|mid_block|up_blocks)\..*"
     fake_pattern = rf"(down_blocks|mid_block|up_blocks)\..*\.({ATTENTION_AND_FEED_FORWARD})"
 
+    addition: ClassVar[str | None] = None
+    """What the U-Net is told beside the states of the text: its `addition_embed_type`."""
+
     @classmethod
     def drives(cls, network: nn.Module) -> bool:
-        """See `Backbone.drives`: a U-Net that takes text embeddings alone."""
-        return super().drives(network) and network.config.addition_embed_type is None
+        """See `Backbone.drives`: a U-Net that is told this, and nothing else."""
+        return super().drives(network) and network.config.addition_embed_type == cls.addition
+
+    def added(self, condition: Condition) -> Condition | None:
+        """What the U-Net is told beside the states of the text, for N prompts."""
+        return None
 
     def predict(
         self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
         """See `Backbone.predict`."""
-        states = condition[STATES].to(self.dtype)
-        return network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0].float()
+        return network(
+            x_t.to(self.dtype),
+            t,
+            encoder_hidden_states=condition[STATES].to(self.dtype),
+            added_cond_kwargs=self.added(condition),
+            return_dict=False,
+        )[0].float()

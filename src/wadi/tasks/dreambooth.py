@@ -419,6 +419,11 @@ class DreamBooth:
         return {"encoder_hidden_states": self.text_encoder(input_ids=ids.to(device))[0]}
 
     def _adapted_text_encoder(self, pipeline: DiffusionPipeline) -> PeftModel:
+        if len(self.backbone.text.parts) > 1:
+            raise WadiError(
+                f"--train-text-encoder: a {type(pipeline).__name__} has several text encoders, which cannot "
+                "be trained; omit the option"
+            )
         if not isinstance(pipeline.text_encoder, CLIPTextModel):
             kind = type(pipeline.text_encoder).__name__
             raise WadiError(f"--train-text-encoder: the text encoder is a {kind}, only CLIP's can be trained")
