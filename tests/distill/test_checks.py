@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_sdxl
 from wadi import cli
 from wadi.backbones import fake_config, student_config
 from wadi.distill import PRESETS, DistillConfig
@@ -21,6 +21,7 @@ from wadi.onestep.student import network_of
 TEACHERS = {
     ("StableDiffusionPipeline", "epsilon"): tiny_pipeline,
     ("StableDiffusionPipeline", "v_prediction"): lambda: tiny_pipeline("v_prediction"),
+    ("StableDiffusionXLPipeline", "epsilon"): tiny_sdxl,
     ("PixArtAlphaPipeline", "epsilon"): tiny_pixart,
 }
 
@@ -102,8 +103,8 @@ def test_a_rank_is_taken_where_a_layer_can_use_it(r, layers, turned):
             check_rank("--rank", r, layers, turned)
 
 
-def configs(network, student_rank=4, fake_rank=2, conv_rank=None):
-    return student_config(network, student_rank, conv_rank), fake_config(network, fake_rank)
+def configs(network, student_rank=4, fake_rank=2):
+    return student_config(network, student_rank), fake_config(network, fake_rank)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,6 @@ def configs(network, student_rank=4, fake_rank=2, conv_rank=None):
     [
         ("--student-rank 100000", {"student_rank": 100_000}),
         ("--fake-rank 100000", {"fake_rank": 100_000}),
-        ("--student-conv-rank 100000", {"conv_rank": 100_000}),
     ],
 )
 def test_a_rank_beyond_every_layer_names_its_option(option, ranks):
@@ -127,13 +127,13 @@ def test_memory_is_that_of_the_parameters():
     counts = []
     for index in range(2):
         network = tiny_pipeline().unet
-        adapted = get_peft_model(network, configs(tiny_pipeline().unet, conv_rank=3)[index])
+        adapted = get_peft_model(network, configs(tiny_pipeline().unet)[index])
         counts.append(sum(p.numel() for name, p in adapted.named_parameters() if "lorad_" in name))
     needed = 4 * (5 * counts[0] + 4 * counts[1])
     network = tiny_pipeline().unet
-    check_ranks(DistillConfig(), *configs(network, conv_rank=3), network, needed)
+    check_ranks(DistillConfig(), *configs(network), network, needed)
     with pytest.raises(WadiError, match="--student-rank: the adapters and their optimizers need"):
-        check_ranks(DistillConfig(), *configs(network, conv_rank=3), network, needed - 1)
+        check_ranks(DistillConfig(), *configs(network), network, needed - 1)
 
 
 def test_sizes_and_free_memory():
