@@ -7,12 +7,23 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from wadi.onestep.student import Student, network_of
 
@@ -160,6 +171,50 @@ def tiny_sdxl(force_zeros: bool = True, seed: int = 0) -> StableDiffusionXLPipel
             ),
             force_zeros_for_empty_prompt=force_zeros,
             add_watermarker=False,
+        )
+
+
+def tiny_sd3(seed: int = 0, **options) -> StableDiffusion3Pipeline:
+    """Build a `StableDiffusion3Pipeline` with the published scheduler, 8x8 latents and 16x16 images.
+
+    Args:
+        seed: of the weights.
+        **options: of the transformer, as SD 3.5 has them.
+    """
+    letters = [(chr(i), -3.0) for i in range(33, 127)]
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = tiny_tokenizer(32), tiny_tokenizer(32)
+        second.pad_token = "!"
+        t5 = T5Config(vocab_size=len(tokens), d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            caption_projection_dim=16,
+            pooled_projection_dim=16 + 24,
+            pos_embed_max_size=16,
+            **options,
+        )
+        return StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(
+                16,
+                scaling_factor=1.5305,
+                shift_factor=0.0609,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=tiny_clip(CLIPTextModelWithProjection, first, 16),
+            tokenizer=first,
+            text_encoder_2=tiny_clip(CLIPTextModelWithProjection, second, 24),
+            tokenizer_2=second,
+            text_encoder_3=T5EncoderModel(t5).eval(),
+            tokenizer_3=T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=512),
         )
 
 

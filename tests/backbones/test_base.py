@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
 from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline, tiny_sdxl
+from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi.backbones import BACKBONES, Backbone, load_backbone, load_prompt_encoder
+from wadi.errors import WadiError
 from wadi.onestep.loading import stock_arguments
 from wadi.onestep.scheduler import one_step_scheduler
 
@@ -25,6 +26,7 @@ TINY = {
     "StableDiffusionXLPipeline": tiny_sdxl,
     "PixArtAlphaPipeline": tiny_pixart,
     "PixArtSigmaPipeline": tiny_sigma,
+    "StableDiffusion3Pipeline": tiny_sd3,
 }
 every = pytest.mark.parametrize("kind", BACKBONES)
 
@@ -41,7 +43,9 @@ def stock_images(pipeline, prompts, seed, **options):
 
 def one_step(pipeline):
     """The stock pipeline with the scheduler that its one-step student ships with."""
-    pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
+    flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    own = FlowMatchEulerDiscreteScheduler(shift=1.0) if flow else one_step_scheduler(pipeline.scheduler)
+    pipeline.scheduler = own
     return pipeline
 
 
@@ -110,6 +114,25 @@ def test_one_step_is_the_stock_pipelines_bit_for_bit(kind):
         options = {"guidance_scale": 1.0, "output_type": "latent", **stock_arguments(pipeline)}
         stock = pipeline(prompts, num_inference_steps=1, latents=z, **options).images
     assert torch.equal(schedule.x0(prediction, z, t), stock)
+
+
+@pytest.mark.parametrize("loader", [load_backbone, load_prompt_encoder])
+def test_other_pipelines_get_one_line(tmp_path, loader):
+    tiny_pipeline().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(
+        index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"')
+    )
+    with pytest.raises(WadiError, match=r"holds a StableDiffusionImg2Img.*; name one of StableDiff") as error:
+        loader(tmp_path)
+    assert all(name in str(error.value) for name in BACKBONES)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_network_gets_one_line(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(WadiError, match="FluxPipeline, and lists neither a U-Net nor a transformer; name a"):
+        load_backbone(tmp_path)
 
 
 @every

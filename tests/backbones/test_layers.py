@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from peft import inject_adapter_in_model
 from torch import nn
 
@@ -27,6 +27,13 @@ ARCHITECTURES = {
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     ),
+    "sd3": lambda: SD3Transformer2DModel(
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=192,
+    ),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -48,6 +55,7 @@ ARCHITECTURES = {
         ("sd15", {}, 859_520_964, 686),
         ("sd21", {}, 865_910_724, 686),
         ("sdxl", {}, 2_567_463_684, 1680),
+        ("sd3", {}, 2_028_328_000, 683),
         ("pixart", {}, 610_856_096, 603),
         # two micro-conditions, each embedded by two layers: 256 -> 384 -> 384
         ("pixart", {"sample_size": 128}, 610_856_096 + 2 * (257 * 384 + 385 * 384), 603 + 8),
@@ -74,6 +82,7 @@ def count(model: nn.Module, config: LoRaDConfig) -> int:
         ("sd21", 94_429_184, 9_509_888),  # 94.43 M
         ("pixart", 81_219_584, 20_127_744),  # 81.22 M
         ("sdxl", 128_983_040, 64_491_520),  # not in the paper; 64 and 32 of 700 layers
+        ("sd3", 92_946_432, 31_334_400),
     ],
 )
 def test_counts_of_the_paper(architecture, student, fake):

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `StableDiffusionPipeline`, `StableDiffusionXLPipeline` | `UNet2DConditionModel` | epsilon or v |
 | `PixArtAlphaPipeline`, `PixArtSigmaPipeline` | `PixArtTransformer2DModel` | epsilon |
+| `StableDiffusion3Pipeline` | `SD3Transformer2DModel` | v of a rectified flow |
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from wadi.backbones.base import Backbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
 from wadi.backbones.sd import UNetBackbone
+from wadi.backbones.sd3 import SD3Backbone
 from wadi.backbones.sdxl import SDXLBackbone
 from wadi.backbones.text import PromptEncoder
 from wadi.errors import WadiError
@@ -28,6 +30,7 @@ __all__ = [
     "PixArtBackbone",
     "PixArtSigmaBackbone",
     "PromptEncoder",
+    "SD3Backbone",
     "SDXLBackbone",
     "UNetBackbone",
     "fake_config",
@@ -41,7 +44,7 @@ FAKE_RANK = 32
 
 BACKBONES: dict[str, type[Backbone]] = {
     backbone.pipeline_class.__name__: backbone
-    for backbone in (UNetBackbone, SDXLBackbone, PixArtBackbone, PixArtSigmaBackbone)
+    for backbone in (UNetBackbone, SDXLBackbone, PixArtBackbone, PixArtSigmaBackbone, SD3Backbone)
 }
 """By the pipeline class in model_index.json."""
 
@@ -102,7 +105,7 @@ def fake_config(network: nn.Module, r: int | None = None) -> LoRaDConfig:
 def _kind(name_or_path: str | Path, folder: Path) -> type[Backbone]:
     name = pipeline_class_name(folder)
     if name not in BACKBONES:
-        raise WadiError(f"{name_or_path}: holds a {name}; name a {' or a '.join(BACKBONES)}")
+        raise WadiError(f"{name_or_path}: holds a {name}; name one of {', '.join(BACKBONES)}")
     return BACKBONES[name]
 
 
