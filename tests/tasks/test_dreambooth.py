@@ -13,7 +13,7 @@ from peft import PeftModel
 from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import mark_student, tiny_pipeline
+from tests.tiny import mark_student, tiny_pipeline, tiny_sdxl
 from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json
@@ -135,12 +135,15 @@ def test_randomness_is_of_seed_and_step(config):
     assert not torch.equal(run._draw(3)[2], other._draw(3)[2])
 
 
-def test_pixart_learns_a_subject_too(config):
-    pipeline = tiny_pixart()
-    run = training(config, pipeline)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(tiny_pixart, "the text encoder is a T5EncoderModel"), (tiny_sdxl, ".*XLPipeline has several text enc")],
+)
+def test_other_models_learn_a_subject_too(config, make, message):
+    run = training(config, make())
     assert run.step(0).isfinite()
-    with pytest.raises(WadiError, match="--train-text-encoder: the text encoder is a T5EncoderModel"):
-        training(dataclasses.replace(config, train_text_encoder=True), tiny_pixart())
+    with pytest.raises(WadiError, match=f"--train-text-encoder: {message}"):
+        training(dataclasses.replace(config, train_text_encoder=True), make())
 
 
 def test_the_rate_falls_to_zero_in_the_last_part(config):

@@ -627,8 +627,8 @@ def _load(config: DreamBoothConfig) -> DiffusionPipeline:
     pipeline = load_pipeline(config.pretrained_model_name_or_path, DTYPES[config.mixed_precision])
     name = type(pipeline).__name__
     if name not in BACKBONES:
-        known = " or a ".join(BACKBONES)
-        raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name a {known}")
+        known = ", ".join(BACKBONES)
+        raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name one of {known}")
     check_teacher(config.pretrained_model_name_or_path, pipeline.scheduler, network_of(pipeline))
     if config.student_adapter is not None:
         student_with(pipeline, [adapter_folder(config.student_adapter)])
