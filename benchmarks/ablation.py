@@ -42,6 +42,7 @@ from torch import nn
 from tqdm import tqdm
 
 from wadi.backbones import Backbone, load_backbone, student_config
+from wadi.backbones.condition import Condition, pick
 from wadi.directions.change import (
     energies,
     energy_shares,
@@ -52,7 +53,6 @@ from wadi.directions.change import (
 )
 from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
 from wadi.distill.cache import Embeddings
-from wadi.distill.condition import Condition, pick
 from wadi.distill.methods import merged_state
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder

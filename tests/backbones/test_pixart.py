@@ -10,8 +10,8 @@ from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 from tests.distill.test_resume import config
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.backbones import PixArtBackbone, load_backbone, load_prompt_encoder
+from wadi.backbones.condition import concatenate
 from wadi.distill import DistillConfig, EmbeddingCache, distill
-from wadi.distill.condition import concatenate
 from wadi.distill.config import PRESETS
 from wadi.files import load_tensors, save_tensors
 from wadi.onestep import OneStepPipeline, Student

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import nn
 
+from wadi.backbones.condition import Condition
 from wadi.backbones.text import PromptEncoder
 from wadi.diffusion import Schedule
-from wadi.distill.condition import Condition
 from wadi.errors import WadiError
 from wadi.onestep.loading import load_pipeline, pipeline_class_name, pipeline_folder
 

@@ -15,9 +15,9 @@ from diffusers import (
 from torch import nn
 
 from wadi.backbones.base import Backbone
+from wadi.backbones.condition import MASK, STATES, Condition
 from wadi.backbones.sd import ATTENTION_AND_FEED_FORWARD
 from wadi.backbones.text import PromptEncoder, cleans_captions
-from wadi.distill.condition import MASK, STATES, Condition
 
 _BLOCKS = rf"transformer_blocks\..*\.({ATTENTION_AND_FEED_FORWARD})"
 

@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from wadi.backbones.base import Backbone
+from wadi.backbones.condition import STATES, Condition
 from wadi.backbones.text import PromptEncoder
-from wadi.distill.condition import STATES, Condition
 
 ATTENTION_AND_FEED_FORWARD = r"to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
 

@@ -9,8 +9,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import nn
 
 from wadi.backbones.base import Backbone
+from wadi.backbones.condition import STATES, Condition
 from wadi.backbones.text import PromptEncoder
-from wadi.distill.condition import STATES, Condition
 
 POOLED = "pooled_projections"
 

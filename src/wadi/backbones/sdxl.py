@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
+from wadi.backbones.condition import STATES, Condition
 from wadi.backbones.sd import UNetBackbone
 from wadi.backbones.text import PromptEncoder
-from wadi.distill.condition import STATES, Condition
 
 POOLED = "text_embeds"
 

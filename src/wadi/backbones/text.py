@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from wadi.distill.condition import MASK, STATES, Condition, concatenate
+from wadi.backbones.condition import MASK, STATES, Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_limit

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from wadi.backbones import PromptEncoder, load_prompt_encoder
+from wadi.backbones.condition import Condition, concatenate, pick
 from wadi.distill.cache import EmbeddingCache, Embeddings, cache_output
-from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.config import DTYPES
 from wadi.errors import WadiError
 from wadi.tables import SUFFIXES, Prompt, check_column, read_texts, with_text

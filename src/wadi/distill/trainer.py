@@ -19,9 +19,9 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 
 from wadi.backbones import Backbone, fake_config, student_config
+from wadi.backbones.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill import checkpoint
 from wadi.distill.checks import check_ranks, free_memory
-from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import (
     denoising_gradient,

@@ -34,9 +34,9 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from wadi.backbones import BACKBONES, Backbone, student_config
+from wadi.backbones.condition import Condition, concatenate, pick
 from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from wadi.distill.checks import check_rank, layer_sizes
-from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.methods import method_config
 from wadi.distill.prompts import Prompt, check_length, read_prompts
 from wadi.distill.roles import trainable
