@@ -37,10 +37,10 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
 
+from wadi.backbones import student_config
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
-from wadi.lorad import student_config
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import angles, rotate, rotated_weight
 

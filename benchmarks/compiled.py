@@ -28,8 +28,8 @@ import tyro
 from diffusers import StableDiffusionPipeline
 
 from wadi import emoji
+from wadi.backbones.condition import Condition, concatenate, repeat
 from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator, regions
-from wadi.distill.condition import Condition, concatenate, repeat
 from wadi.onestep import load_pipeline
 
 PROMPTS = ["a panda", "a red apple on a blue background", "a cat left of a dog", "a big rocket"]

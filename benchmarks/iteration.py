@@ -37,16 +37,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from adapters import CONFIGS, Clock, HookAdapter, header
 
+from wadi.backbones import Backbone, PixArtBackbone, UNetBackbone, fake_config, student_config
+from wadi.backbones.condition import Condition, concatenate, pick
 from wadi.distill import DistillConfig, Trainer, make_accelerator
-from wadi.distill.backbone import Backbone, PixArtBackbone, UNetBackbone
 from wadi.distill.cache import Embeddings
-from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.losses import fake_loss, generator_loss, guided, vsd_gradient
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing, view
 from wadi.distill.schedule import Schedule
-from wadi.lorad.presets import fake_config, student_config
 
 RANKS = {"sd15": (256, 32), "pixart-256": (128, 32), "tiny": (4, 2)}
 PIXART = {

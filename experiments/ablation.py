@@ -42,6 +42,8 @@ from stacked import Stack, stack_key
 from torch import nn
 from tqdm import tqdm
 
+from wadi.backbones import Backbone, load_backbone, student_config
+from wadi.backbones.condition import Condition, pick
 from wadi.directions.change import (
     energies,
     energy_shares,
@@ -51,9 +53,7 @@ from wadi.directions.change import (
     with_norms_of,
 )
 from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
-from wadi.distill.backbone import Backbone, load_backbone
 from wadi.distill.cache import Embeddings
-from wadi.distill.condition import Condition, pick
 from wadi.distill.methods import merged_state
 from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder
@@ -62,7 +62,6 @@ from wadi.emoji.evaluate import evaluation_captions, reading_figures
 from wadi.emoji.judge import Judge
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
-from wadi.lorad.presets import student_config
 from wadi.onestep.fast import to_bytes
 
 RATES = {

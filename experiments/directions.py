@@ -29,8 +29,8 @@ import tyro
 from diffusers import DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from wadi.backbones import student_config
 from wadi.files import save_tensors, write_json
-from wadi.lorad import student_config
 
 PIXART = {
     "num_attention_heads": 16,

@@ -39,6 +39,7 @@ from PIL import Image
 from tables import find_tables, markdown, with_tables
 from wadi.customise import LEARNING_RATES, TRAIN_TEXT_ENCODER
 
+from wadi.backbones import student_config
 from wadi.distill import PRESETS, distill
 from wadi.emoji import assets_folder, prompts_file, student_folder, teacher_folder
 from wadi.emoji.captions import stated
@@ -68,7 +69,6 @@ from wadi.files import (
     write_json,
     write_text,
 )
-from wadi.lorad import student_config
 from wadi.metrics import feature_statistics, frechet_distance
 from wadi.onestep import labelled_grid, load_pipeline
 from wadi.onestep.pipeline import load_for_steps

@@ -19,8 +19,8 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from wadi.backbones.condition import Condition, choose, concatenate, repeat
 from wadi.distill import DistillConfig, Trainer
-from wadi.distill.condition import Condition, choose, concatenate, repeat
 from wadi.distill.losses import (
     fake_loss,
     generator_loss,

@@ -11,7 +11,7 @@ from wadi._version import __version__
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
-    from wadi.distill.backbone import load_backbone
+    from wadi.backbones import load_backbone
     from wadi.distill.config import DistillConfig
     from wadi.distill.run import distill
     from wadi.lorad import LoRaDConfig, LoRaDModel
@@ -38,7 +38,7 @@ _PLACES = {
     "LoRaDModel": "wadi.lorad:LoRaDModel",
     "OneStepPipeline": "wadi.onestep.pipeline:OneStepPipeline",
     "export": "wadi.onestep.export:export_pipeline",
-    "load_backbone": "wadi.distill.backbone:load_backbone",
+    "load_backbone": "wadi.backbones:load_backbone",
     "merge": "wadi.onestep.adapters:merge_adapters",
 }
 

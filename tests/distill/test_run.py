@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import PROMPTS, tiny_pipeline
+from wadi.backbones import student_config
 from wadi.distill import DistillConfig, UNetBackbone, distill
 from wadi.distill.run import resolve
 from wadi.distill.trainer import append_metrics
 from wadi.errors import WadiError
-from wadi.lorad import LoRaDConfig, save_adapter, student_config
+from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep import OneStepPipeline, Student
 
 

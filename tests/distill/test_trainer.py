@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from tests.tiny import PROMPTS, tiny_pipeline
+from wadi.backbones.condition import repeat
 from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator
-from wadi.distill.condition import repeat
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDLayer
 

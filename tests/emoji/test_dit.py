@@ -9,6 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
 from tests.emoji.cases import synthetic_atlas
+from wadi.backbones import student_config
 from wadi.commands.distill import start_of
 from wadi.distill import distill
 from wadi.distill.config import PRESETS
@@ -18,7 +19,6 @@ from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_gen
 from wadi.emoji.tokenizer import build_t5_tokenizer
 from wadi.errors import WadiError
 from wadi.files import save_tensors
-from wadi.lorad.presets import student_config
 from wadi.onestep import OneStepPipeline
 
 CAPTIONS = ["a cat", "a big dog on the left", "", "a cat and a dog"]

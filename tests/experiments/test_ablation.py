@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import inject_adapter_in_model
 
+from wadi.backbones import student_config
 from wadi.directions.change import with_norms_of
 from wadi.distill import PRESETS
 from wadi.distill.methods import method_config
@@ -17,7 +18,6 @@ from wadi.distill.roles import view
 from wadi.emoji import teacher_folder
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json
-from wadi.lorad.presets import student_config
 from wadi.onestep import load_pipeline
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

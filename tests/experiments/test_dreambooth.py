@@ -10,11 +10,11 @@ from peft import inject_adapter_in_model
 from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
+from wadi.backbones import student_config
 from wadi.distill.methods import method_config
 from wadi.emoji import teacher_folder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, save_tensors
-from wadi.lorad import student_config
 from wadi.onestep import load_pipeline
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

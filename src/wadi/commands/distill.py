@@ -19,7 +19,6 @@ _ALIASES = {"pretrained_model_name_or_path": ("--teacher",), "output_dir": ("--o
 """Short names of the two options that everyone gives."""
 _HELP = {
     "preset": "Where the other options start: the defaults shown are this preset's.",
-    "pretrained_model_name_or_path": "Teacher: a Stable Diffusion or PixArt-alpha folder, or a hub id.",
     "output_dir": "Run folder; new or empty, unless a run is resumed.",
 }
 """What the command line says otherwise than `DistillConfig` does."""

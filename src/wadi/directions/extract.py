@@ -11,6 +11,7 @@ import torch
 from peft import inject_adapter_in_model
 from torch import nn
 
+from wadi.backbones import student_config
 from wadi.device import chosen_device
 from wadi.directions.figures import LayerFigures
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
@@ -19,7 +20,7 @@ from wadi.directions.weights import check_shapes
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.errors import WadiError
 from wadi.files import write_json
-from wadi.lorad import save_adapter, student_config
+from wadi.lorad import save_adapter
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import Student, one_step_scheduler

@@ -10,13 +10,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wadi.distill.backbone import PixArtBackbone, UNetBackbone, load_backbone
+    from wadi.backbones import PixArtBackbone, UNetBackbone, load_backbone
     from wadi.distill.cache import EmbeddingCache, Embeddings
     from wadi.distill.config import PRESETS, DistillConfig
     from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
     from wadi.distill.schedule import Schedule
-    from wadi.distill.text import PromptEncoder
     from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "Embeddings",
     "PixArtBackbone",
     "PromptEmbeddings",
-    "PromptEncoder",
     "Schedule",
     "StepInputs",
     "Trainer",
@@ -43,16 +41,15 @@ _MODULE_OF = {
     "DistillConfig": "config",
     "EmbeddingCache": "cache",
     "Embeddings": "cache",
-    "PixArtBackbone": "backbone",
+    "PixArtBackbone": ".backbones",
     "PromptEmbeddings": "prompts",
-    "PromptEncoder": "text",
     "Schedule": "schedule",
     "StepInputs": "trainer",
     "Trainer": "trainer",
-    "UNetBackbone": "backbone",
+    "UNetBackbone": ".backbones",
     "distill": "run",
     "encode_prompts": "prompts",
-    "load_backbone": "backbone",
+    "load_backbone": ".backbones",
     "make_accelerator": "trainer",
     "read_prompts": "prompts",
 }
@@ -60,7 +57,7 @@ _MODULE_OF = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

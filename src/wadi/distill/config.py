@@ -25,7 +25,7 @@ Method = Literal["lorad", "lora", "full"]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-_SD, _PIXART = "StableDiffusionPipeline", "PixArtAlphaPipeline"
+_SD, _SDXL, _PIXART = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ FITS: dict[str, Fit] = {
     "emoji-dit": Fit(_PIXART, "epsilon", 64),
     **dict.fromkeys(("sd15", "sd21-base"), Fit(_SD, "epsilon", 512)),
     "sd21": Fit(_SD, "v_prediction", 768),
+    "sdxl": Fit(_SDXL, "epsilon", 1024),
     **{f"pixart-{side}": Fit(_PIXART, "epsilon", side) for side in (256, 512, 1024)},
 }
 """By preset."""
@@ -85,7 +86,7 @@ class DistillConfig:
     """Key of `PRESETS` that the options started from, which is compared with the teacher."""
 
     pretrained_model_name_or_path: str | None = _often("model", None)
-    """Teacher: a StableDiffusionPipeline or PixArtAlphaPipeline folder, or a hub id."""
+    """Teacher: a folder of a diffusers pipeline (Stable Diffusion, SDXL, PixArt), or a hub id."""
 
     prompts: str | None = _often("model", None)
     """Prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet; or a `datasets` id."""
@@ -529,6 +530,19 @@ _PRESETS: dict[str, DistillConfig] = {
     "sd21": dataclasses.replace(
         _SD15, pretrained_model_name_or_path="stabilityai/stable-diffusion-2-1", output_dir="runs/sd21"
     ),
+    "sdxl": dataclasses.replace(
+        # Nothing was trained with published weights. A fake model in the student's layers, of its rank, with
+        # two updates keeps the emoji student diverse; so large a one needs less than the paper's rate.
+        DistillConfig(mixed_precision="bf16", gradient_checkpointing=True, train_batch_size=1),
+        pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0",
+        output_dir="runs/sdxl",
+        gradient_accumulation_steps=4,
+        student_rank=64,
+        fake_rank=64,
+        fake_layers="student",
+        fake_updates=2,
+        fake_learning_rate=1e-3,
+    ),
     "pixart-256": _PIXART,
     "pixart-512": dataclasses.replace(
         _PIXART,
@@ -544,5 +558,6 @@ _PRESETS: dict[str, DistillConfig] = {
 }
 PRESETS = {name: dataclasses.replace(config, preset=name) for name, config in _PRESETS.items()}
 """Starting points by name: the emoji teacher (the first part of how its shipped student was made on a GPU, in
-minutes on a CPU, and in the paper's proportions), the emoji transformer (train its teacher first) and the
-authors' settings for Stable Diffusion and PixArt-alpha."""
+minutes on a CPU, and in the paper's proportions), the emoji transformer (train its teacher first), the
+authors' settings for Stable Diffusion and PixArt-alpha, and for Stable Diffusion XL settings of our own, with
+which nothing was trained yet."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wadi.distill.backbone import Backbone, load_backbone
+from wadi.backbones import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache, cache_output
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset

@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 
+from wadi.backbones import Backbone, fake_config, student_config
+from wadi.backbones.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill import checkpoint
-from wadi.distill.backbone import Backbone
 from wadi.distill.checks import check_ranks, free_memory
-from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import (
     denoising_gradient,
@@ -44,7 +44,6 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
 from wadi.interrupt import catch_interrupt
 from wadi.lorad.io import copy_adapter
-from wadi.lorad.presets import fake_config, student_config
 from wadi.onestep import labelled_grid
 from wadi.onestep.adapters import adapter_folder
 from wadi.progress import progress

@@ -329,7 +329,7 @@ def _explain_compiler() -> Iterator[None]:
 
 def _check_pipeline(pipeline: DiffusionPipeline) -> None:
     if not isinstance(pipeline, StableDiffusionPipeline):
-        raise WadiError(f"fast: only StableDiffusionPipeline, not {type(pipeline).__name__}; leave it out")
+        raise WadiError(f"fast: takes a StableDiffusionPipeline, not a {type(pipeline).__name__}; omit it")
     if any(isinstance(module, BaseTunerLayer) for module in pipeline.unet.modules()):
         raise WadiError("fast: the U-Net has an adapter that is not merged; merge it first (wadi export)")
     if pipeline.unet.config.time_cond_proj_dim is not None:

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
+from wadi.backbones.condition import MASK, STATES, concatenate, pick, without_padding
 from wadi.distill.cache import EmbeddingCache, Embeddings
-from wadi.distill.condition import MASK, STATES, concatenate, pick, without_padding
 
 TOKENS, WIDTH = 7, 4
 

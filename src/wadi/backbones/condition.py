@@ -2,8 +2,9 @@
 
 | network | tensors |
 | --- | --- |
-| `UNet2DConditionModel` | `encoder_hidden_states` (N, L, D) |
-| `PixArtTransformer2DModel` | the same, and `encoder_attention_mask` (N, L) bool, true at tokens |
+| `UNet2DConditionModel` | `encoder_hidden_states` (N, L, D); of SDXL also `text_embeds` (N, P), pooled |
+| `SD3Transformer2DModel` | `encoder_hidden_states`, and `pooled_projections` (N, P) |
+| `PixArtTransformer2DModel` | `encoder_hidden_states`, and `encoder_attention_mask` (N, L), true at tokens |
 
 Only `PER_TOKEN` tensors have a place for each token. All others, the mask too, are of one length for every
 prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or filled up.
