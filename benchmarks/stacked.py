@@ -286,9 +286,9 @@ class Stack:
 
     def _generate(self, inputs: list[StepInputs], condition: Condition) -> torch.Tensor:
         """All students' images, (K n, C, H, W)."""
-        z, schedule = torch.cat([each.z for each in inputs]), self.schedule
-        last = torch.full((len(z),), schedule.num_train_timesteps - 1, device=z.device)
-        return schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
+        z, schedule = torch.cat([each.z for each in inputs]), self.trainers[0].student_schedule
+        t = schedule.last.expand(len(z))
+        return schedule.x0(self.backbone.predict(self.student, z, t, condition), z, t)
 
     @torch.no_grad()
     def _gradient(
@@ -303,19 +303,17 @@ class Stack:
             fake = self._guided(self.fake, x_t, t, condition, each(self.fake_guidance))
         else:
             fake = self.backbone.predict(self.fake, x_t, t, condition)
-        return vsd_gradient(
-            schedule.epsilon(teacher, x_t, t), schedule.epsilon(fake, x_t, t), schedule.sigma(t)
-        )
+        x0 = (schedule.x0(prediction, x_t, t) for prediction in (teacher, fake))
+        return vsd_gradient(*x0, *schedule.levels(t))
 
     def _update_fakes(
         self, x0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
     ) -> list[dict[str, torch.Tensor]]:
         schedule = self.schedule
         x_t = schedule.add_noise(x0, noise, t)
-        epsilon = schedule.epsilon(self.backbone.predict(self.fake, x_t, t, condition), x_t, t)
-        weight = schedule.alpha(t) ** 2
-        parts = (each.split(self.samples) for each in (epsilon, noise, weight))
-        losses = [fake_loss(*part) for part in zip(*parts, strict=True)]
+        prediction = self.backbone.predict(self.fake, x_t, t, condition)
+        parts = (each.split(self.samples) for each in (prediction, x0, noise, t))
+        losses = [fake_loss(schedule, *part, "alpha_squared") for part in zip(*parts, strict=True)]
         sum(losses[1:], losses[0]).backward()
         self._take_gradients(self.fake)
         return [

@@ -277,15 +277,13 @@ def test_fake_model_learns_pictures_that_stand_still():
 
 
 def test_student_learns_to_please_a_known_target():
-    """With eps_teacher - eps_fake replaced by the error to a fixed picture, the surrogate descends on it."""
+    """With x0_fake - x0_teacher replaced by the error to a fixed image, the surrogate descends on it."""
     trainer = make(student_learning_rate=3e-2, train_batch_size=1, max_grad_norm=1e9)
     target, inputs = torch.zeros(1, 4, 8, 8), trainer.draw(0)
     trainer._set_rates(0)
-    trainer._guided_epsilon = lambda network, x_t, t, c, s: (
-        (x_t - trainer.schedule.alpha(t) * target) / trainer.schedule.sigma(t)
-        if network is trainer.teacher
-        else inputs.noise
-    )  # eps_teacher - eps_fake = alpha_t / sigma_t (x0 - target)
+    known = {id(trainer.teacher): lambda x_t, t: target}
+    known[id(trainer.fake)] = lambda x_t, t: trainer.schedule.x0(inputs.noise, x_t, t)  # the student's own x0
+    trainer._guided_x0 = lambda network, x_t, t, c, s: known[id(network)](x_t, t)
 
     def error():
         with torch.no_grad():

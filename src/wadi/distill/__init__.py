@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from wadi.distill.config import PRESETS, DistillConfig
     from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
-    from wadi.distill.schedule import Schedule
     from wadi.distill.text import PromptEncoder
     from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
 
@@ -24,7 +23,6 @@ __all__ = [
     "PixArtBackbone",
     "PromptEmbeddings",
     "PromptEncoder",
-    "Schedule",
     "StepInputs",
     "Trainer",
     "UNetBackbone",
@@ -43,7 +41,6 @@ _MODULE_OF = {
     "PixArtBackbone": "backbone",
     "PromptEmbeddings": "prompts",
     "PromptEncoder": "text",
-    "Schedule": "schedule",
     "StepInputs": "trainer",
     "Trainer": "trainer",
     "UNetBackbone": "backbone",

@@ -1,12 +1,19 @@
 """The losses of WaDi (arXiv 2603.08258): pure functions of float32 tensors that know no model.
 
-Shapes: predictions, noise and latents are (N, C, H, W); alpha_t and sigma_t are (N, 1, 1, 1).
+Shapes: x0, predictions and noise are (N, C, H, W); alpha and sigma are (N, 1, 1, 1).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from wadi.diffusion import Schedule
+
+SMALLEST_SIZE = 1e-3
+"""Smallest divisor of the normalized gradient, in units of x0. Public code for flow models has 0.1, but the
+teacher changes a latent by about 0.01 at little noise, and the gradient there would become ten times smaller
+than elsewhere. Below 1e-3, at the very end of a schedule, the change is mostly float32 rounding."""
 
 BLOCK_SIZE = 4
 """Side of the squares, in latent pixels, whose mean the denoising term does not change: it would make colours
@@ -19,47 +26,38 @@ def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) 
 
 
 def interval_scale(
-    scale: float | torch.Tensor, above: float | torch.Tensor, t: torch.Tensor, highest: int | torch.Tensor
+    scale: float | torch.Tensor, above: float | torch.Tensor, t: torch.Tensor, highest: torch.Tensor
 ) -> torch.Tensor:
-    """Guidance at the timesteps t (N,): `scale` up to `highest`, `above` beyond it.
+    """Guidance at the times t (N,): `scale` up to `highest`, `above` beyond it.
 
-    As of "Applying Guidance in a Limited Interval" (Kynkaanniemi et al., arXiv 2404.07724, eq. 6), without
+    This is "Applying Guidance in a Limited Interval" (Kynkaanniemi et al., arXiv 2404.07724, eq. 6), without
     its lower end. Everything but t may be of shape (N,) too.
     """
     return torch.where(t <= highest, scale, above)
 
 
-def vsd_gradient(eps_teacher: torch.Tensor, eps_fake: torch.Tensor, sigma_t: torch.Tensor) -> torch.Tensor:
-    """Variational score distillation with the paper's weight: sigma_t^2 (eps_teacher - eps_fake)."""
-    return sigma_t**2 * (eps_teacher - eps_fake)
+def vsd_gradient(
+    x0_teacher: torch.Tensor, x0_fake: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """Variational score distillation with the paper's weight: sigma alpha (x0_fake - x0_teacher).
+
+    This is the paper's sigma^2 (eps_teacher - eps_fake), because x0 = (x_t - sigma eps) / alpha. It is finite
+    at both ends of every schedule.
+    """
+    return sigma * alpha * (x0_fake - x0_teacher)
 
 
 def normalized_vsd_gradient(
-    eps_teacher: torch.Tensor, eps_fake: torch.Tensor, noise: torch.Tensor
+    x0: torch.Tensor, x0_teacher: torch.Tensor, x0_fake: torch.Tensor
 ) -> torch.Tensor:
-    """The same direction with DMD's weight (arXiv 2311.18828, eq. 8): one size for every sample and timestep.
+    """The same direction with DMD's weight (arXiv 2311.18828, eq. 8): one size for every sample and time.
 
-    DMD divides (x0_fake - x0_teacher) by mean |x0 - x0_teacher|, the mean over a sample's elements. Both
-    differences are sigma_t / alpha_t times differences of noise, which cancels:
+        grad_x0 = (x0_fake - x0_teacher) / max(mean |x0 - x0_teacher|, SMALLEST_SIZE)
 
-        grad_x0 = (eps_teacher - eps_fake) / mean |eps_teacher - n|
+    The mean is over a sample's elements.
     """
-    size = (eps_teacher - noise).abs().mean(dim=(1, 2, 3), keepdim=True)
-    return (eps_teacher - eps_fake) / size.clamp_min(1e-6)
-
-
-def denoising_gradient(
-    eps_teacher: torch.Tensor, noise: torch.Tensor, sigma_over_alpha: torch.Tensor
-) -> torch.Tensor:
-    """Score distillation without a fake model (DreamFusion, arXiv 2209.14988, eq. 3), in units of x_0.
-
-    With x0_teacher what the teacher takes for x_0 at x_t,
-
-        grad_x0 = x0 - x0_teacher = sigma_t / alpha_t (eps_teacher - n)
-
-    Meant for little noise, where it is what the teacher would clean off a picture.
-    """
-    return sigma_over_alpha * (eps_teacher - noise)
+    size = (x0 - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return (x0_fake - x0_teacher) / size.clamp_min(SMALLEST_SIZE)
 
 
 def without_block_means(x: torch.Tensor, block_size: int = BLOCK_SIZE) -> torch.Tensor:
@@ -77,6 +75,27 @@ def generator_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
-def fake_loss(eps_fake: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
-    """weight (eps_fake - n)^2, mean over elements; the paper's weight is alpha_t^2."""
-    return (weight * (eps_fake - noise) ** 2).mean()
+def fake_loss(
+    schedule: Schedule,
+    prediction: torch.Tensor,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    weighting: str,
+) -> torch.Tensor:
+    """What the fake model minimises at x_t = alpha x0 + sigma n, mean over elements.
+
+    Args:
+        schedule: gives alpha and what the network should predict.
+        prediction: the network's at x_t.
+        x0: clean latents.
+        noise: n.
+        t: (N,), the times.
+        weighting: "alpha_squared", the paper's alpha^2 (eps - n)^2; or "none", the plain error of what the
+            network predicts, as its teacher was trained.
+    """
+    if weighting == "none":
+        return F.mse_loss(prediction, schedule.target(x0, noise, t))
+    alpha, _ = schedule.levels(t)
+    x_t = schedule.add_noise(x0, noise, t)
+    return (alpha * (schedule.noise(prediction, x_t, t) - noise)).square().mean()

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 
+from wadi.diffusion import Schedule
 from wadi.distill import checkpoint
 from wadi.distill.backbone import Backbone
 from wadi.distill.checks import check_ranks, free_memory
 from wadi.distill.condition import Condition, choose, concatenate, pick, repeat
 from wadi.distill.config import DistillConfig
 from wadi.distill.losses import (
-    denoising_gradient,
     fake_loss,
     generator_loss,
     guided,
@@ -38,7 +38,6 @@ from wadi.distill.processes import any_process, hosts_group, together
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import check_compiler, compile_regions, compiling, eager
 from wadi.distill.roles import Roles, build_roles, enable_gradient_checkpointing, trainable, view
-from wadi.distill.schedule import Schedule
 from wadi.distill.trackers import check_tracker
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
@@ -142,8 +141,11 @@ class Trainer:
         self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
         self.fingerprint = config.fingerprint(inputs)
         self.device, self.hosts = accelerator.device, hosts_group(accelerator)
-        self.schedule = Schedule.from_config(backbone.scheduler_config, config.alpha_T_squared).to(
-            self.device
+        self.schedule = Schedule.from_config(backbone.scheduler_config).to(self.device)
+        self.student_schedule = self.schedule.ending_at(config.alpha_T_squared)
+        # the last time at which the teacher is guided
+        self.highest_guided = self.schedule.times(
+            torch.tensor(config.guidance_max_timestep, dtype=torch.float64)
         )
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
@@ -233,19 +235,21 @@ class Trainer:
         own = config.train_batch_size * config.gradient_accumulation_steps
         first, n = self.accelerator.process_index * own, self.accelerator.num_processes * own
         share, u = slice(first, first + own), config.fake_updates
-        shape, steps = self.backbone.latent_shape, schedule.num_train_timesteps
-        low, high = (min(round(f * steps), steps - 1) for f in (config.min_timestep, config.max_timestep))
-        on_device = {"device": self.device, "generator": self.generator}
+        shape, on_device = self.backbone.latent_shape, {"device": self.device, "generator": self.generator}
+
+        def times(count: int, low: float, high: float) -> torch.Tensor:
+            return schedule.sample_t(count, low, high, self.generator)
+
         # what an option adds is drawn last: the others keep their numbers
         return StepInputs(
             z=_keep(torch.randn(n, *shape, **on_device), share),
             condition=self._draw_prompts(n, share),
-            t=_keep(torch.randint(low, high + 1, (n,), **on_device), share),
+            t=_keep(times(n, config.min_timestep, config.max_timestep), share),
             noise=_keep(torch.randn(n, *shape, **on_device), share),
-            fake_t=_keep(torch.randint(0, steps, (u, n), **on_device), share, 1),
+            fake_t=_keep(times(u * n, 0.0, 1.0).view(u, n), share, 1),
             fake_noise=_keep(torch.randn(u, n, *shape, **on_device), share, 1),
             fake_null=torch.rand(u, **on_device) < config.null_prompt_probability,
-            denoising=self._draw_denoising(n, share, low) if config.denoising_weight else {},
+            denoising=self._draw_denoising(n, share) if config.denoising_weight else {},
         )
 
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
@@ -266,8 +270,8 @@ class Trainer:
 
     def generate(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The student's one step: x0 (N, C, H, W) float32 from z ~ N(0, I) and the condition of N prompts."""
-        t = torch.full((len(z),), self.schedule.num_train_timesteps - 1, device=z.device)
-        return self.schedule.one_step(self._predict(self.student, z, t, condition), z)
+        t = self.student_schedule.last.expand(len(z))
+        return self.student_schedule.x0(self._predict(self.student, z, t, condition), z, t)
 
     def _predict(
         self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
@@ -275,7 +279,7 @@ class Trainer:
         """`Backbone.predict`; without gradients past DDP, as one process alone may ask for it."""
         if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
             network = network.module
-        return self.backbone.predict(network, x_t, t, condition)
+        return self.backbone.predict(network, x_t, self.schedule.timestep(t), condition)
 
     def _update_student(self, inputs: StepInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config, schedule = self.config, self.schedule
@@ -285,12 +289,11 @@ class Trainer:
             condition = pick(inputs.condition, micro)
             with synchronize:
                 x0 = self.generate(inputs.z[micro], condition)
-                eps_teacher, eps_fake = self._scores(x0, noise, t, condition)
-                # grad_x0 = sigma_t^2 (eps_teacher - eps_fake)
+                x0_teacher, x0_fake = self._scores(x0, noise, t, condition)
                 if config.weighting == "normalized":
-                    gradient = normalized_vsd_gradient(eps_teacher, eps_fake, noise)
+                    gradient = normalized_vsd_gradient(x0.detach(), x0_teacher, x0_fake)
                 else:
-                    gradient = vsd_gradient(eps_teacher, eps_fake, schedule.sigma(t))
+                    gradient = vsd_gradient(x0_teacher, x0_fake, *schedule.levels(t))
                 # 1/2 ||x0 - stopgrad(x0 - grad_x0)||^2
                 terms = {"student_loss": (generator_loss(x0, gradient), 1.0)}
                 if config.denoising_weight:
@@ -307,21 +310,20 @@ class Trainer:
     def _scores(
         self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guided noise of teacher and fake model at x_t, each (N, C, H, W) float32."""
+        """Guided x0 of teacher and fake model at x_t, each (N, C, H, W) float32."""
         # p = p_null + s (p_cond - p_null), for teacher and fake model alike
         x_t = self.schedule.add_noise(x0, noise, t)
-        eps_teacher = self._guided_epsilon(self.teacher, x_t, t, condition, self._teacher_scale(t))
+        x0_teacher = self._guided_x0(self.teacher, x_t, t, condition, self._teacher_scale(t))
         fake_scale = self.config.fake_guidance_scale
-        return eps_teacher, self._guided_epsilon(self.fake_network, x_t, t, condition, fake_scale)
+        return x0_teacher, self._guided_x0(self.fake_network, x_t, t, condition, fake_scale)
 
     def _denoising_term(self, x0: torch.Tensor, inputs: StepInputs, micro: slice) -> torch.Tensor:
-        """1/2 ||x0 - x0_teacher||^2 of what is finer than blocks; the teacher's picture is held fixed."""
+        """1/2 ||x0 - x0_teacher||^2 of what is finer than blocks; the teacher's image is held fixed."""
         schedule = self.schedule
         t, noise = (inputs.denoising[name][micro] for name in ("t", "noise"))
         with torch.no_grad():
             x_t = schedule.add_noise(x0, noise, t)
-            eps = self._guided_epsilon(self.teacher, x_t, t, pick(inputs.condition, micro), 1.0)
-            gradient = denoising_gradient(eps, noise, schedule.sigma(t) / schedule.alpha(t))
+            gradient = x0 - self._guided_x0(self.teacher, x_t, t, pick(inputs.condition, micro), 1.0)
         return generator_loss(x0, without_block_means(gradient))
 
     def _backward(self, terms: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
@@ -340,9 +342,8 @@ class Trainer:
             with synchronize:
                 x_t = schedule.add_noise(x0[micro], noise[micro], t[micro])
                 prediction = self._predict(self.fake, x_t, t[micro], pick(condition, micro))
-                # ||alpha_t eps_fake(x_t, t, c) - alpha_t n||^2
-                weight = schedule.alpha(t[micro]) ** 2 if config.fake_weighting == "alpha_squared" else 1.0
-                loss = fake_loss(schedule.epsilon(prediction, x_t, t[micro]), noise[micro], weight)
+                told = x0[micro], noise[micro], t[micro]
+                loss = fake_loss(schedule, prediction, *told, config.fake_weighting)
                 loss = loss / config.gradient_accumulation_steps
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
@@ -357,12 +358,7 @@ class Trainer:
         scales = interval_scale(config.guidance_scale, config.guidance_scale_above, t, self.highest_guided)
         return scales.view(-1, 1, 1, 1)
 
-    @property
-    def highest_guided(self) -> int:
-        """The highest timestep at which the teacher is guided."""
-        return round(self.config.guidance_max_timestep * self.schedule.num_train_timesteps)
-
-    def _guided_epsilon(
+    def _guided_x0(
         self,
         network: torch.nn.Module,
         x_t: torch.Tensor,
@@ -370,7 +366,7 @@ class Trainer:
         condition: Condition,
         scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise: null prompt and condition in one call; a scale of 1 needs no null prompt.
+        """Guided x0: null prompt and condition in one call; a scale of 1 needs no null prompt.
 
         The host does not read a scale that is a tensor: that would wait for the device.
         """
@@ -380,7 +376,7 @@ class Trainer:
             both = concatenate([repeat(self.null, len(t)), condition])
             pair = self._predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
             prediction = guided(*pair.chunk(2), scale)
-        return self.schedule.epsilon(prediction, x_t, t)
+        return self.schedule.x0(prediction, x_t, t)
 
     def _micro_batches(
         self, network: torch.nn.Module
@@ -472,13 +468,12 @@ class Trainer:
         chosen = embeddings.take(indices[share], pin_memory=self.device.type == "cuda")
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in chosen.items()}
 
-    def _draw_denoising(self, count: int, share: slice, low: int) -> dict[str, torch.Tensor]:
+    def _draw_denoising(self, count: int, share: slice) -> dict[str, torch.Tensor]:
         """Timesteps and noise of a share of what the teacher cleans."""
-        on_device = {"device": self.device, "generator": self.generator}
-        steps = self.schedule.num_train_timesteps
-        high = min(round(self.config.denoising_max_timestep * steps), steps - 1)
-        t = torch.randint(low, high + 1, (count,), **on_device)
-        noise = torch.randn(count, *self.backbone.latent_shape, **on_device)
+        low, high = self.config.min_timestep, self.config.denoising_max_timestep
+        t = self.schedule.sample_t(count, low, high, self.generator)
+        shape = count, *self.backbone.latent_shape
+        noise = torch.randn(shape, device=self.device, generator=self.generator)
         return {"t": _keep(t, share), "noise": _keep(noise, share)}
 
     # --- CUDA graph ---

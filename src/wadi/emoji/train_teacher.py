@@ -23,6 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from wadi.diffusion import Schedule
 from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
@@ -223,7 +224,7 @@ class TeacherTraining:
         parameters = [*network.parameters(), *text_encoder.parameters()]
         self.update = AveragedAdamW(parameters, config.ema_decay, self.device)
         self.parameters, self.ema = self.update.parameters, self.update.ema
-        self.alphas_cumprod = new_scheduler().alphas_cumprod.to(self.device)
+        self.schedule = Schedule.from_config(new_scheduler()).to(self.device)
         size = config.train_batch_size
         self.latents = torch.zeros(size, 4, 16, 16, device=self.device)
         self.noise = torch.zeros_like(self.latents)
@@ -237,13 +238,11 @@ class TeacherTraining:
         self.run = captured(self._step) if self.device.type == "cuda" else self._step
 
     def _step(self) -> None:
-        alpha = self.alphas_cumprod[self.timesteps, None, None, None].sqrt()
-        sigma = (1 - self.alphas_cumprod[self.timesteps, None, None, None]).sqrt()
         # cache_enabled: a captured graph must not keep casts of weights from an earlier step.
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
         ):
-            noisy = alpha * self.latents + sigma * self.noise
+            noisy = self.schedule.add_noise(self.latents, self.noise, self.timesteps)
             if self.config.architecture == "dit":
                 ids = self.ids[:, 0]
                 prediction = predict_noise(self.predict, self.text_encoder, noisy, self.timesteps, ids)
