@@ -498,7 +498,7 @@ class Student:
         return figures
 
     def _one_step(self, network: nn.Module, z: torch.Tensor, condition: Condition) -> torch.Tensor:
-        schedule = self.trainer.student_schedule
+        schedule = self.trainer.generator.schedule
         t = schedule.last.expand(len(z))
         return schedule.x0(self.world.backbone.predict(network, z, t, condition), z, t)
 

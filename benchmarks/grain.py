@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from wadi.diffusion import Schedule
-from wadi.distill.losses import without_block_means
+from wadi.distill.terms.denoising import without_block_means
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import Caption, stated
 from wadi.emoji.evaluate import evaluation_captions, free_attributes

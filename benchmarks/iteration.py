@@ -42,10 +42,14 @@ from wadi.distill import DistillConfig, Trainer, make_accelerator
 from wadi.distill.backbone import Backbone, PixArtBackbone, UNetBackbone
 from wadi.distill.cache import Embeddings
 from wadi.distill.condition import Condition, concatenate, pick
-from wadi.distill.losses import fake_loss, generator_loss, guided, vsd_gradient
+from wadi.distill.fake import fake_loss
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing, view
+from wadi.distill.scores import guided
+from wadi.distill.terms.term import generator_loss
+from wadi.distill.terms.vsd import vsd_gradient
+from wadi.graph import record
 from wadi.lorad.presets import fake_config, student_config
 
 RANKS = {"sd15": (256, 32), "pixart-256": (128, 32), "tiny": (4, 2)}
@@ -199,8 +203,8 @@ class Plain:
             x_t = schedule.add_noise(x0, noise, t)
             teacher = self.guided(self.teacher, x_t, t, condition, config.guidance_scale)
             fake = self.guided(self.fake, x_t, t, condition, FAKE_GUIDANCE_SCALE)
-            teacher, fake = (schedule.x0(prediction, x_t, t) for prediction in (teacher, fake))
-            gradient = vsd_gradient(teacher, fake, *schedule.levels(t))
+            difference = schedule.x0(fake, x_t, t) - schedule.x0(teacher, x_t, t)
+            gradient = vsd_gradient(difference, *schedule.levels(t))
         generator_loss(x0, gradient).backward()
         self.update(0, self.student_hooks)
         with torch.no_grad():
@@ -272,15 +276,7 @@ class Networks:
                 self.networks()
                 return
             if self.graph is None:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3):
-                        self.networks()
-                torch.cuda.synchronize()
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.networks()
+                self.graph, _ = record(self.networks)
             self.graph.replay()
 
 

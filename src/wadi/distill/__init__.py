@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from wadi.distill.backbone import PixArtBackbone, UNetBackbone, load_backbone
     from wadi.distill.cache import EmbeddingCache, Embeddings
     from wadi.distill.config import PRESETS, DistillConfig
+    from wadi.distill.draws import StepInputs
+    from wadi.distill.loop import train
+    from wadi.distill.processes import make_accelerator
     from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
     from wadi.distill.text import PromptEncoder
-    from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
+    from wadi.distill.trainer import Trainer
 
 __all__ = [
     "PRESETS",
@@ -31,6 +34,7 @@ __all__ = [
     "load_backbone",
     "make_accelerator",
     "read_prompts",
+    "train",
 ]
 
 _MODULE_OF = {
@@ -41,14 +45,15 @@ _MODULE_OF = {
     "PixArtBackbone": "backbone",
     "PromptEmbeddings": "prompts",
     "PromptEncoder": "text",
-    "StepInputs": "trainer",
+    "StepInputs": "draws",
     "Trainer": "trainer",
     "UNetBackbone": "backbone",
     "distill": "run",
     "encode_prompts": "prompts",
     "load_backbone": "backbone",
-    "make_accelerator": "trainer",
+    "make_accelerator": "processes",
     "read_prompts": "prompts",
+    "train": "loop",
 }
 
 

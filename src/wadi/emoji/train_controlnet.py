@@ -23,8 +23,9 @@ from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.emoji.train_teacher import tokenize
-from wadi.emoji.updates import AveragedAdamW, captured
+from wadi.emoji.updates import AveragedAdamW
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.onestep.loading import load_pipeline
 from wadi.onestep.saving import forget_origin
 from wadi.outputs import Output
@@ -191,7 +192,8 @@ class ControlNetTraining:
         self.ids = self.empty.repeat(size, 1)
         self.packed = torch.zeros(size, IMAGE_SIZE**2 // 8, dtype=torch.uint8, device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.run = captured(self._step) if self.device.type == "cuda" else self._step
+        # the learning rate is zero before the first step: nothing comes of the runs before the recording
+        self.run = record(self._step)[0].replay if self.device.type == "cuda" else self._step
 
     def _step(self) -> None:
         alpha, sigma = self.schedule.levels(self.timesteps)

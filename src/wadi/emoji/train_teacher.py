@@ -31,8 +31,9 @@ from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.recombine import VARIANTS, Recombination
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
-from wadi.emoji.updates import AveragedAdamW, captured
+from wadi.emoji.updates import AveragedAdamW
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import pipeline_class_name
 from wadi.outputs import Output
@@ -235,7 +236,8 @@ class TeacherTraining:
         self.empty = empty.to(self.device)
         self.loss = torch.zeros((), device=self.device)
         self.predict = torch.compile(network) if config.compile else network
-        self.run = captured(self._step) if self.device.type == "cuda" else self._step
+        # the learning rate is zero before the first step: nothing comes of the runs before the recording
+        self.run = record(self._step)[0].replay if self.device.type == "cuda" else self._step
 
     def _step(self) -> None:
         # cache_enabled: a captured graph must not keep casts of weights from an earlier step.

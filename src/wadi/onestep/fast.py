@@ -21,14 +21,12 @@ from PIL import Image
 
 from wadi.diffusion import VariancePreserving
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.onestep.arguments import generators_of, image_size, output_kind
 from wadi.onestep.output import tell_odd_images
 
 MODES = ("eager", "default", "max-autotune-no-cudagraphs")
 """How U-Net and VAE are compiled: not at all, or a mode of `torch.compile`."""
-
-WARMUP_RUNS = 3
-"""Before a capture: compilation, choice of algorithms, allocation."""
 
 MAX_PROMPTS = 256
 """Embeddings that are kept; 118 kB each for Stable Diffusion 1.5 in half precision."""
@@ -281,18 +279,8 @@ class _Graph:
                 with _many_shapes():
                     self.run()
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with _many_shapes(), _choose_convolutions():
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP_RUNS):
-                    self.run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self.outputs = self.one_step(self.z, self.embeds)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = graph
+            self.graph, self.outputs = record(self.run, pool=pool)
 
 
 @contextlib.contextmanager

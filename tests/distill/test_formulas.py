@@ -1,4 +1,4 @@
-"""The losses, against the formulas in float64 written out again."""
+"""The formulas of the training, against the formulas in float64 written out again."""
 
 import pytest
 import torch
@@ -7,15 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wadi.diffusion import RectifiedFlow, Schedule, VariancePreserving
-from wadi.distill.losses import (
-    SMALLEST_SIZE,
-    fake_loss,
-    generator_loss,
-    guided,
-    normalized_vsd_gradient,
-    vsd_gradient,
-    without_block_means,
-)
+from wadi.distill.fake import fake_loss
+from wadi.distill.scores import guided
+from wadi.distill.terms.denoising import without_block_means
+from wadi.distill.terms.term import generator_loss
+from wadi.distill.terms.vsd import SMALLEST_SIZE, normalized_vsd_gradient, vsd_gradient
 
 
 @pytest.fixture
@@ -38,7 +34,7 @@ def test_generator_gradient_is_the_papers(numbers):
     x_t = (alpha * x0 + sigma * noise).detach()
     eps_teacher, eps_fake = ((x_t - alpha * each) / sigma for each in (teacher, fake))
     expected = sigma**2 * (eps_teacher - eps_fake)
-    loss = generator_loss(x0, vsd_gradient(teacher, fake, alpha, sigma))
+    loss = generator_loss(x0, vsd_gradient(fake - teacher, alpha, sigma))
     loss.backward()
     torch.testing.assert_close(x0.grad, expected / x0.numel())
     torch.testing.assert_close(loss.detach(), 0.5 * expected.square().mean())
@@ -46,14 +42,14 @@ def test_generator_gradient_is_the_papers(numbers):
 
 def test_normalized_gradient_is_dmds(numbers):
     x0, _, teacher, fake, _, _ = numbers
-    found = normalized_vsd_gradient(x0, teacher, fake)
+    found = normalized_vsd_gradient(fake - teacher, x0, teacher)
     for i in range(len(x0)):
         torch.testing.assert_close(found[i], (fake - teacher)[i] / (x0 - teacher)[i].abs().mean())
 
 
 def test_normalized_gradient_of_a_perfect_student_is_finite(numbers):
     x0, _, _, fake, _, _ = numbers
-    torch.testing.assert_close(normalized_vsd_gradient(x0, x0, fake), (fake - x0) / SMALLEST_SIZE)
+    torch.testing.assert_close(normalized_vsd_gradient(fake - x0, x0, x0), (fake - x0) / SMALLEST_SIZE)
 
 
 sides = st.integers(1, 9)
@@ -111,8 +107,8 @@ def test_everything_is_finite_at_both_ends(kind, prediction):
     x_t = schedule.add_noise(x0, noise, t)
     teacher, fake = (schedule.x0(p, x_t, t) for p in predictions)
     for value in (
-        vsd_gradient(teacher, fake, *schedule.levels(t)),
-        normalized_vsd_gradient(x0, teacher, fake),
+        vsd_gradient(fake - teacher, *schedule.levels(t)),
+        normalized_vsd_gradient(fake - teacher, x0, teacher),
         fake_loss(schedule, predictions[0], x0, noise, t, "alpha_squared"),
         fake_loss(schedule, predictions[0], x0, noise, t, "none"),
     ):
@@ -126,7 +122,7 @@ def test_float32_carries_the_gradient_through_the_one_step():
     z, teacher, fake = torch.randn(3, 3, 4, 5, 5, dtype=torch.float64)
     schedule = VariancePreserving(torch.linspace(0.99, 0.00466, 10), "epsilon")
     eps = torch.randn(3, 4, 5, 5).requires_grad_()
-    gradient = vsd_gradient(*(each.float() for each in (teacher, fake, alpha, sigma)))
+    gradient = vsd_gradient(*(each.float() for each in (fake - teacher, alpha, sigma)))
     generator_loss(schedule.x0(eps, z, schedule.last.expand(3)), gradient).backward()
     expected = -((1 - 0.00466) ** 0.5 / 0.00466**0.5) * sigma * alpha * (fake - teacher) / z.numel()
     torch.testing.assert_close(eps.grad.double(), expected, rtol=1e-4, atol=1e-7)
