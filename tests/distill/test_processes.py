@@ -66,7 +66,7 @@ PLACES = {
     "samples": (loop, "labelled_grid", full),
     "checkpoint": (checkpoint, "save_tensors", full),
     "weights": (Trainer, "step", spoil),
-    "export": (run, "export_pipeline", full),
+    "export": (run, "export", full),
 }
 for place, (where, name, instead) in PLACES.items():
     usual = getattr(where, name)

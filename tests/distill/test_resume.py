@@ -119,7 +119,7 @@ def test_interrupt_saves_and_says_how_to_go_on(teacher_folder, tmp_path, straigh
 
 def one_step(teacher, folder, **options):
     options = config(teacher, folder, "run", **options)
-    return dataclasses.replace(options, max_train_steps=2, fake_updates=1, fake_fresh_samples=False)
+    return dataclasses.replace(options, max_train_steps=2, fake_updates=1)
 
 
 def go_on(run, **options):
