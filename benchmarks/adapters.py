@@ -41,6 +41,7 @@ from wadi.backbones import student_config
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import angles, rotate, rotated_weight
 
@@ -242,16 +243,8 @@ def _replayed(call: Callable[[], object], clock: Clock) -> float:
     """Median milliseconds of a call, captured as a CUDA graph where there is a GPU; NaN if it cannot be."""
     if not clock.cuda:
         return clock(call)[0]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            call()
+        graph, _ = record(call)
     except RuntimeError as error:
         print(f"not captured: {str(error).splitlines()[0]}", flush=True)
         return float("nan")

@@ -503,9 +503,9 @@ class Student:
         return figures
 
     def _one_step(self, network: nn.Module, z: torch.Tensor, condition: Condition) -> torch.Tensor:
-        schedule = self.trainer.schedule
-        t = torch.full((len(z),), schedule.num_train_timesteps - 1, device=z.device)
-        return schedule.one_step(self.world.backbone.predict(network, z, t, condition), z)
+        schedule = self.trainer.generator.schedule
+        t = schedule.last.expand(len(z))
+        return schedule.x0(self.world.backbone.predict(network, z, t, condition), z, t)
 
     def result(self) -> dict[str, Any]:
         """Everything of the run, as docs/evidence.md needs it."""

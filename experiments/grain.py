@@ -22,7 +22,8 @@ import tyro
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from wadi.distill.losses import without_block_means
+from wadi.diffusion import Schedule
+from wadi.distill.terms.denoising import without_block_means
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import Caption, stated
 from wadi.emoji.evaluate import evaluation_captions, free_attributes
@@ -57,15 +58,10 @@ class Options:
 
 
 def cleaned(teacher: DiffusionPipeline, x0: torch.Tensor, noise: torch.Tensor, text: torch.Tensor, t: int):
-    """What the unguided teacher takes for x_0 where there are x0 (N, C, H, W) and noise of timestep t.
-
-    x_t = alpha_t x_0 + sigma_t n, and x0_teacher = (x_t - sigma_t eps) / alpha_t, of a teacher that predicts
-    epsilon.
-    """
-    alpha_squared = teacher.scheduler.alphas_cumprod[t].to(x0)
-    alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
-    x_t = alpha * x0 + sigma * noise
-    return (x_t - sigma * teacher.unet(x_t, t, text).sample) / alpha
+    """What the unguided teacher takes for x0 where there are x0 (N, C, H, W) and noise of timestep t."""
+    schedule, times = Schedule.from_config(teacher.scheduler).to(x0.device), torch.tensor([t])
+    x_t = schedule.add_noise(x0, noise, times)
+    return schedule.x0(teacher.unet(x_t, t, text).sample, x_t, times)
 
 
 @torch.no_grad()

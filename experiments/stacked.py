@@ -13,23 +13,23 @@ were not timed on one card.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from itertools import groupby
 
 import torch
 from torch import nn
 
-from wadi.backbones.condition import Condition, choose, concatenate, repeat
-from wadi.distill import DistillConfig, Trainer
-from wadi.distill.losses import (
-    fake_loss,
-    generator_loss,
-    guided,
-    interval_scale,
-    vsd_gradient,
-)
+from wadi.backbones.condition import Condition, choose, concatenate
+from wadi.distill import DistillConfig, StepInputs, Trainer
+from wadi.distill.fake import fake_loss
 from wadi.distill.roles import view
-from wadi.distill.trainer import WARMUP_ITERATIONS, StepInputs
+from wadi.distill.scores import Scores, interval_scale
+from wadi.distill.student import Student
+from wadi.distill.terms import Batch, Vsd
+from wadi.distill.terms.term import generator_loss
+from wadi.distill.update import count_skipped
+from wadi.graph import record
 from wadi.lorad import rotation
 
 # --- the weights of K adapters of one kind and size on one layer, (K, out, in) ---
@@ -186,6 +186,42 @@ NOT_STACKED = (
 """Options that a `Stack` knows at their defaults only."""
 
 
+class StackedScores(Scores):
+    """Scores of all trainers' images at once, each student's with its own guidance.
+
+    Args:
+        trainers: in the order of their samples.
+        fake: their fake models as one network.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer], fake: nn.Module) -> None:
+        first = trainers[0]
+        networks, shape = (first.teacher, fake), first.backbone.latent_shape
+        super().__init__(first.config, first.schedule, first.predict, *networks, first.null, shape)
+        self.samples, self.device = first.config.train_batch_size, first.device
+        configs = [trainer.config for trainer in trainers]
+        self.guidance = self._each([config.guidance_scale for config in configs])
+        self.above = self._each([config.guidance_scale_above for config in configs])
+        self.highest = self._each([float(trainer.scores.highest_guided) for trainer in trainers])
+        self.fake_is_guided = any(config.fake_guidance_scale != 1 for config in configs)
+        self.fake_guidance = self._each([config.fake_guidance_scale for config in configs])
+
+    def _each(self, values: Sequence[float]) -> torch.Tensor:
+        """(K n,) from one of each student."""
+        values = torch.tensor(values, dtype=torch.float32, device=self.device)
+        return values.repeat_interleave(self.samples)
+
+    def teacher(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `Scores.teacher`."""
+        scale = interval_scale(self.guidance, self.above, t, self.highest).view(-1, 1, 1, 1)
+        return self._guided(self.teacher_network, x_t, t, condition, scale)
+
+    def fake(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `Scores.fake`."""
+        scale = self.fake_guidance.view(-1, 1, 1, 1) if self.fake_is_guided else 1.0
+        return self._guided(self.fake_network, x_t, t, condition, scale)
+
+
 class Stack:
     """K trainers whose students are trained as one network.
 
@@ -201,22 +237,16 @@ class Stack:
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         self.trainers = sorted(trainers, key=lambda t: (t.config.student_method, t.config.student_rank))
         first = self.trainers[0]
-        self.backbone, self.schedule, self.teacher = first.backbone, first.schedule, first.teacher
+        self.schedule, self.predict, self.vsd = first.schedule, first.predict, Vsd(first.config)
         self.student, self.fake = stacked(self.trainers, "student"), stacked(self.trainers, "fake")
-        self.samples, self.device = first.config.train_batch_size, first.device
+        self.generator = Student(first.generator.schedule, first.predict, self.student)
+        self.scores = StackedScores(self.trainers, self.fake)
+        self.samples = first.config.train_batch_size
         self.stream, self.graph = first.stream, None
         for trainer in self.trainers:
             trainer.stream = self.stream
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        self.guidance = [self._on_device(trainer.config.guidance_scale) for trainer in self.trainers]
-        self.fake_guidance = [self._on_device(t.config.fake_guidance_scale) for t in self.trainers]
-        self.fake_is_guided = any(t.config.fake_guidance_scale != 1 for t in self.trainers)
-        self.above = [self._on_device(trainer.config.guidance_scale_above) for trainer in self.trainers]
-        self.highest_guided = [self._on_device(trainer.highest_guided) for trainer in self.trainers]
-
-    def _on_device(self, scale: float) -> torch.Tensor:
-        return torch.as_tensor(scale, dtype=torch.float32, device=self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(first.device))
 
     def step(self, step: int) -> list[tuple[Trainer, dict[str, torch.Tensor]]]:
         """One update of every student: `Trainer.step` of each, and what it returns."""
@@ -224,128 +254,70 @@ class Stack:
         with first.on_stream():
             inputs = [trainer.draw(step) for trainer in self.trainers]
             for trainer in self.trainers:
-                trainer._set_rates(step)
+                trainer.set_step(step)
             if not first.config.cuda_graphs:
                 return list(zip(self.trainers, self.iteration(inputs), strict=True))
             if self.graph is None:
-                self._record(inputs)
-            for static, drawn in zip(self.static_inputs, inputs, strict=True):
+                self.static = copy.deepcopy(inputs)
+                state = [tensor for trainer in self.trainers for tensor in trainer.state_tensors()]
+                self.graph, self.losses = record(lambda: self.iteration(self.static), state, self.stream)
+            for static, drawn in zip(self.static, inputs, strict=True):
                 for buffer, value in zip(static.tensors(), drawn.tensors(), strict=True):
                     buffer.copy_(value)
             self.graph.replay()
-            return list(zip(self.trainers, self.static_losses, strict=True))
-
-    def _record(self, inputs: list[StepInputs]) -> None:
-        """As `Trainer._record`."""
-        self.static_inputs = [each.clone() for each in inputs]
-        state = [tensor for trainer in self.trainers for tensor in trainer._state_tensors()]
-        before = [tensor.clone() for tensor in state]
-        for _ in range(WARMUP_ITERATIONS):
-            self.iteration(self.static_inputs)
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-        self.stream.synchronize()
-        del before
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self.static_losses = self.iteration(self.static_inputs)
+            return list(zip(self.trainers, self.losses, strict=True))
 
     def iteration(self, inputs: list[StepInputs]) -> list[dict[str, torch.Tensor]]:
         """`Trainer.iteration` for every trainer, whose options `stack_key` lets through."""
-        own = [each.condition for each in inputs]
-        x0, losses = self._update_students(inputs, concatenate(own))
+        x0, losses = self._update_students(inputs)
         for update in range(self.trainers[0].config.fake_updates):
-            told = [
-                choose(each.fake_null[update], trainer.null, condition)
-                for trainer, each, condition in zip(self.trainers, inputs, own, strict=True)
-            ]
-            t = torch.cat([each.fake_t[update] for each in inputs])
-            noise = torch.cat([each.fake_noise[update] for each in inputs])
-            for found, more in zip(losses, self._update_fakes(x0, concatenate(told), t, noise), strict=True):
+            for found, more in zip(losses, self._update_fakes(x0, inputs, update), strict=True):
                 found |= more
         for trainer, found in zip(self.trainers, losses, strict=True):
-            trainer._count_skipped(found["student_grad_norm"].isfinite() & found["fake_grad_norm"].isfinite())
+            finite = found["student_grad_norm"].isfinite() & found["fake_grad_norm"].isfinite()
+            count_skipped(trainer.skipped, finite, trainer.config.max_skipped_steps)
         return losses
 
     def _update_students(
-        self, inputs: list[StepInputs], condition: Condition
+        self, inputs: list[StepInputs]
     ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        t, noise = (torch.cat([getattr(each, name) for each in inputs]) for name in ("t", "noise"))
-        x0 = self._generate(inputs, condition)
-        gradient = self._gradient(x0.detach(), noise, t, condition)
+        condition = concatenate([each.condition for each in inputs])
+        x0, _ = self.generator.sample(torch.cat([each.z for each in inputs]), condition)
+        place = self.scores.at(x0, concatenate([each.place for each in inputs]), condition)
+        gradient = self.vsd.gradient(Batch(x0, condition, place, self.scores))
         parts = zip(x0.split(self.samples), gradient.split(self.samples), strict=True)
-        totals = [generator_loss(*part) for part in parts]
-        sum(totals[1:], totals[0]).backward()
-        losses = [{"student_loss": total.detach()} for total in totals]
-        self._take_gradients(self.student)
-        for trainer, found in zip(self.trainers, losses, strict=True):
-            norm = trainer._optimize(trainer.student_optimizer, trainer.student_parameters)
-            trainer._update_ema(norm.isfinite())
-            found["student_grad_norm"] = norm
-        return x0.detach(), losses
-
-    def _generate(self, inputs: list[StepInputs], condition: Condition) -> torch.Tensor:
-        """All students' images, (K n, C, H, W)."""
-        z, schedule = torch.cat([each.z for each in inputs]), self.schedule
-        last = torch.full((len(z),), schedule.num_train_timesteps - 1, device=z.device)
-        return schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
-
-    @torch.no_grad()
-    def _gradient(
-        self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, condition: Condition
-    ) -> torch.Tensor:
-        schedule = self.schedule
-        x_t = schedule.add_noise(x0, noise, t)
-        each = self._each_sample
-        scale = interval_scale(each(self.guidance), each(self.above), t, each(self.highest_guided))
-        teacher = self._guided(self.teacher, x_t, t, condition, scale)
-        if self.fake_is_guided:
-            fake = self._guided(self.fake, x_t, t, condition, each(self.fake_guidance))
-        else:
-            fake = self.backbone.predict(self.fake, x_t, t, condition)
-        return vsd_gradient(
-            schedule.epsilon(teacher, x_t, t), schedule.epsilon(fake, x_t, t), schedule.sigma(t)
-        )
+        losses = self._backward(self.student, [generator_loss(*part) for part in parts])
+        found = []
+        for trainer, loss in zip(self.trainers, losses, strict=True):
+            norm = trainer.student_update.apply()
+            trainer.average.follow(norm.isfinite())
+            found.append({"student_loss": loss, "student_grad_norm": norm})
+        return x0.detach(), found
 
     def _update_fakes(
-        self, x0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
+        self, x0: torch.Tensor, inputs: list[StepInputs], update: int
     ) -> list[dict[str, torch.Tensor]]:
-        schedule = self.schedule
-        x_t = schedule.add_noise(x0, noise, t)
-        epsilon = schedule.epsilon(self.backbone.predict(self.fake, x_t, t, condition), x_t, t)
-        weight = schedule.alpha(t) ** 2
-        parts = (each.split(self.samples) for each in (epsilon, noise, weight))
-        losses = [fake_loss(*part) for part in zip(*parts, strict=True)]
-        sum(losses[1:], losses[0]).backward()
-        self._take_gradients(self.fake)
+        drawn = [each.fake[update] for each in inputs]
+        told = [
+            choose(own["null"], trainer.null, each.condition)
+            for trainer, own, each in zip(self.trainers, drawn, inputs, strict=True)
+        ]
+        t, noise = (torch.cat([own[name] for own in drawn]) for name in ("t", "noise"))
+        x_t = self.schedule.add_noise(x0, noise, t)
+        prediction = self.predict(self.fake, x_t, t, concatenate(told))
+        parts = zip(*(each.split(self.samples) for each in (prediction, x0, noise, t)), strict=True)
+        losses = [fake_loss(self.schedule, *part, "alpha_squared") for part in parts]
+        losses = self._backward(self.fake, losses)
         return [
-            {
-                "fake_loss": loss.detach(),
-                "fake_grad_norm": trainer._optimize(trainer.fake_optimizer, trainer.fake_parameters),
-            }
+            {"fake_loss": loss, "fake_grad_norm": trainer.fake_update.apply()}
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
 
-    def _each_sample(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(K n,) from one of each student."""
-        return torch.stack(list(values)).repeat_interleave(
-            self.samples, output_size=len(values) * self.samples
-        )
-
-    def _guided(
-        self,
-        network: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        scale: torch.Tensor,
-    ) -> torch.Tensor:
-        both = concatenate([repeat(self.trainers[0].null, len(t)), condition])
-        prediction = self.backbone.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        return guided(*prediction.chunk(2), scale.view(-1, 1, 1, 1))
-
     @staticmethod
-    def _take_gradients(network: nn.Module) -> None:
+    def _backward(network: nn.Module, losses: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Give every student's parameters the gradient of its own loss."""
+        sum(losses[1:], losses[0]).backward()
         for module in network.modules():
             if isinstance(module, Adapted):
                 module.take_gradients()
+        return [loss.detach() for loss in losses]

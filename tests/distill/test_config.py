@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from wadi.distill.config import PRESETS, DistillConfig
-from wadi.distill.trainer import learning_rate_factor
+from wadi.distill.update import learning_rate_factor
 from wadi.errors import WadiError
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import mark_student, tiny_pipeline, tiny_sdxl
-from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json
 from wadi.onestep import OneStepPipeline, export_pipeline
@@ -74,16 +73,6 @@ def test_loss_is_that_of_the_paper():
     expected = square[:2].mean() + 0.7 * square[2:].mean()
     torch.testing.assert_close(dreambooth_loss(p, target, 2, 0.7).double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(dreambooth_loss(p, target, 5, 0.7).double(), square.mean(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_target_gives_picture_and_noise_back(prediction_type):
-    schedule = Schedule(torch.linspace(0.99, 0.005, 10), prediction_type)
-    x0, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
-    t = torch.tensor([0, 4, 9])
-    x_t, target = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
-    torch.testing.assert_close(schedule.x0(target, x_t, t), x0, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(schedule.epsilon(target, x_t, t), noise, rtol=1e-4, atol=1e-4)
 
 
 # --- training ---

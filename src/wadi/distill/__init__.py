@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from wadi.backbones import PixArtBackbone, UNetBackbone, load_backbone
     from wadi.distill.cache import EmbeddingCache, Embeddings
     from wadi.distill.config import PRESETS, DistillConfig
+    from wadi.distill.draws import StepInputs
+    from wadi.distill.loop import train
+    from wadi.distill.processes import make_accelerator
     from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
-    from wadi.distill.schedule import Schedule
-    from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
+    from wadi.distill.trainer import Trainer
 
 __all__ = [
     "PRESETS",
@@ -25,7 +27,6 @@ __all__ = [
     "Embeddings",
     "PixArtBackbone",
     "PromptEmbeddings",
-    "Schedule",
     "StepInputs",
     "Trainer",
     "UNetBackbone",
@@ -34,6 +35,7 @@ __all__ = [
     "load_backbone",
     "make_accelerator",
     "read_prompts",
+    "train",
 ]
 
 _MODULE_OF = {
@@ -43,15 +45,15 @@ _MODULE_OF = {
     "Embeddings": "cache",
     "PixArtBackbone": ".backbones",
     "PromptEmbeddings": "prompts",
-    "Schedule": "schedule",
-    "StepInputs": "trainer",
+    "StepInputs": "draws",
     "Trainer": "trainer",
     "UNetBackbone": ".backbones",
     "distill": "run",
     "encode_prompts": "prompts",
     "load_backbone": ".backbones",
-    "make_accelerator": "trainer",
+    "make_accelerator": "processes",
     "read_prompts": "prompts",
+    "train": "loop",
 }
 
 

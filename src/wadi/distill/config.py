@@ -184,7 +184,8 @@ class DistillConfig:
     """Weight of the distillation gradient: the paper's sigma_t^2, or DMD's normalization per sample."""
 
     fake_weighting: Literal["alpha_squared", "none"] = _seldom("fake model", "alpha_squared")
-    """Weight of the fake model's loss: the paper's alpha_t^2, or none."""
+    """Loss of the fake model: the paper's alpha_t^2 (epsilon - n)^2, or with none the plain error of what the
+    network predicts, as its teacher was trained."""
 
     null_prompt_probability: float = _seldom("fake model", 0.0)
     """Probability that an update of the fake model sees the empty prompt, the whole batch at once. The paper

@@ -35,12 +35,12 @@ from transformers import CLIPTextModel
 
 from wadi.backbones import BACKBONES, Backbone, student_config
 from wadi.backbones.condition import Condition, concatenate, pick
+from wadi.diffusion import Schedule
 from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.distill.methods import method_config
 from wadi.distill.prompts import Prompt, check_length, read_prompts
 from wadi.distill.roles import trainable
-from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import (
     read_json,
@@ -307,11 +307,12 @@ class DreamBooth:
 
     def step(self, step: int) -> torch.Tensor:
         """One update, with randomness of (seed, step) alone; returns the loss, 0-dimensional."""
-        config, device = self.config, self.schedule.alphas.device
+        config, device = self.config, self.backbone.device
         x0, prompts, noise, t = self._draw(step)
         x0, noise, t = x0.to(device), noise.to(device), t.to(device)
         x_t = self.schedule.add_noise(x0, noise, t)
-        prediction = self.backbone.predict(self.network, x_t, t, self._condition(prompts))
+        told = self.schedule.timestep(t)
+        prediction = self.backbone.predict(self.network, x_t, told, self._condition(prompts))
         target = self.schedule.target(x0, noise, t)
         loss = dreambooth_loss(prediction, target, config.train_batch_size, config.prior_loss_weight)
         loss.backward()
@@ -398,7 +399,7 @@ class DreamBooth:
                 prompts += [data.prompts[i] for i in index]
         x0 = torch.cat(latents)
         noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(self.schedule.num_train_timesteps, (len(x0),), generator=generator)
+        t = self.schedule.sample_t(len(x0), 0.0, 1.0, generator)
         return x0, prompts, noise, t
 
     def _encode(self) -> dict[str, Condition]:
