@@ -37,7 +37,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
 
-from wadi.backbones import student_config
+from wadi.backbones import UNetBackbone, student_config
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
@@ -194,7 +194,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
         network.train()
         enable_gradient_checkpointing(network)
     if options.compile:
-        compile_regions(network)
+        compile_regions(network, UNetBackbone.blocks)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=clock.cuda)
 

@@ -115,10 +115,10 @@ def measured(
     pipeline: StableDiffusionPipeline, device: str, precision: str, way: str
 ) -> Iterator[tuple[str, Trainer, Gradients]]:
     """When, at which weights, and the gradients of iteration 0 as the trainer's optimizers would see them."""
-    kinds, backend = WAYS[way].get("regions", regions.REGIONS), WAYS[way].get("backend", "inductor")
+    kinds, backend = WAYS[way].get("regions", UNetBackbone.blocks), WAYS[way].get("backend", "inductor")
     torch._dynamo.reset()
     regions._compiled_forward.cache_clear()
-    with mock.patch.object(regions, "REGIONS", kinds), mock.patch.object(regions, "BACKEND", backend):
+    with mock.patch.object(UNetBackbone, "blocks", kinds), mock.patch.object(regions, "BACKEND", backend):
         trainer = make_trainer(pipeline, device, precision, way)
         updates = {"student": trainer.student_update, "fake": trainer.fake_update}
         buffers = {

@@ -239,7 +239,7 @@ class Networks:
         self.fake = self._trained(fake_config(teacher, fake_rank), checkpointing)
         if compiled:
             for network in (self.teacher, self.student, self.fake):
-                compile_regions(network)
+                compile_regions(network, self.backbone.blocks)
         conditions = random_conditions(options, teacher)
         self.condition = {name: value[:batch].to(device) for name, value in conditions.items()}
         self.x = torch.randn(batch, *self.backbone.latent_shape, device=device)

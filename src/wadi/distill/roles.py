@@ -17,7 +17,7 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
-from wadi.backbones import fake_config, student_config
+from wadi.backbones import Backbone, fake_config, student_config
 from wadi.distill.checks import check_ranks, free_memory
 from wadi.distill.config import DistillConfig
 from wadi.distill.methods import method_config
@@ -91,13 +91,14 @@ def enable_gradient_checkpointing(network: torch.nn.Module) -> None:
     network.enable_gradient_checkpointing(run)
 
 
-def adapted_roles(config: DistillConfig, base: torch.nn.Module, device: torch.device) -> Roles:
-    """Teacher, student and fake model on `base`, as the options want them.
+def adapted_roles(config: DistillConfig, backbone: Backbone, device: torch.device) -> Roles:
+    """Teacher, student and fake model on the network of `backbone`, as the options want them.
 
     Raises:
         WadiError: a rank is too high for the network or the memory, the adapter to start from does not fit,
             or the compiler does not work.
     """
+    base = backbone.network
     student = student_config(base, config.student_rank)
     fake_layers = fake_config if config.fake_layers == "attention" else student_config
     fake = fake_layers(base, config.fake_rank)
@@ -120,5 +121,5 @@ def adapted_roles(config: DistillConfig, base: torch.nn.Module, device: torch.de
         check_compiler(device)
         roles = replace(roles, teacher=view(base))  # the backbone's own modules stay as they are
         for network in (roles.teacher, roles.student, roles.fake):
-            compile_regions(network)
+            compile_regions(network, backbone.blocks)
     return roles

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from wadi import graph
 from wadi.backbones import Backbone
 from wadi.backbones.condition import Condition, pick
-from wadi.diffusion import Schedule
 from wadi.distill import checkpoint
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws, StepInputs
@@ -63,11 +62,11 @@ class Trainer:
         self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
         self.fingerprint = config.fingerprint(inputs)
         self.device, self.hosts = accelerator.device, hosts_group(accelerator)
-        self.schedule = Schedule.from_config(backbone.scheduler_config).to(self.device)
+        self.schedule = backbone.schedule().to(self.device)
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
         with together(self.hosts):
-            roles = adapted_roles(config, backbone.network, self.device)
+            roles = adapted_roles(config, backbone, self.device)
         self.teacher, self.fake_network = roles.teacher, roles.fake  # the latter past DDP
         self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
         self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
