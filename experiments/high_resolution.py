@@ -68,8 +68,9 @@ class Options:
     """Pictures at a time."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
-    images: Path = Path("runs/high-resolution")
-    """Folder that keeps the images of each row. Images that are there are read again and not made again."""
+    images: Path | None = None
+    """Folder that keeps the images of each row. Images that are there are read and not made again: name a new
+    folder for another student, or other captions."""
     out: Path = Path("docs/results/high-resolution.json")
     """JSON file for the figures."""
     picture: Path = Path("docs/images/high-resolution.jpg")
@@ -210,12 +211,15 @@ def kept(
 ) -> tuple[torch.Tensor, float]:
     """As `pictures`, rounded to 8 bits; of those that --images holds already, as many as there are."""
     way = "plain" if damping is None else f"redilated-{damping:g}"
-    path = options.images / f"{steps}-steps-{size}-{way}.safetensors"
-    if not path.exists():
+    path = options.images and options.images / f"{steps}-steps-{size}-{way}.safetensors"
+    if path and path.exists():
+        found = load_tensors(path)
+    else:
         images, seconds = pictures(pipeline, texts, size, damping, options.batch_size, steps)
         pixels = (255 * images).round().to(torch.uint8)
-        save_tensors(path, {"images": pixels, "seconds": torch.tensor(seconds, dtype=torch.float64)})
-    found = load_tensors(path)
+        found = {"images": pixels, "seconds": torch.tensor(seconds, dtype=torch.float64)}
+        if path:
+            save_tensors(path, found)
     return found["images"][: len(texts)].float() / 255, found["seconds"].item()
 
 

@@ -58,17 +58,17 @@ class Options:
 
 
 def uses_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each row of a summary, with a link to its page.
+    """A row for each row of a summary, with a link to its page, and by eye in the first row of a use.
 
     Args:
         results: contents of the JSON files by name; those that are no use of `USES`, or have no summary, are
             left out.
     """
-    rows, sheets = [], results.get("sheets", {})
+    rows, sheets = [], dict(results.get("sheets", {}))
     for name in (name for name in USES if name in results):
         for row in results[name].get("summary", ()):
             figures = [figure(row["teacher"]), figure(row["student"])]
-            figures += [by_eye(sheets.get(SHEETS.get(row["use"], ""))), ratio(row["time_ratio"])]
+            figures += [by_eye(sheets.pop(SHEETS.get(row["use"]), None)), ratio(row["time_ratio"])]
             rows.append([f"[{row['use']}](uses/{name}.md)", row["measure"], *figures])
     return markdown(("use", "measure", "teacher, 25 steps", "student, 1 step", "by eye", "time"), rows)
 

@@ -107,7 +107,7 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
     assert out.read_bytes() == (docs / "dreambooth.json").read_bytes()
     assert "lacks the pictures" in capsys.readouterr().err
     page.write_text("nothing")
-    with pytest.raises(WadiError, match="has no <!-- table: distilled-on -->"):
+    with pytest.raises(WadiError, match="has no <!-- table: alone -->"):
         experiment.write_page(page, read_json(out))
 
 

@@ -132,11 +132,12 @@ def test_rows_of_all_uses(uses, pages, capsys):
 
 
 def test_what_is_right_by_eye_stands_beside_the_figures(uses, pages):
-    rows = [ROW | {"use": "a condition, by ControlNet"}]
+    rows = [ROW | {"use": "a condition, by ControlNet", "measure": name} for name in ("F1 (up)", "objects")]
     write(pages, control=CONTROL | {"summary": rows}, sheets=SHEETS)
     uses.main(uses.Options(folder=pages))
     text = (pages / "uses.md").read_text()
     assert "| F1 (up) | 0.930 | 1.000 | 2 of 4 | 1/24.3 |" in text
+    assert "| objects | 0.930 | 1.000 | - | 1/24.3 |" in text
     assert "| [control](images/sheets/control.png) | edges | 2 of 4 |" in text
     assert "word.png" not in text  # nobody has looked at it
 
