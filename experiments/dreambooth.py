@@ -37,7 +37,7 @@ import tyro
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tables import find_tables, markdown, with_tables
-from wadi.customise import LEARNING_RATES, TRAIN_TEXT_ENCODER
+from wadi.emoji.dreambooth import LEARNING_RATES, TRAIN_TEXT_ENCODER
 
 from wadi.backbones import student_config
 from wadi.distill import PRESETS, distill

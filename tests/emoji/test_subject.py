@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wadi.customise import VARIATIONS, known_pictures
+from wadi.emoji.dreambooth import VARIATIONS, known_pictures
 
 from tests.emoji.cases import needs_font
 from wadi.cli import main
