@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere, and the page of commands has every command."""
+"""Links between the pages lead somewhere, the page of commands is complete, the README repeats other pages."""
 
 import re
 from pathlib import Path
@@ -35,3 +35,11 @@ def test_links_lead_somewhere(page):
 def test_the_page_of_commands_has_every_command():
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if not re.search(rf"\bwadi {name}\b", text)] == []
+
+
+def test_figures_in_the_tables_of_the_readme_stand_in_a_page_of_docs():
+    rows = re.findall(r"^\|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    figures = {figure for row in rows for figure in re.findall(r"\d+\.\d+", row)}
+    docs = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    assert figures
+    assert figures - set(re.findall(r"\d+\.\d+", docs)) == set()
