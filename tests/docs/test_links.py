@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere, the page of commands is complete, the README repeats other pages."""
+"""Links lead somewhere, the page of commands is complete, and the README has figures of other pages only."""
 
 import re
 from pathlib import Path
