@@ -180,7 +180,7 @@ def _read_dataset(name: str, column: str, split: str) -> list[Prompt]:
         import datasets
     except ImportError as error:
         raise WadiError(
-            f"{name}: {missing}, and reading a data set needs `datasets`; pip install 'wadi[data]'"
+            f"{name}: {missing}, and reading a data set needs `datasets`; pip install datasets"
         ) from error
     try:
         data = datasets.load_dataset(name, split=split)

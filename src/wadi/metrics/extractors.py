@@ -46,7 +46,7 @@ def load_inception(device: str | torch.device = "cpu") -> Extractor:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(
             f"--features inception: needs torch-fidelity, which is missing or does not work here ({reason}); "
-            "pip install 'wadi[evaluate]', or --features emoji"
+            "pip install torch-fidelity, or --features emoji"
         ) from error
     except OSError as error:
         raise WadiError(
