@@ -159,7 +159,7 @@ ENTRIES = (
         "control",
         "A ControlNet of the teacher, on the student",
         "The edges of the panda, and pictures that keep to them: [control](uses/control.md). Edges take "
-        'OpenCV (`pip install opencv-python-headless`); without it the command says so.',
+        "OpenCV (`pip install opencv-python-headless`); without it the command says so.",
         ('wadi control panda.png --prompt "a panda on a green background" --out control.jpg',),
         ("panda",),
         module="cv2",
@@ -264,7 +264,7 @@ def told_if_left_out(entry: Entry, out: Path) -> bool:
         return True
     kept = (out / entry.picture).exists()
     does = "its picture is left as it is" if kept else "it is left out"
-    print(f'{entry.name}: needs {entry.module} (pip install {entry.package}); {does}', file=sys.stderr)
+    print(f"{entry.name}: needs {entry.module} (pip install {entry.package}); {does}", file=sys.stderr)
     return kept
 
 

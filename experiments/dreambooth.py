@@ -37,12 +37,12 @@ import tyro
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tables import find_tables, markdown, with_tables
-from wadi.emoji.dreambooth import LEARNING_RATES, TRAIN_TEXT_ENCODER
 
 from wadi.backbones import student_config
 from wadi.distill import PRESETS, distill
 from wadi.emoji import assets_folder, prompts_file, student_folder, teacher_folder
 from wadi.emoji.captions import stated
+from wadi.emoji.dreambooth import LEARNING_RATES, TRAIN_TEXT_ENCODER
 from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeline_generator
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.judge import Judge, attributes_right

@@ -35,14 +35,14 @@ def trainers(changes, common):
 
 
 def assert_alike(own, together, start):
-    """What moved in each, from the same start, is the same but for 1e-3 of it."""
+    """What moved in each, from the same start, is the same but for 3e-3 of it, the rounding of moments."""
     for group, tensors in own.checkpoint_tensors().items():
         other, before = together.checkpoint_tensors()[group], start[group]
         names = [name for name in tensors if not name.endswith(".step")]
         a, b, c = (torch.cat([t[name].flatten() for name in names]) for t in (tensors, other, before))
         moved = float((a - c).norm())
         assert moved > 0
-        assert float((a - b).norm()) <= 1e-3 * moved, group
+        assert float((a - b).norm()) <= 3e-3 * moved, group
 
 
 @pytest.mark.parametrize(
