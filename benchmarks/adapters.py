@@ -37,10 +37,11 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
 
+from wadi.backbones import UNetBackbone, student_config
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing
 from wadi.errors import WadiError
-from wadi.lorad import student_config
+from wadi.graph import record
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import angles, rotate, rotated_weight
 
@@ -193,7 +194,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
         network.train()
         enable_gradient_checkpointing(network)
     if options.compile:
-        compile_regions(network)
+        compile_regions(network, UNetBackbone.blocks)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=clock.cuda)
 
@@ -242,16 +243,8 @@ def _replayed(call: Callable[[], object], clock: Clock) -> float:
     """Median milliseconds of a call, captured as a CUDA graph where there is a GPU; NaN if it cannot be."""
     if not clock.cuda:
         return clock(call)[0]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            call()
+        graph, _ = record(call)
     except RuntimeError as error:
         print(f"not captured: {str(error).splitlines()[0]}", flush=True)
         return float("nan")

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +29,8 @@ import tyro
 from diffusers import StableDiffusionPipeline
 
 from wadi import emoji
+from wadi.backbones.condition import Condition, concatenate, repeat
 from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator, regions
-from wadi.distill.condition import Condition, concatenate, repeat
 from wadi.onestep import load_pipeline
 
 PROMPTS = ["a panda", "a red apple on a blue background", "a cat left of a dog", "a big rocket"]
@@ -114,24 +115,25 @@ def measured(
     pipeline: StableDiffusionPipeline, device: str, precision: str, way: str
 ) -> Iterator[tuple[str, Trainer, Gradients]]:
     """When, at which weights, and the gradients of iteration 0 as the trainer's optimizers would see them."""
-    kinds, backend = WAYS[way].get("regions", regions.REGIONS), WAYS[way].get("backend", "inductor")
+    kinds, backend = WAYS[way].get("regions", UNetBackbone.blocks), WAYS[way].get("backend", "inductor")
     torch._dynamo.reset()
     regions._compiled_forward.cache_clear()
-    with mock.patch.object(regions, "REGIONS", kinds), mock.patch.object(regions, "BACKEND", backend):
+    with mock.patch.object(UNetBackbone, "blocks", kinds), mock.patch.object(regions, "BACKEND", backend):
         trainer = make_trainer(pipeline, device, precision, way)
-        roles = {id(trainer.student_optimizer): "student", id(trainer.fake_optimizer): "fake"}
+        updates = {"student": trainer.student_update, "fake": trainer.fake_update}
         buffers = {
-            "student": [torch.zeros_like(p) for p in trainer.student_parameters.values()],
-            "fake": [torch.zeros_like(p) for p in trainer.fake_parameters.values()],
+            role: [torch.zeros_like(p) for p in update.parameters.values()]
+            for role, update in updates.items()
         }
 
-        def keep(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-            own = [p.grad for p in parameters.values()]
-            torch._foreach_copy_(buffers[roles[id(optimizer)]], own)
-            optimizer.zero_grad(set_to_none=True)
+        def keep(role: str) -> torch.Tensor:
+            own = [p.grad for p in updates[role].parameters.values()]
+            torch._foreach_copy_(buffers[role], own)
+            updates[role].optimizer.zero_grad(set_to_none=True)
             return torch.stack(torch._foreach_norm(own)).norm()
 
-        trainer._optimize = keep  # no update: the weights stay
+        for role, update in updates.items():  # no update: the weights stay
+            update.apply = partial(keep, role)
         for when in ("start", "later"):
             if when == "later":
                 set_angles(trainer)
@@ -153,7 +155,8 @@ def exact(trainer: Trainer) -> Gradients:
         for module in network.modules():  # blocks as they were before they were compiled
             module.__dict__.pop("forward", None)
     alphas = trainer.schedule.alphas.double().cpu()
-    z, noise, fake_noise = (x.double().cpu() for x in (inputs.z, inputs.noise, inputs.fake_noise[0]))
+    draws = inputs.z, inputs.place["noise"], inputs.fake[0]["noise"]
+    z, noise, fake_noise = (x.double().cpu() for x in draws)
     condition = {name: x.double().cpu() for name, x in inputs.condition.items()}
     null = repeat({name: x.double().cpu() for name, x in trainer.null.items()}, len(z))
 
@@ -167,7 +170,7 @@ def exact(trainer: Trainer) -> Gradients:
     T = torch.full((len(z),), len(alphas) - 1)
     alpha, sigma = levels(T)
     x0 = (z - sigma * predict(student, z, T, condition)) / alpha
-    t = inputs.t.cpu()
+    t = inputs.place["t"].cpu()
     alpha, sigma = levels(t)
     x_t = (alpha * x0 + sigma * noise).detach()
     with torch.no_grad():
@@ -181,7 +184,7 @@ def exact(trainer: Trainer) -> Gradients:
     own = dict(student.named_parameters())
     student_gradient = torch.autograd.grad(loss, [own[name] for name in names])
 
-    t = inputs.fake_t[0].cpu()
+    t = inputs.fake[0]["t"].cpu()
     alpha, sigma = levels(t)
     x_t = alpha * x0.detach() + sigma * fake_noise
     loss = (alpha**2 * (predict(fake, x_t, t, condition) - fake_noise) ** 2).mean()

@@ -37,16 +37,19 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from adapters import CONFIGS, Clock, HookAdapter, header
 
+from wadi.backbones import Backbone, PixArtBackbone, UNetBackbone, fake_config, student_config
+from wadi.backbones.condition import Condition, concatenate, pick
+from wadi.diffusion import Schedule
 from wadi.distill import DistillConfig, Trainer, make_accelerator
-from wadi.distill.backbone import Backbone, PixArtBackbone, UNetBackbone
 from wadi.distill.cache import Embeddings
-from wadi.distill.condition import Condition, concatenate, pick
-from wadi.distill.losses import fake_loss, generator_loss, guided, vsd_gradient
+from wadi.distill.fake import fake_loss
 from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing, view
-from wadi.distill.schedule import Schedule
-from wadi.lorad.presets import fake_config, student_config
+from wadi.distill.scores import guided
+from wadi.distill.terms.term import generator_loss
+from wadi.distill.terms.vsd import vsd_gradient
+from wadi.graph import record
 
 RANKS = {"sd15": (256, 32), "pixart-256": (128, 32), "tiny": (4, 2)}
 PIXART = {
@@ -193,13 +196,14 @@ class Plain:
         condition = pick(self.conditions, torch.randint(PROMPTS, (self.batch,), device=device))
         z, noise, fake_noise = (torch.randn(self.shape, device=device) for _ in range(3))
         last = torch.full((self.batch,), 999, device=device)
-        x0 = schedule.one_step(self.backbone.predict(self.student, z, last, condition), z)
+        x0 = schedule.x0(self.backbone.predict(self.student, z, last, condition), z, last)
         with torch.no_grad():
             t = torch.randint(20, 981, (self.batch,), device=device)
             x_t = schedule.add_noise(x0, noise, t)
             teacher = self.guided(self.teacher, x_t, t, condition, config.guidance_scale)
             fake = self.guided(self.fake, x_t, t, condition, FAKE_GUIDANCE_SCALE)
-            gradient = vsd_gradient(teacher, fake, schedule.sigma(t))
+            difference = schedule.x0(fake, x_t, t) - schedule.x0(teacher, x_t, t)
+            gradient = vsd_gradient(difference, *schedule.levels(t))
         generator_loss(x0, gradient).backward()
         self.update(0, self.student_hooks)
         with torch.no_grad():
@@ -208,7 +212,8 @@ class Plain:
         t = torch.randint(0, 1000, (self.batch,), device=device)
         x_t = schedule.add_noise(x0.detach(), fake_noise, t)
         prediction = self.backbone.predict(self.fake, x_t, t, condition)
-        fake_loss(prediction, fake_noise, schedule.alpha(t) ** 2).backward()
+        told = x0.detach(), fake_noise, t
+        fake_loss(schedule, prediction, *told, config.fake_weighting).backward()
         self.update(1, self.fake_hooks)
 
     def update(self, which: int, hooks: nn.ModuleList) -> None:
@@ -234,7 +239,7 @@ class Networks:
         self.fake = self._trained(fake_config(teacher, fake_rank), checkpointing)
         if compiled:
             for network in (self.teacher, self.student, self.fake):
-                compile_regions(network)
+                compile_regions(network, self.backbone.blocks)
         conditions = random_conditions(options, teacher)
         self.condition = {name: value[:batch].to(device) for name, value in conditions.items()}
         self.x = torch.randn(batch, *self.backbone.latent_shape, device=device)
@@ -270,15 +275,7 @@ class Networks:
                 self.networks()
                 return
             if self.graph is None:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3):
-                        self.networks()
-                torch.cuda.synchronize()
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.networks()
+                self.graph, _ = record(self.networks)
             self.graph.replay()
 
 

@@ -43,12 +43,12 @@ class Entry:
         words: what there is to see, and which page has more.
         commands: command lines; the last one writes the picture.
         needs: names of entries whose pictures the commands read.
-        made_by: of what trains for minutes: the benchmark that made the picture in docs/images. That one
+        made_by: of what trains for minutes: the experiment that made the picture in docs/images. That one
             is shown, the commands are not run, and the page says so.
         suffix: of the picture's file.
         module: what the commands import beyond what wadi always needs. Where it is not installed they are not
             run: the entry keeps the picture that is there, or is left out.
-        extra: of wadi, that installs the module.
+        package: that has the module.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Entry:
     made_by: str = ""
     suffix: str = ".jpg"
     module: str = ""
-    extra: str = ""
+    package: str = ""
 
     @property
     def file(self) -> str:
@@ -159,11 +159,11 @@ ENTRIES = (
         "control",
         "A ControlNet of the teacher, on the student",
         "The edges of the panda, and pictures that keep to them: [control](uses/control.md). Edges take "
-        'OpenCV (`pip install "wadi[control]"`); without it the command says so.',
+        "OpenCV (`pip install opencv-python-headless`); without it the command says so.",
         ('wadi control panda.png --prompt "a panda on a green background" --out control.jpg',),
         ("panda",),
         module="cv2",
-        extra="control",
+        package="opencv-python-headless",
     ),
     Entry(
         "inversion",
@@ -176,7 +176,7 @@ ENTRIES = (
             "wadi invert pictures --out runs/word",
             'wadi generate "a panda <R> a rocket" --embedding runs/word -n 8 --out word.jpg',
         ),
-        made_by="python benchmarks/inversion.py",
+        made_by="python experiments/inversion.py",
         suffix=".png",
     ),
     Entry(
@@ -191,7 +191,7 @@ ENTRIES = (
             'wadi generate "a big zwx on a purple background" --subject-adapter runs/hedgehog/adapter -n 4 '
             "--out zwx.jpg",
         ),
-        made_by="python benchmarks/dreambooth.py",
+        made_by="python experiments/dreambooth.py",
     ),
 )
 """The gallery, in order."""
@@ -264,7 +264,7 @@ def told_if_left_out(entry: Entry, out: Path) -> bool:
         return True
     kept = (out / entry.picture).exists()
     does = "its picture is left as it is" if kept else "it is left out"
-    print(f'{entry.name}: needs {entry.module} (pip install "wadi[{entry.extra}]"); {does}', file=sys.stderr)
+    print(f"{entry.name}: needs {entry.module} (pip install {entry.package}); {does}", file=sys.stderr)
     return kept
 
 

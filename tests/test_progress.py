@@ -35,7 +35,7 @@ def test_a_bar_that_does_not_stay_says_nothing_where_it_is_quick():
 @pytest.mark.parametrize("leave", [True, False])
 def test_lines_come_now_and_then_and_none_twice(monkeypatch, leave):
     monkeypatch.setattr(wadi.progress, "SHORTEST", 0.0)
-    said = lines(leave=leave, mininterval=0)
+    said = lines(leave=leave, mininterval=0, miniters=1)
     assert said[-1].startswith("work: 50/50")
     assert len(said) > 10
     assert all(LINE.match(line) for line in said)

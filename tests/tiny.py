@@ -1,11 +1,29 @@
-"""A complete, tiny Stable Diffusion pipeline of real classes with random weights, built offline."""
+"""Complete, tiny pipelines of real classes with random weights, built offline."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from wadi.onestep.student import Student, network_of
 
@@ -81,6 +99,123 @@ def tiny_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def tiny_clip(
+    kind: type, tokenizer: CLIPTokenizer, width: int
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """A CLIP of either class, whose states and projection have this width."""
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+
+
+def tiny_vae(channels: int = 4, **options) -> AutoencoderKL:
+    """A VAE of 2 pixels a latent."""
+    return AutoencoderKL(
+        block_out_channels=(8,) * 2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        **options,
+    ).eval()
+
+
+def tiny_sdxl(force_zeros: bool = True, seed: int = 0) -> StableDiffusionXLPipeline:
+    """Build a `StableDiffusionXLPipeline` with the published scheduler, 8x8 latents and 16x16 images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = tiny_tokenizer(32), tiny_tokenizer(32)
+        second.pad_token = "!"
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(1, 2),
+            cross_attention_dim=16 + 24,
+            use_linear_projection=True,
+            norm_num_groups=4,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+        )
+        return StableDiffusionXLPipeline(
+            vae=tiny_vae(scaling_factor=0.13025),
+            text_encoder=tiny_clip(CLIPTextModel, first, 16),
+            text_encoder_2=tiny_clip(CLIPTextModelWithProjection, second, 24),
+            tokenizer=first,
+            tokenizer_2=second,
+            unet=unet.eval(),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                timestep_spacing="leading",
+            ),
+            force_zeros_for_empty_prompt=force_zeros,
+            add_watermarker=False,
+        )
+
+
+def tiny_sd3(seed: int = 0, **options) -> StableDiffusion3Pipeline:
+    """Build a `StableDiffusion3Pipeline` with the published scheduler, 8x8 latents and 16x16 images.
+
+    Args:
+        seed: of the weights.
+        **options: of the transformer, as SD 3.5 has them.
+    """
+    letters = [(chr(i), -3.0) for i in range(33, 127)]
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = tiny_tokenizer(32), tiny_tokenizer(32)
+        second.pad_token = "!"
+        t5 = T5Config(vocab_size=len(tokens), d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            caption_projection_dim=16,
+            pooled_projection_dim=16 + 24,
+            pos_embed_max_size=16,
+            **options,
+        )
+        return StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(
+                16,
+                scaling_factor=1.5305,
+                shift_factor=0.0609,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=tiny_clip(CLIPTextModelWithProjection, first, 16),
+            tokenizer=first,
+            text_encoder_2=tiny_clip(CLIPTextModelWithProjection, second, 24),
+            tokenizer_2=second,
+            text_encoder_3=T5EncoderModel(t5).eval(),
+            tokenizer_3=T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=512),
+        )
 
 
 def mark_student(folder, pipeline=None, alpha_T_squared: float | None = None) -> None:

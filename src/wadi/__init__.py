@@ -1,49 +1,56 @@
 """WaDi: one-step text-to-image diffusion by learning how the weights turn (arXiv 2603.08258).
 
-Importing the package registers the LoRaD adapter with PEFT: at once if PEFT is imported already, otherwise
-the moment it is. So ``import wadi`` itself takes milliseconds, not PEFT's seconds.
+What people import, each name loaded when it is first used, so that ``import wadi`` itself takes milliseconds.
+PEFT knows the LoRaD adapter once `wadi.lorad` is imported, which ``from wadi import LoRaDConfig`` does too.
 """
 
 import importlib
-import sys
-from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 from wadi._version import __version__
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
+    from wadi.backbones import load_backbone
+    from wadi.distill.config import DistillConfig
+    from wadi.distill.run import distill
     from wadi.lorad import LoRaDConfig, LoRaDModel
+    from wadi.onestep.adapters import merge_adapters as merge
+    from wadi.onestep.export import export_pipeline as export
+    from wadi.onestep.pipeline import OneStepPipeline
 
-__all__ = ["LoRaDConfig", "LoRaDModel", "WadiError", "__version__"]
+__all__ = [
+    "DistillConfig",
+    "LoRaDConfig",
+    "LoRaDModel",
+    "OneStepPipeline",
+    "WadiError",
+    "__version__",
+    "distill",
+    "export",
+    "load_backbone",
+    "merge",
+]
+
+_PLACES = {
+    "DistillConfig": "wadi.distill.config:DistillConfig",
+    "LoRaDConfig": "wadi.lorad:LoRaDConfig",
+    "LoRaDModel": "wadi.lorad:LoRaDModel",
+    "OneStepPipeline": "wadi.onestep.pipeline:OneStepPipeline",
+    "export": "wadi.onestep.export:export_pipeline",
+    "load_backbone": "wadi.backbones:load_backbone",
+    "merge": "wadi.onestep.adapters:merge_adapters",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LoRaDConfig", "LoRaDModel"):
-        return getattr(importlib.import_module("wadi.lorad"), name)
+    if name == "distill":  # the room itself, which can be called
+        return importlib.import_module("wadi.distill")
+    if name in _PLACES:
+        module, _, attribute = _PLACES[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class _RegisterAfterPeft(MetaPathFinder):
-    """Lets the other finders find PEFT, and imports `wadi.lorad` (which registers) once PEFT has run."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "peft":
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_then_register(module: Any) -> None:
-                run(module)
-                importlib.import_module("wadi.lorad")
-
-            spec.loader.exec_module = run_then_register
-        return spec
-
-
-if "peft" in sys.modules:
-    importlib.import_module("wadi.lorad")
-else:
-    sys.meta_path.insert(0, _RegisterAfterPeft())
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -219,7 +219,7 @@ def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, Any]]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise WadiError(f"{path}: reading .parquet needs pyarrow; pip install 'wadi[data]'") from error
+        raise WadiError(f"{path}: reading .parquet needs pyarrow; pip install datasets") from error
     try:
         with explain_os_errors(path, "read the file"), path.open("rb") as file:
             check_column(column, parquet.read_schema(file).names, str(path))

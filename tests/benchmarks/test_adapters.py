@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from wadi.lorad import student_config
+from wadi.backbones import student_config
 from wadi.lorad.rotation import Factors, rotated_linear
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

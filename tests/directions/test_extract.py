@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import mark_student
 from wadi import WadiError
+from wadi.backbones import student_config
 from wadi.directions import extract_adapter
 from wadi.directions.extract import table
-from wadi.lorad import load_adapter, save_adapter, student_config
+from wadi.lorad import load_adapter, save_adapter
 from wadi.onestep import OneStepPipeline, Student, export_pipeline
 
 RANK = 3

@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.tiny import PROMPTS
+from wadi.backbones import PromptEncoder, load_prompt_encoder
 from wadi.cli import main
-from wadi.distill import DistillConfig, EmbeddingCache, PromptEncoder, distill
+from wadi.distill import DistillConfig, EmbeddingCache, distill
 from wadi.errors import WadiError
 from wadi.outputs import MARKER
 
@@ -20,7 +21,7 @@ TEXTS = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
 @pytest.fixture
 def cache(teacher_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 4)
-    return EmbeddingCache(PromptEncoder.from_pretrained(teacher_folder), tmp_path / "cache")
+    return EmbeddingCache(load_prompt_encoder(teacher_folder), tmp_path / "cache")
 
 
 def counted(monkeypatch, encoder):
@@ -110,8 +111,8 @@ def test_another_encoder_or_other_prompts_are_another_entry(cache, teacher_folde
     tensors = safetensors.torch.load_file(weights)
     name = min(tensors)
     safetensors.torch.save_file(tensors | {name: tensors[name] + 1}, weights, metadata={"format": "pt"})
-    changed = EmbeddingCache(PromptEncoder.from_pretrained(other), cache.folder)
-    half = EmbeddingCache(PromptEncoder.from_pretrained(teacher_folder, torch.bfloat16), cache.folder)
+    changed = EmbeddingCache(load_prompt_encoder(other), cache.folder)
+    half = EmbeddingCache(load_prompt_encoder(teacher_folder, torch.bfloat16), cache.folder)
     entries = {
         cache.entry(TEXTS),
         cache.entry(TEXTS[1:]),
@@ -120,7 +121,7 @@ def test_another_encoder_or_other_prompts_are_another_entry(cache, teacher_folde
         half.entry(TEXTS),
     }
     assert len(entries) == 5
-    again = EmbeddingCache(PromptEncoder.from_pretrained(teacher_folder), cache.folder)
+    again = EmbeddingCache(load_prompt_encoder(teacher_folder), cache.folder)
     assert again.entry(TEXTS) == cache.entry(TEXTS)
 
 

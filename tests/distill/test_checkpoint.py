@@ -85,11 +85,11 @@ def test_full_disk_leaves_one_line_and_the_old_checkpoint(tmp_path, monkeypatch)
         ),
         (
             lambda path: (path / "state.json").write_text('{"step": 1, "config": "abc"}'),
-            "another version of wadi .checkpoint format 0, not 1.; start a new run",
+            "another version of wadi .checkpoint format 0, not 2.; start a new run",
         ),
         (
-            lambda path: (path / "state.json").write_text('{"format": 2, "config": "abc"}'),
-            "another version of wadi .checkpoint format 2, not 1.; start a new run",
+            lambda path: (path / "state.json").write_text('{"format": 1, "config": "abc"}'),
+            "another version of wadi .checkpoint format 1, not 2.; start a new run",
         ),
         (lambda path: (path / "fake.safetensors").unlink(), "fake.safetensors"),
         (lambda path: (path / "fake.safetensors").write_bytes(b"\0" * 20), "fake.safetensors"),

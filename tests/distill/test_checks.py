@@ -9,18 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_sdxl
 from wadi import cli
+from wadi.backbones import fake_config, student_config
 from wadi.distill import PRESETS, DistillConfig
 from wadi.distill.checks import check_preset, check_rank, check_ranks, free_memory, layer_sizes
 from wadi.distill.config import FITS
 from wadi.errors import WadiError, WadiWarning
-from wadi.lorad import fake_config, student_config
 from wadi.onestep.student import network_of
 
 TEACHERS = {
     ("StableDiffusionPipeline", "epsilon"): tiny_pipeline,
     ("StableDiffusionPipeline", "v_prediction"): lambda: tiny_pipeline("v_prediction"),
+    ("StableDiffusionXLPipeline", "epsilon"): tiny_sdxl,
     ("PixArtAlphaPipeline", "epsilon"): tiny_pixart,
 }
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from wadi.distill.config import PRESETS, DistillConfig
-from wadi.distill.trainer import learning_rate_factor
+from wadi.distill.update import learning_rate_factor
 from wadi.errors import WadiError
 
 
@@ -88,7 +88,7 @@ def test_options_that_do_not_go_together(options):
         DistillConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21-base", "sd21"])
+@pytest.mark.parametrize("name", ["sd15-paper", "sd21-base-paper", "sd21-paper"])
 def test_stable_diffusion_presets_hold_the_papers_values(name):
     config = PRESETS[name]
     assert (config.student_rank, config.fake_rank) == (256, 32)
@@ -111,10 +111,20 @@ def test_emoji_paper_preset_keeps_the_papers_proportions():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_fake_model_is_guided_in_the_papers_presets_only(name):
-    paper = name == "emoji-paper" or not name.startswith("emoji")
-    config = PRESETS[name]
+    paper, config = name.endswith("-paper"), PRESETS[name]
     found = config.fake_guidance_scale, config.null_prompt_probability
     assert found == ((1.5, 0.1) if paper else (1.0, 0.0))
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if f"{n}-paper" in PRESETS and n != "emoji"])
+def test_other_presets_have_a_fake_model_that_keeps_up(name):
+    """The student's layers and rank, and several updates; all else is the paper's."""
+    ours, paper = PRESETS[name], PRESETS[f"{name}-paper"]
+    assert (ours.fake_layers, ours.fake_rank) == ("student", ours.student_rank)
+    assert ours.fake_updates > 1
+    fake = ("fake_rank", "fake_layers", "fake_updates", "fake_guidance_scale", "null_prompt_probability")
+    own = {"preset": name, "output_dir": ours.output_dir}
+    assert dataclasses.replace(paper, **own, **{field: getattr(ours, field) for field in fake}) == ours
 
 
 def test_fingerprint_follows_what_decides_the_numbers():

@@ -8,12 +8,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.distill.test_processes import config
 from tests.distill.test_trainer import make
+from wadi.backbones import student_config
 from wadi.distill import DistillConfig, distill
 from wadi.distill.methods import merged_state, method_config
 from wadi.distill.roles import build_roles, trainable
 from wadi.errors import WadiError
 from wadi.files import load_tensors
-from wadi.lorad import student_config
 from wadi.onestep import load_pipeline
 
 METHODS = ("lorad", "lora", "full")

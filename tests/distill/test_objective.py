@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from tests.distill.test_processes import launch
 from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, assert_losses_close, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
-from wadi.distill import DistillConfig, distill
+from wadi.distill import DistillConfig, distill, train
 from wadi.errors import WadiError
 from wadi.files import load_tensors
 
@@ -35,7 +34,7 @@ def student_gradients(trainer, inputs):
     gradients, hooks = {}, []
     for name, p in trainer.student_parameters.items():
         hooks.append(p.register_hook(lambda g, name=name: gradients.__setitem__(name, g.clone())))
-    _, losses = trainer._update_student(inputs)
+    _, losses = trainer.update_student(inputs)
     for hook in hooks:
         hook.remove()
     return gradients, {name: float(value) for name, value in losses.items()}
@@ -63,16 +62,16 @@ def assert_same_gradients(found, expected):
 
 
 def test_guidance_of_an_interval_is_each_timesteps_own():
-    """A batch on both sides of the limit: the teacher's noise is that of the one or of the other guidance."""
+    """A batch on both sides of the limit: the teacher's x0 is that of the one or of the other guidance."""
     interval = {"guidance_scale": 3.0, "guidance_max_timestep": 0.4, "guidance_scale_above": 2.0}
     trainer = make(**interval, max_train_steps=2, train_batch_size=4)
     inputs = trainer.draw(0)
     t = torch.tensor([100, 400, 401, 900])
-    z, condition = inputs.z, inputs.condition
-    found = trainer._scores(z, inputs.noise, t, condition)[0]
+    where = inputs.z, {"t": t, "noise": inputs.place["noise"]}, inputs.condition
+    found = trainer.scores.at(*where).x0_teacher
     for scale, own in ((3.0, slice(0, 2)), (2.0, slice(2, 4))):
         plain = twin(trainer, guidance_scale=scale, max_train_steps=2, train_batch_size=4)
-        expected = plain._scores(z, inputs.noise, t, condition)[0]
+        expected = plain.scores.at(*where).x0_teacher
         torch.testing.assert_close(found[own], expected[own])
         assert float((found - expected).abs().max()) > 1e-4  # the others have the other guidance
 
@@ -92,7 +91,7 @@ def test_denoising_gradient_is_the_equation(prediction_type):
     trainer = make(prediction_type, guidance_scale=2.0, **DENOISING)
     trainer.step(0)
     other, inputs = twin(trainer, guidance_scale=2.0), trainer.draw(1)
-    t, noise = inputs.denoising["t"], inputs.denoising["noise"]
+    t, noise = inputs.terms[1].values()
     level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
     x0 = plain_student(trainer, inputs.z, inputs.condition)
     x_t = (level.sqrt() * x0 + (1 - level).sqrt() * noise).detach()
@@ -115,27 +114,9 @@ def test_denoising_gradient_is_the_equation(prediction_type):
 
 def test_denoising_has_timesteps_of_its_own():
     trainer = make(train_batch_size=512, min_timestep=0.05, max_timestep=0.98, **DENOISING)
-    t = trainer.draw(0).denoising["t"]
+    t = trainer.draw(0).terms[1]["t"]
     assert 50 <= int(t.min()) < 60
     assert 290 < int(t.max()) <= 300
-
-
-def test_denoising_leaves_the_draws_of_the_other_terms_alone():
-    trainer, plain = make(**DENOISING), make()
-    ours = dataclasses.replace(trainer.draw(3), denoising={}).tensors()
-    assert all(torch.equal(a, b) for a, b in zip(ours, plain.draw(3).tensors(), strict=True))
-    assert not torch.equal(trainer.draw(3).denoising["noise"], plain.draw(3).noise)
-
-
-def test_processes_share_the_draws_of_the_denoising_term():
-    """Two processes of batch 2, one after the other, are one process of batch 4."""
-    whole, part, shares = make(train_batch_size=4, **DENOISING).draw(3).denoising, make(**DENOISING), []
-    for rank in range(2):
-        part.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
-        shares.append(part.draw(3).denoising)
-    assert whole.keys() == {"t", "noise"}
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, torch.cat([share[name] for share in shares]))
 
 
 def test_a_denoising_term_without_weight_changes_no_bit():
@@ -150,14 +131,13 @@ def test_the_normalized_gradient_is_the_equation():
     trainer = make(weighting="normalized", guidance_scale=1.0, fake_guidance_scale=1.0)
     trainer.step(0)
     inputs, parameters = trainer.draw(1), trainer.student_parameters
-    level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[inputs.t].view(-1, 1, 1, 1)
+    t, noise = inputs.place.values()
+    level = trainer.backbone.pipeline.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
     x0 = plain_student(trainer, inputs.z, inputs.condition)
-    x_t = (level.sqrt() * x0 + (1 - level).sqrt() * inputs.noise).detach()
-    teacher, fake = (
-        plain_epsilon(trainer, network, x_t, inputs.t, inputs.condition)
-        for network in (trainer.teacher, trainer.fake)
-    )
-    size = (teacher - inputs.noise).abs().mean((1, 2, 3), keepdim=True)
+    x_t = (level.sqrt() * x0 + (1 - level).sqrt() * noise).detach()
+    networks = trainer.teacher, trainer.fake
+    teacher, fake = (plain_epsilon(trainer, each, x_t, t, inputs.condition) for each in networks)
+    size = (teacher - noise).abs().mean((1, 2, 3), keepdim=True)
     loss = (x0 * ((teacher - fake) / size).detach()).sum() / x0.numel()
     expected = torch.autograd.grad(loss, list(parameters.values()))
     found, _ = student_gradients(trainer, inputs)
@@ -198,7 +178,7 @@ def everything(**changes):
 
 def test_resumed_with_every_option_goes_on_the_same(tmp_path):
     trainer = everything(output_dir=str(tmp_path), checkpointing_steps=2)
-    trainer.train()
+    train(trainer)
     again = everything(output_dir=str(tmp_path))
     again.load_checkpoint(tmp_path / "checkpoints/step-000002")
     assert not same(snapshot(trainer), snapshot(again))
@@ -259,7 +239,7 @@ def test_base_never_changes_with_every_option():
 
 
 def test_metrics_have_every_term(tmp_path):
-    everything(output_dir=str(tmp_path)).train()
+    train(everything(output_dir=str(tmp_path)))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name for name in row if name.endswith("_loss")} == LOSSES
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import PROMPTS
-from wadi.distill import DistillConfig, Trainer, distill
+from wadi.distill import DistillConfig, distill
 from wadi.distill.prompts import read_prompts
 from wadi.distill.run import _digests, _open_run, share_batch
 from wadi.errors import WadiError
@@ -41,7 +41,8 @@ ON_TWO_GPUS = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"
 FAIL = """
 import dataclasses, errno, os, sys
 import torch
-import wadi.distill.trainer as training
+from wadi.distill import loop
+from wadi.distill.trainer import Trainer
 from wadi.distill import DistillConfig, cache, checkpoint, distill, run
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
@@ -52,19 +53,19 @@ def full(*arguments, **rest):
     with explain_os_errors("file", "write it"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-def spoil(trainer, step, usual=training.Trainer.step):
+def spoil(trainer, step, usual=Trainer.step):
     losses = usual(trainer, step)
-    next(iter(trainer.ema.values())).fill_(float("nan"))
+    next(iter(trainer.average.tensors.values())).fill_(float("nan"))
     return losses
 
 PLACES = {
     "prompts": (run, "read_prompts", full),
     "embeddings": (cache, "save_tensors", full),
     "folder": (run, "_open_run", full),
-    "metrics": (training, "append_metrics", full),
-    "samples": (training, "labelled_grid", full),
+    "metrics": (loop, "append_metrics", full),
+    "samples": (loop, "labelled_grid", full),
     "checkpoint": (checkpoint, "save_tensors", full),
-    "weights": (training.Trainer, "step", spoil),
+    "weights": (Trainer, "step", spoil),
     "export": (run, "save_adapter", full),
 }
 for place, (where, name, instead) in PLACES.items():
@@ -303,7 +304,7 @@ def test_samples_a_step_stay_without_a_checkpoint(teacher_folder, tmp_path, monk
     run = Path(options.output_dir)
     _open_run(run, options, 4, _digests(options, read_prompts(options.prompts)))
     seen = []
-    monkeypatch.setattr(Trainer, "train", lambda trainer: seen.append(trainer.batch))
+    monkeypatch.setattr("wadi.distill.run.train", lambda trainer: seen.append(trainer.batch))
     with pytest.raises(SystemExit):
         distill(DistillConfig(resume_from_checkpoint=str(run)))
     assert seen == [4]

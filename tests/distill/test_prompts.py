@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_tokenizer
-from wadi.distill.backbone import UNetBackbone
+from wadi.backbones import UNetBackbone
 from wadi.distill.prompts import Prompt, check_length, encode_prompts, read_prompts
-from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 
 
@@ -105,7 +104,7 @@ def test_long_prompts_are_counted_and_located():
 
 def test_embeddings_are_diffusers_own():
     pipeline = tiny_pipeline()
-    encoded = encode_prompts(PromptEncoder(pipeline), PROMPTS, [PROMPTS[1], "another"])
+    encoded = encode_prompts(UNetBackbone(pipeline).text, PROMPTS, [PROMPTS[1], "another"])
     expected, null = pipeline.encode_prompt([*PROMPTS, "another"], "cpu", 1, True)
     states = encoded.embeddings.take(torch.arange(len(PROMPTS)))["encoder_hidden_states"]
     torch.testing.assert_close(states, expected[:-1])

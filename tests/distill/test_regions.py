@@ -155,7 +155,7 @@ def test_nothing_of_a_weights_size_is_kept_for_backward(graphs):
     """
     block = small_block()
     kept, expected = saved_and_gradients(block)
-    regions.compile_regions(block.network)
+    regions.compile_regions(block.network, REGIONS)
     with regions.compiling():
         ours, gradients = saved_and_gradients(block)
     for gradient, want in zip(gradients, expected, strict=True):

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tyro
 from diffusers import DDIMScheduler
 from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
-from wadi.cli import _distill_options, main
+from wadi.cli import main
+from wadi.commands.distill import parse
 from wadi.distill.config import PRESETS, DistillConfig
 from wadi.distill.figures import Figure
 from wadi.distill.report import (
@@ -208,9 +208,7 @@ def parsed(command):
     """The options that `wadi distill` would have."""
     program, name, *arguments = shlex.split(command)
     assert (program, name) == ("wadi", "distill")
-    default = _distill_options(arguments)
-    options = tyro.cli(type(default), default=default, args=arguments)
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(DistillConfig)}
+    return dataclasses.asdict(parse(arguments))
 
 
 def test_the_command_repeats_the_run_beside_it(run, pictures):
@@ -223,7 +221,7 @@ def test_the_command_repeats_the_run_beside_it(run, pictures):
 def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
     config = dataclasses.replace(
         PRESETS[preset],
-        pretrained_model_name_or_path="mine",
+        pretrained_model_name_or_path="teacher",
         alpha_T_squared=None,
         prompts='it\'s my "file".txt',
         validation_prompts=("a\nb", "c $HOME `d`"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.tiny import tiny_pipeline
+from wadi.backbones import fake_config, student_config
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable, view
 from wadi.lorad import LoRaDLayer
-from wadi.lorad.presets import fake_config, student_config
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import PROMPTS, tiny_pipeline
+from wadi.backbones import student_config
 from wadi.distill import DistillConfig, UNetBackbone, distill
+from wadi.distill.loop import append_metrics
 from wadi.distill.run import resolve
-from wadi.distill.trainer import append_metrics
 from wadi.errors import WadiError
-from wadi.lorad import LoRaDConfig, save_adapter, student_config
+from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep import OneStepPipeline, Student
 
 
@@ -84,7 +85,7 @@ def test_sample_grid_is_what_generate_draws(options, monkeypatch):
     """The pictures of the grid, which the average draws, are those of the finished pipeline."""
     drawn = []
     monkeypatch.setattr(
-        "wadi.distill.trainer.labelled_grid",
+        "wadi.distill.loop.labelled_grid",
         lambda rows, headings: drawn.append(rows) or Image.new("RGB", (1, 1)),
     )
     run = distill(options)

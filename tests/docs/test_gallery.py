@@ -66,10 +66,10 @@ def test_what_trains_is_shown_and_not_run(gallery, tmp_path, monkeypatch):
 
 
 def test_without_an_optional_library_the_picture_stays_or_is_left_out(gallery, tmp_path, monkeypatch, capsys):
-    cv = gallery.Entry("cv", "C", "W.", ("wadi no-such",), module="no_such_module", extra="control")
+    cv = gallery.Entry("cv", "C", "W.", ("wadi no-such",), module="no_such_module", package="it")
     monkeypatch.setattr(gallery, "ENTRIES", (cv,))
     gallery.main(gallery.Options(out=tmp_path))
-    told = 'cv: needs no_such_module (pip install "wadi[control]"); '
+    told = "cv: needs no_such_module (pip install it); "
     assert capsys.readouterr().err == told + "it is left out\n"
     assert "images/gallery" not in (tmp_path / "gallery.md").read_text()
     kept = tmp_path / "images" / "gallery" / "cv.jpg"

@@ -9,7 +9,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
 from tests.emoji.cases import synthetic_atlas
-from wadi import cli
+from wadi.backbones import student_config
+from wadi.commands.distill import start_of
 from wadi.distill import distill
 from wadi.distill.config import PRESETS
 from wadi.emoji import prompts_file, teacher_folder, train_teacher
@@ -18,7 +19,6 @@ from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_gen
 from wadi.emoji.tokenizer import build_t5_tokenizer
 from wadi.errors import WadiError
 from wadi.files import save_tensors
-from wadi.lorad.presets import student_config
 from wadi.onestep import OneStepPipeline
 
 CAPTIONS = ["a cat", "a big dog on the left", "", "a cat and a dog"]
@@ -257,7 +257,7 @@ def test_preset_trains_a_tenth_of_the_transformer():
 
 
 def test_preset_of_the_command_line_needs_a_teacher():
-    options = cli._distill_options(["--preset", "emoji-dit"])
+    options = start_of(["--preset", "emoji-dit"])
     assert options.prompts == str(prompts_file())
     assert options.pretrained_model_name_or_path is None
 

@@ -7,9 +7,9 @@ from PIL import Image
 
 from tests.emoji.cases import needs_font
 from wadi.cli import main
-from wadi.customise import VARIATIONS, known_pictures
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, parse_caption, with_article
+from wadi.emoji.dreambooth import VARIATIONS, known_pictures
 from wadi.emoji.glyphs import ATLAS_SIZE, NAMES
 from wadi.emoji.judge import Judge
 from wadi.emoji.subject import (

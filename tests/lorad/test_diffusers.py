@@ -5,7 +5,8 @@ import torch
 from peft import get_peft_model
 
 from tests.tiny import tiny_pipeline
-from wadi.lorad import LoRaDConfig, LoRaDLayer, student_config
+from wadi.backbones import student_config
+from wadi.lorad import LoRaDConfig, LoRaDLayer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

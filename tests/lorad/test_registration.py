@@ -1,4 +1,4 @@
-"""Importing wadi adds one member to PEFT's enum and changes nothing else."""
+"""Importing wadi.lorad adds one member to PEFT's enum and changes nothing else."""
 
 import copy
 import json
@@ -45,6 +45,7 @@ SCRIPT = """
 import sys
 if sys.argv[1] == "wadi first":
     import wadi
+    from wadi import LoRaDConfig
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
@@ -61,7 +62,7 @@ def stock():
 print(stock())
 if sys.argv[1] == "wadi last":
     assert "LORAD" not in PeftType.__members__
-    import wadi
+    import wadi.lorad
     print(stock())
 assert CONFIGS["LORAD"] is wadi.LoRaDConfig
 """

@@ -16,11 +16,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from tests.onestep.test_adapters import write_adapter
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 from wadi.cli import main
+from wadi.emoji.judge import load_judge_features
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import save_tensors
 from wadi.metrics import feature_statistics, spread
 from wadi.metrics.evaluate import EvaluateConfig, _distances, _too_few, evaluate
-from wadi.metrics.extractors import WIDTHS, Clip, load_extractor
+from wadi.metrics.extractors import SPACES, Clip
 
 CAPTIONS = [f"a {thing} number {i}" for i, thing in enumerate(("cat", "dog", "cup", "kite") * 2)]
 
@@ -93,7 +94,7 @@ def test_a_set_against_itself(config):
     assert (figures["precision"], figures["recall"]) == (1.0, 1.0)
     assert (figures["samples"], figures["reference_samples"]) == (6, 6)
     stacked = torch.stack([torch.from_numpy(made[n].copy()).permute(2, 0, 1) for n in made if "spread" in n])
-    features = load_extractor("emoji")(stacked)
+    features = load_judge_features()(stacked)
     assert figures["spread"] == pytest.approx(spread(features.unflatten(0, (2, 3))), rel=1e-4)
     again = dataclasses.replace(config, reference=reference / "s.safetensors", save_reference=None)
     with pytest.warns(WadiWarning, match="omitted"):
@@ -130,12 +131,12 @@ def test_too_few_images_for_any_figure_are_refused_first(config, tmp_path, gener
     assert not config.out.exists()
 
 
-@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("features", SPACES)
 def test_the_distance_is_omitted_just_below_its_minimum(config, features):
     """Asked of the check alone: thousands of images would have to be made."""
-    fewest = 2 * WIDTHS[features]
+    fewest = 2 * SPACES[features].width
     reference = config.out.parent / "statistics.safetensors"
-    zeros = torch.zeros(5, WIDTHS[features])
+    zeros = torch.zeros(5, SPACES[features].width)
     for count, said in ((fewest, ""), (fewest - 1, f"omitted, because it needs at least {fewest} images")):
         save_tensors(
             reference, {**feature_statistics(zeros), "count": torch.tensor(count), "features": zeros}
@@ -284,4 +285,4 @@ def test_mistakes_are_one_line(config, change, message, capsys):
 def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(WadiError, match=r"wadi\[evaluate\]"):
-        load_extractor("inception")
+        SPACES["inception"].load()

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import mark_student, tiny_pipeline
 from wadi import LoRaDConfig, cli
+from wadi.backbones import student_config
 from wadi.distill import DistillConfig, distill
 from wadi.errors import WadiError, WadiWarning
-from wadi.lorad import student_config
 from wadi.onestep import OneStepPipeline, Student, export_pipeline
 from wadi.onestep.adapters import merge_adapters
 from wadi.onestep.pipeline import load_for_steps

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from tests.tiny import mark_student, tiny_pipeline
 from wadi import cli
-from wadi.lorad import save_adapter, student_config
+from wadi.backbones import student_config
+from wadi.lorad import save_adapter
 from wadi.onestep import OneStepPipeline, Student
 
 

@@ -11,9 +11,8 @@ from diffusers import AutoencoderTiny, ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_pipeline
+from wadi.backbones import load_backbone, load_prompt_encoder
 from wadi.device import chosen_device
-from wadi.distill.backbone import load_backbone
-from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep import OneStepPipeline, load_pipeline
 from wadi.onestep.loading import load_denoiser, load_vae
@@ -55,7 +54,7 @@ def model(whole, tmp_path):
 
 
 def encode(folder):
-    return PromptEncoder.from_pretrained(folder).encode(["a cat"])
+    return load_prompt_encoder(folder).encode(["a cat"])
 
 
 def with_controlnet(folder):

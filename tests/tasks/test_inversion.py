@@ -118,7 +118,7 @@ def test_the_denoising_loss_is_that_of_the_stock_pipeline_with_the_word(pipeline
     word = module._Word(pipeline, shown, config, torch.Generator().manual_seed(0))
     word.rows.data = torch.randn(vectors, 16, generator=torch.Generator().manual_seed(1))
     batch = word.draw()
-    schedule = module.DDPMScheduler.from_config(pipeline.scheduler.config)
+    schedule = module.Schedule.from_config(pipeline.scheduler)
     with module._known(pipeline, [word]), torch.no_grad():
         word.ids = module._tokenize(pipeline, word.captions)
         found = module._denoising_losses(pipeline, schedule, [word], [batch])
@@ -162,7 +162,7 @@ def test_a_word_lowers_the_loss_and_nothing_else_changes(pipeline):
         pipeline, PAIRS, replace(config, train_batch_size=200, seed=9), torch.Generator().manual_seed(9)
     )
     batch, losses = word.draw(), []
-    schedule = module.DDPMScheduler.from_config(pipeline.scheduler.config)
+    schedule = module.Schedule.from_config(pipeline.scheduler)
     for rows in (word.rows.data.clone(), learned.embedding):
         word.rows.data = rows
         with module._known(pipeline, [word]), torch.no_grad():

@@ -122,6 +122,18 @@ class Schedule(torch.nn.Module, ABC):
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
         """What diffusers' pipelines tell a network at the times t: timesteps from 0 to 999 or 1000."""
 
+    def ending_at(self, alpha_T_squared: float | None) -> Schedule:
+        """The schedule of a one-step student: this one, with another alpha_T^2 at the end where it has one.
+
+        Raises:
+            WadiError: a flow has no alpha_T to choose, or as for `VariancePreserving.ending_at`.
+        """
+        if alpha_T_squared is not None:
+            raise WadiError(
+                "--alpha-T-squared: this teacher is a rectified flow, whose last alpha is 0; omit the option"
+            )
+        return self
+
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = alpha x0 + sigma n."""
         alpha, sigma = self.levels(t)

@@ -1,7 +1,8 @@
 """The evidence: how far the directions of weights moved, and the adapter that moves them so."""
 
-from wadi.directions.compare import Comparison, LayerChange, compare_models, write_comparison
-from wadi.directions.extract import Extraction, LayerFigures, OtherFigures, extract_adapter
+from wadi.directions.compare import Comparison, compare_models, write_comparison
+from wadi.directions.extract import Extraction, OtherFigures, extract_adapter
+from wadi.directions.figures import LayerChange, LayerFigures
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change
 from wadi.directions.swap import swap_rows
 from wadi.directions.weights import open_weights

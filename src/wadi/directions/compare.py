@@ -26,6 +26,7 @@ from wadi.directions.change import (
     null_moments,
     row_changes,
 )
+from wadi.directions.figures import Figure, LayerChange
 from wadi.directions.plot import save_scatter, save_spectrum
 from wadi.directions.weights import Weights, check_pair, open_weights
 from wadi.errors import WadiError
@@ -58,42 +59,6 @@ _TYPES = {
     r"resnets\.\d+\.conv": "residual convolution",
     r"conv_(in|out)|pos_embed": "ends",
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Mean and standard deviation over rows, and the same of isotropic changes of the same sizes."""
-
-    mean: float
-    std: float
-    null_mean: float
-    null_std: float
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """One weight with rows. A convolution's row is all of one output channel: (out, in * height * width)."""
-
-    name: str
-    block: str
-    type: str
-    rows: int
-    columns: int
-    rows_left_out: int
-    """Rows that are zero in either weight: they have no direction."""
-    changed: bool
-    size: float | None
-    """Root of the mean of (|w' - w| / |w|)^2 over rows; None, as the next three, if all rows are left out."""
-    norm: Figure | None
-    """| |w'| - |w| | / |w|"""
-    direction: Figure | None
-    """1 - cos(w, w')"""
-    angle: Figure | None
-    """Radians."""
-    energy: tuple[float, ...] | None
-    """Running share of energy of the direction residual at `RANK_SHARES`; None if no direction changed."""
-    null_energy: tuple[float, ...] | None
-    """The same for rows of the same lengths in random directions."""
 
 
 @dataclass(frozen=True)

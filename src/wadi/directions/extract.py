@@ -11,14 +11,16 @@ import torch
 from peft import inject_adapter_in_model
 from torch import nn
 
+from wadi.backbones import student_config
 from wadi.device import chosen_device
+from wadi.directions.figures import LayerFigures
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
 from wadi.directions.weights import check_shapes
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.errors import WadiError
 from wadi.files import write_json
-from wadi.lorad import save_adapter, student_config
+from wadi.lorad import save_adapter
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import Student, one_step_scheduler
@@ -29,23 +31,6 @@ from wadi.progress import progress
 
 _FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
 FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """One adapted weight W (out, in) of the teacher, W' of the student. A share of nothing is ``None``."""
-
-    name: str
-    change: float
-    """||W' - W||_F^2"""
-    relative_change: float | None
-    """||W' - W||_F / ||W||_F"""
-    explained: float | None
-    """Share of `change` that the adapter explains: 1 - ||W' - rotate(W, A B)||^2 / ||W' - W||^2."""
-    ceiling: float | None
-    """The same for the best angle of every pair, which no rank restricts."""
-    norm_change: float | None
-    """||n' - n|| / ||n|| of the row norms: what of `relative_change` is length."""
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from wadi.directions.figures import LayerChange, LayerFigures
 from wadi.files import replacing_file
-
-if TYPE_CHECKING:
-    from wadi.directions.compare import LayerChange
-    from wadi.directions.extract import LayerFigures
 
 _KINDS = {"direction": ("#2563eb", "direction change 1 - cos"), "norm": ("#dc2626", "relative norm change")}
 

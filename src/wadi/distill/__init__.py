@@ -1,20 +1,24 @@
 """Distillation of a diffusion model into a one-step generator by variational score distillation.
 
-Names are imported when they are first used, so that the options alone do not bring diffusers along.
+Names are imported when they are first used, so that the options alone do not bring diffusers along. The room
+itself can be called, so that ``wadi.distill(config)`` works whether or not ``wadi.distill`` was imported.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wadi.distill.backbone import PixArtBackbone, UNetBackbone, load_backbone
+    from wadi.backbones import PixArtBackbone, UNetBackbone, load_backbone
     from wadi.distill.cache import EmbeddingCache, Embeddings
     from wadi.distill.config import PRESETS, DistillConfig
+    from wadi.distill.draws import StepInputs
+    from wadi.distill.loop import train
+    from wadi.distill.processes import make_accelerator
     from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
-    from wadi.distill.schedule import Schedule
-    from wadi.distill.text import PromptEncoder
-    from wadi.distill.trainer import StepInputs, Trainer, make_accelerator
+    from wadi.distill.trainer import Trainer
 
 __all__ = [
     "PRESETS",
@@ -23,8 +27,6 @@ __all__ = [
     "Embeddings",
     "PixArtBackbone",
     "PromptEmbeddings",
-    "PromptEncoder",
-    "Schedule",
     "StepInputs",
     "Trainer",
     "UNetBackbone",
@@ -33,6 +35,7 @@ __all__ = [
     "load_backbone",
     "make_accelerator",
     "read_prompts",
+    "train",
 ]
 
 _MODULE_OF = {
@@ -40,22 +43,32 @@ _MODULE_OF = {
     "DistillConfig": "config",
     "EmbeddingCache": "cache",
     "Embeddings": "cache",
-    "PixArtBackbone": "backbone",
+    "PixArtBackbone": ".backbones",
     "PromptEmbeddings": "prompts",
-    "PromptEncoder": "text",
-    "Schedule": "schedule",
-    "StepInputs": "trainer",
+    "StepInputs": "draws",
     "Trainer": "trainer",
-    "UNetBackbone": "backbone",
+    "UNetBackbone": ".backbones",
     "distill": "run",
     "encode_prompts": "prompts",
-    "load_backbone": "backbone",
-    "make_accelerator": "trainer",
+    "load_backbone": ".backbones",
+    "make_accelerator": "processes",
     "read_prompts": "prompts",
+    "train": "loop",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Room(ModuleType):
+    """A module that can be called, and then is its function `distill`. Importing a module sets a name of its
+    package, so `wadi.distill` cannot be that function alone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.distill(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wadi.distill.condition import MASK, PER_TOKEN, Condition, used_tokens, whole_shape, without_padding
-from wadi.distill.text import PromptEncoder
+from wadi.backbones import PromptEncoder
+from wadi.backbones.condition import MASK, PER_TOKEN, Condition, used_tokens, whole_shape, without_padding
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors, write_json
 from wadi.outputs import Output

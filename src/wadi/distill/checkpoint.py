@@ -6,7 +6,7 @@
     state.json                                        format, step, config fingerprint, samples a step,
                                                       seconds, steps skipped (in all, in a row), loss scale
 
-Noise needs no entry: it derives from (seed, step).
+Noise needs no entry, because it depends on (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = Mapping[str, torch.Tensor]
 CHECKPOINT = "checkpoints"
 """Who writes these folders, for their marker."""
 
-FORMAT = 1
+FORMAT = 2
 """Number of the format above; a checkpoint of another one is refused."""
 
 

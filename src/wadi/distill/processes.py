@@ -7,9 +7,39 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+
+from wadi.distill.config import DistillConfig
+from wadi.distill.trackers import check_tracker
+from wadi.errors import WadiError
 
 Hosts = torch.distributed.ProcessGroup | None
 """A group that talks from CPU to CPU, so that no device is waited for; None where there is one process."""
+
+
+def make_accelerator(config: DistillConfig) -> Accelerator:
+    """The Accelerator that a config asks for.
+
+    It brings the loss scaling that fp16 needs. Autocast stays off, because the base itself is in the compute
+    dtype.
+
+    Raises:
+        WadiError: the precision or the tracker cannot be used here.
+    """
+    check_tracker(config.report_to)
+    try:
+        return Accelerator(
+            mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
+            log_with=config.report_to,
+            project_dir=config.output_dir,
+            # the buffers are the frozen base's: alike on all processes, and they stay so
+            kwargs_handlers=[
+                AutocastKwargs(enabled=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+    except (ValueError, ImportError) as error:
+        raise WadiError(f"--mixed-precision: {' '.join(str(error).split())}") from error
 
 
 def hosts_group(accelerator: Accelerator) -> Hosts:

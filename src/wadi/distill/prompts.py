@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from wadi.backbones import PromptEncoder, load_prompt_encoder
+from wadi.backbones.condition import Condition, concatenate, pick
 from wadi.distill.cache import EmbeddingCache, Embeddings, cache_output
-from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.config import DTYPES
-from wadi.distill.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.tables import SUFFIXES, Prompt, check_column, read_texts, with_text
 
@@ -23,7 +23,7 @@ class PromptEmbeddings:
 
     Attributes:
         embeddings: the N training prompts.
-        null: the empty prompt, first dimension 1.
+        null: what the pipeline uses where there is no prompt, first dimension 1.
         validation: the V prompts of the sample grids; empty where V is 0.
     """
 
@@ -109,16 +109,16 @@ def encode_prompts(
     others = [text for text in validation if text not in where]
     if cache is not None:
         sets = cache.encode(prompts, [""], *([others] if others else []))
-        embeddings, null = sets[0], sets[1].take(torch.tensor([0]))
+        embeddings, empty = sets[0], sets[1].take(torch.tensor([0]))
         more = [sets[2].take(torch.tensor([i])) for i in range(len(others))]
     else:
         encoded = encoder.encode(["", *others, *prompts])
-        null = pick(encoded, slice(1))
+        empty = pick(encoded, slice(1))
         more = [pick(encoded, slice(i, i + 1)) for i in range(1, len(others) + 1)]
         embeddings = Embeddings([pick(encoded, slice(1 + len(others), None))])
     of_others = dict(zip(others, more, strict=True))
     grid = [of_others.get(text) or embeddings.take(torch.tensor([where[text]])) for text in validation]
-    return PromptEmbeddings(embeddings, null, concatenate(grid) if grid else {})
+    return PromptEmbeddings(embeddings, encoder.null(empty), concatenate(grid) if grid else {})
 
 
 @dataclass
@@ -165,7 +165,7 @@ def encode_to_disk(config: EncodePromptsConfig) -> dict[str, Any]:
     if config.embeddings_dir is not None:
         cache_output(config.embeddings_dir, config.teacher, config.prompts).check()
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
-    encoder = PromptEncoder.from_pretrained(config.teacher, DTYPES[config.mixed_precision], config.device)
+    encoder = load_prompt_encoder(config.teacher, DTYPES[config.mixed_precision], config.device)
     check_length(prompts, encoder.tokenizer, config.prompts, config.truncate_prompts, encoder.limit)
     cache = EmbeddingCache(encoder, config.embeddings_dir)
     texts = [prompt.text for prompt in prompts]
@@ -180,7 +180,7 @@ def _read_dataset(name: str, column: str, split: str) -> list[Prompt]:
         import datasets
     except ImportError as error:
         raise WadiError(
-            f"{name}: {missing}, and reading a data set needs `datasets`; pip install 'wadi[data]'"
+            f"{name}: {missing}, and reading a data set needs `datasets`; pip install datasets"
         ) from error
     try:
         data = datasets.load_dataset(name, split=split)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 
 import torch
@@ -18,10 +18,6 @@ from torch._functorch import config as functorch_config
 
 from wadi.errors import WadiError
 
-REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
-"""Classes of diffusers that are compiled: the transformer blocks of U-Net and PixArt, and the residual
-blocks, whose normalization and activation are what eager execution is slow at."""
-
 BACKEND: str | Callable = "inductor"
 """Backend of `torch.compile`; for tests, which can do without code generation."""
 
@@ -29,7 +25,7 @@ GRAPHS_PER_KIND = 64
 """Batch sizes x resolutions x with and without gradients of one kind of block; torch stops after 8."""
 
 
-def compile_regions(network: torch.nn.Module) -> int:
+def compile_regions(network: torch.nn.Module, kinds: Collection[str]) -> int:
     """Compile the blocks of `network` in place, a kind (class and shapes of the parameters) at a time.
 
     Nothing is compiled before the first call; call the network within `compiling`. Names in the state dict
@@ -38,11 +34,12 @@ def compile_regions(network: torch.nn.Module) -> int:
 
     Args:
         network: a view of its own; a caller's own modules would stay compiled.
+        kinds: class names of the blocks; see `Backbone.blocks`.
 
     Returns:
         How many blocks it has.
     """
-    blocks = [module for module in network.modules() if type(module).__name__ in REGIONS]
+    blocks = [module for module in network.modules() if type(module).__name__ in kinds]
     for block in blocks:
         shapes = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
         block.forward = types.MethodType(_compiled_forward(type(block), shapes, BACKEND), block)

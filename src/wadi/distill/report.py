@@ -219,12 +219,13 @@ def write_report(
 
 
 def command_line(config: DistillConfig) -> str:
-    """The `wadi distill` command with the preset of `config` and every option that it changes."""
-    start = PRESETS.get(config.preset, DistillConfig())
-    words = ["wadi", "distill", *(["--preset", config.preset] if config.preset in PRESETS else [])]
+    """The `wadi distill` command with teacher, prompts, and every option that its preset has otherwise."""
+    words, start = ["wadi", "distill"], PRESETS.get(config.preset, DistillConfig())
+    named = ("preset", "pretrained_model_name_or_path", "prompts")  # whatever the preset has
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == getattr(start, field.name) or field.name in ("resume_from_checkpoint", "preset"):
+        usual = field.default if field.name in named else getattr(start, field.name)
+        if value == usual or field.name == "resume_from_checkpoint":
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):

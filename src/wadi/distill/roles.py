@@ -8,7 +8,7 @@ whose recomputation in backward sees whatever adapter is active by then.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -17,7 +17,15 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
+from wadi.backbones import Backbone, fake_config, student_config
+from wadi.distill.checks import check_ranks, free_memory
+from wadi.distill.config import DistillConfig
+from wadi.distill.methods import method_config
+from wadi.distill.regions import check_compiler, compile_regions
+from wadi.errors import WadiError
+from wadi.lorad.io import copy_adapter
 from wadi.lorad.layer import SHARED
+from wadi.onestep.adapters import adapter_folder
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -81,3 +89,37 @@ def enable_gradient_checkpointing(network: torch.nn.Module) -> None:
         return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
 
     network.enable_gradient_checkpointing(run)
+
+
+def adapted_roles(config: DistillConfig, backbone: Backbone, device: torch.device) -> Roles:
+    """Teacher, student and fake model on the network of `backbone`, as the options want them.
+
+    Raises:
+        WadiError: a rank is too high for the network or the memory, the adapter to start from does not fit,
+            or the compiler does not work.
+    """
+    base = backbone.network
+    student = student_config(base, config.student_rank)
+    fake_layers = fake_config if config.fake_layers == "attention" else student_config
+    fake = fake_layers(base, config.fake_rank)
+    check_ranks(config, student, fake, base, free_memory(device))
+    roles = build_roles(
+        base,
+        method_config(config.student_method, student),
+        method_config(config.fake_method, fake),
+        config.seed,
+    )
+    if config.student_adapter is not None:
+        try:
+            copy_adapter(roles.student, adapter_folder(config.student_adapter))
+        except ValueError as error:
+            raise WadiError(f"--student-adapter: {error}") from error
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(roles.student)
+        enable_gradient_checkpointing(roles.fake)
+    if config.compile:
+        check_compiler(device)
+        roles = replace(roles, teacher=view(base))  # the backbone's own modules stay as they are
+        for network in (roles.teacher, roles.student, roles.fake):
+            compile_regions(network, backbone.blocks)
+    return roles

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wadi.distill.backbone import Backbone, load_backbone
+from wadi.backbones import Backbone, load_backbone
 from wadi.distill.cache import EmbeddingCache, cache_output
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset
 from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
+from wadi.distill.loop import train, truncate_metrics
 from wadi.distill.methods import merged_state
-from wadi.distill.processes import hosts_group, together
+from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trackers import start_trackers
-from wadi.distill.trainer import Trainer, make_accelerator, truncate_metrics
+from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json
 from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
@@ -61,7 +62,7 @@ def distill(config: DistillConfig) -> Path:
     trainer = Trainer(config, backbone, embeddings, accelerator, inputs)
     with together(hosts):
         _begin(trainer, run, checkpoint, inputs)
-    if not trainer.train():
+    if not train(trainer):
         accelerator.end_training()
         accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
         raise SystemExit(130)

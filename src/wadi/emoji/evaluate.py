@@ -12,7 +12,7 @@ import torch
 from wadi.emoji import assets_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, RELATIONS, SIZES, Caption, sample_captions, stated
 from wadi.emoji.glyphs import NAMES, load_atlas
-from wadi.emoji.judge import Judge, Reading, attributes_right
+from wadi.emoji.judge import NUM_FEATURES, Judge, Reading, attributes_right
 from wadi.emoji.scenes import FREE, render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
@@ -23,7 +23,6 @@ from wadi.metrics import (
     frechet_distance,
     precision_recall,
 )
-from wadi.metrics.extractors import WIDTHS
 from wadi.outputs import Output
 from wadi.progress import progress
 
@@ -265,10 +264,10 @@ def drawn_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Generate, judge, and write the figures."""
-    fewest = fewest_images(WIDTHS["emoji"])
+    fewest = fewest_images(NUM_FEATURES)
     if config.num_samples < fewest:
         raise WadiError(
-            f"--num-samples {config.num_samples}: a Frechet distance of {WIDTHS['emoji']} features needs "
+            f"--num-samples {config.num_samples}: a Frechet distance of {NUM_FEATURES} features needs "
             f"at least {fewest}"
         )
     if config.adapter is not None and config.num_inference_steps != 1:

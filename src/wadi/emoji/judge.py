@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from wadi.emoji import assets_folder
 from wadi.emoji.captions import COLOURS
 from wadi.emoji.glyphs import NAMES
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
+from wadi.metrics.extractors import SPACES, Extractor, FeatureSpace
 
 NUM_FEATURES = 128
 GRID = 8
@@ -210,3 +212,12 @@ def _relation_right(reading: Reading, relation: torch.Tensor, crossed: torch.Ten
     center = torch.where(crossed[:, None, None], reading.center.flip(1), reading.center)
     dx, dy = (center[:, 1] - center[:, 0]).unbind(1)
     return (relation <= 0) | torch.where(relation == 1, dx > dy.abs(), dy > dx.abs())
+
+
+def load_judge_features(device: str | torch.device = "cpu") -> Extractor:
+    """The features of the judge that comes with wadi, on the device."""
+    judge = Judge.load(assets_folder() / "judge.safetensors").to(device)
+    return lambda images: judge.read(images.to(device)).features.float().cpu()
+
+
+SPACES["emoji"] = FeatureSpace(NUM_FEATURES, load_judge_features)

@@ -15,7 +15,6 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from wadi.emoji.captions import COLOURS, LEADS, PLACES, RELATIONS, SIZES
 from wadi.emoji.glyphs import NAMES
-from wadi.onestep.loading import PIXART_TOKENS
 
 MAX_LENGTH = 24
 _SPELLED = -12.0  # log probability of a single character: worse than any word, so words are never spelled
@@ -77,4 +76,4 @@ def build_t5_tokenizer() -> T5Tokenizer:
     vocab += [(f"▁{word}", likely) for word in words if len(word) > 1]
     vocab += [(f"▁{letter}", likely if letter in words else _SPELLED) for letter in characters]
     vocab += [("▁", _SPELLED), *((letter, _SPELLED) for letter in characters)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=PIXART_TOKENS)
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=120)

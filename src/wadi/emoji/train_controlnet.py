@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 
+from wadi.diffusion import Schedule
 from wadi.emoji import teacher_folder
 from wadi.emoji.captions import RELATIONS, Caption, Split, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.emoji.train_teacher import tokenize
-from wadi.emoji.updates import AveragedAdamW, captured
+from wadi.emoji.updates import AveragedAdamW
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.onestep.loading import load_pipeline
 from wadi.onestep.saving import forget_origin
 from wadi.outputs import Output
@@ -181,7 +183,7 @@ class ControlNetTraining:
         self.unet, self.text_encoder, self.controlnet = pipeline.unet, pipeline.text_encoder, controlnet
         self.balanced = config.loss == "balanced"
         self.update = AveragedAdamW(controlnet.parameters(), config.ema_decay, self.device)
-        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(self.device)
+        self.schedule = Schedule.from_config(pipeline.scheduler).to(self.device)
         self.empty = tokenize(pipeline.tokenizer, [""]).to(self.device)
         size, side = config.train_batch_size, pipeline.unet.config.sample_size
         self.latents = torch.zeros(size, pipeline.unet.config.in_channels, side, side, device=self.device)
@@ -190,12 +192,12 @@ class ControlNetTraining:
         self.ids = self.empty.repeat(size, 1)
         self.packed = torch.zeros(size, IMAGE_SIZE**2 // 8, dtype=torch.uint8, device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.run = captured(self._step) if self.device.type == "cuda" else self._step
+        # the learning rate is zero before the first step: nothing comes of the runs before the recording
+        self.run = record(self._step)[0].replay if self.device.type == "cuda" else self._step
 
     def _step(self) -> None:
-        alpha = self.alphas_cumprod[self.timesteps, None, None, None].sqrt()
-        sigma = (1 - self.alphas_cumprod[self.timesteps, None, None, None]).sqrt()
-        noisy = alpha * self.latents + sigma * self.noise
+        alpha, sigma = self.schedule.levels(self.timesteps)
+        noisy = self.schedule.add_noise(self.latents, self.noise, self.timesteps)
         maps = unpack_bits(self.packed, IMAGE_SIZE)[:, None].float().expand(-1, 3, -1, -1)
         # cache_enabled: a captured graph must not keep casts of weights from an earlier step.
         with torch.autocast(
@@ -239,8 +241,7 @@ class ControlNetTraining:
         size = len(latents)
         self.latents.copy_(latents)
         self.noise.copy_(torch.randn(latents.shape, generator=generator, device=self.device))
-        steps = len(self.alphas_cumprod)
-        self.timesteps.copy_(torch.randint(steps, (size,), generator=generator, device=self.device))
+        self.timesteps.copy_(self.schedule.sample_t(size, 0.0, 1.0, generator))
         drop = torch.rand(size, 1, generator=generator, device=self.device) < 0.1
         self.ids.copy_(torch.where(drop, self.empty, ids))
         self.packed.copy_(packed)

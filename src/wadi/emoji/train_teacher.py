@@ -23,6 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from wadi.diffusion import Schedule
 from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
@@ -30,8 +31,9 @@ from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.recombine import VARIANTS, Recombination
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
-from wadi.emoji.updates import AveragedAdamW, captured
+from wadi.emoji.updates import AveragedAdamW
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import pipeline_class_name
 from wadi.outputs import Output
@@ -223,7 +225,7 @@ class TeacherTraining:
         parameters = [*network.parameters(), *text_encoder.parameters()]
         self.update = AveragedAdamW(parameters, config.ema_decay, self.device)
         self.parameters, self.ema = self.update.parameters, self.update.ema
-        self.alphas_cumprod = new_scheduler().alphas_cumprod.to(self.device)
+        self.schedule = Schedule.from_config(new_scheduler()).to(self.device)
         size = config.train_batch_size
         self.latents = torch.zeros(size, 4, 16, 16, device=self.device)
         self.noise = torch.zeros_like(self.latents)
@@ -234,16 +236,15 @@ class TeacherTraining:
         self.empty = empty.to(self.device)
         self.loss = torch.zeros((), device=self.device)
         self.predict = torch.compile(network) if config.compile else network
-        self.run = captured(self._step) if self.device.type == "cuda" else self._step
+        # the learning rate is zero before the first step: nothing comes of the runs before the recording
+        self.run = record(self._step)[0].replay if self.device.type == "cuda" else self._step
 
     def _step(self) -> None:
-        alpha = self.alphas_cumprod[self.timesteps, None, None, None].sqrt()
-        sigma = (1 - self.alphas_cumprod[self.timesteps, None, None, None]).sqrt()
         # cache_enabled: a captured graph must not keep casts of weights from an earlier step.
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
         ):
-            noisy = alpha * self.latents + sigma * self.noise
+            noisy = self.schedule.add_noise(self.latents, self.noise, self.timesteps)
             if self.config.architecture == "dit":
                 ids = self.ids[:, 0]
                 prediction = predict_noise(self.predict, self.text_encoder, noisy, self.timesteps, ids)

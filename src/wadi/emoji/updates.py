@@ -1,8 +1,8 @@
-"""One update of AdamW with an average of the weights, and a step as a CUDA graph."""
+"""One update of AdamW with an average of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -54,20 +54,3 @@ class AveragedAdamW:
         change = torch._foreach_sub([parameter.detach() for parameter in self.parameters], self.ema)
         torch._foreach_mul_(change, self.ema_weight)
         torch._foreach_add_(self.ema, change)
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture `step`, which reads and writes tensors that stay where they are, as a CUDA graph.
-
-    It runs three times before, for what is built at a first run; let nothing come of that (learning rate 0).
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay

@@ -8,7 +8,6 @@ from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.io import average_adapters, load_adapter, save_adapter
 from wadi.lorad.layer import LoRaDConv, LoRaDLayer, LoRaDLinear
 from wadi.lorad.model import LoRaDModel
-from wadi.lorad.presets import fake_config, student_config
 
 __all__ = [
     "LoRaDConfig",
@@ -17,10 +16,8 @@ __all__ = [
     "LoRaDLinear",
     "LoRaDModel",
     "average_adapters",
-    "fake_config",
     "load_adapter",
     "save_adapter",
-    "student_config",
 ]
 
 

@@ -30,7 +30,7 @@ from wadi.identity import adapter_digest, files_digest, model_digest
 from wadi.images import image_files, open_picture
 from wadi.metrics.captions import Chosen, choose_captions
 from wadi.metrics.diversity import spread
-from wadi.metrics.extractors import WIDTHS, Clip, Extractor, extract, load_extractor
+from wadi.metrics.extractors import SPACES, Clip, Extractor, extract
 from wadi.metrics.frechet import feature_statistics, fewest_images, frechet_distance
 from wadi.metrics.precision_recall import NEIGHBOURS, precision_recall
 from wadi.onestep.arguments import SEEDS, check_seed, finite_number, whole_number
@@ -70,9 +70,8 @@ class EvaluateConfig:
     """COCO's annotations (.json), or .txt, .jsonl, .csv, .tsv, .json, .parquet."""
     out: Path
     """Folder for pictures, settings and result; pictures that are there are not made again."""
-    model: str | None = None
-    """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id; the teacher that
-    comes with wadi if not given."""
+    model: str
+    """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id."""
     adapter: str | None = None
     """Folder or hub id of a student's adapter."""
     reference: Path | None = None
@@ -97,8 +96,8 @@ class EvaluateConfig:
     are made if not given. Reference pictures are cropped to a square, then resized alike."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
     """Filter of Pillow that resizes, antialiased."""
-    features: Literal["inception", "emoji"] = "inception"
-    """Feature space of the distances: Inception as in published figures, or the judge of the emoji world."""
+    features: str = "inception"
+    """Feature space of the distances, of `SPACES`: Inception as in published figures, or another one."""
     clip_model: str | None = None
     """Folder or hub id of a CLIPModel for the CLIP score, such as laion/CLIP-ViT-g-14-laion2B-s12B-b42K."""
     spread_prompts: int = 0
@@ -158,7 +157,7 @@ def measure(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
     singles, several = tasks[: config.num_samples], tasks[config.num_samples :]
     figures: dict[str, Any] = {"samples": len(singles)}
     clip = Clip(config.clip_model, device) if config.clip_model else None
-    extractor = load_extractor(config.features, device) if config.reference or not clip else None
+    extractor = SPACES[config.features].load(device) if config.reference or not clip else None
     folder = config.out / PICTURES
     if config.reference is not None:
         reference = _reference(config, extractor)
@@ -198,6 +197,8 @@ def _check(config: EvaluateConfig) -> None:
         raise WadiError(
             f"--num-inference-steps {config.num_inference_steps}: the student of --adapter takes one step"
         )
+    if config.features not in SPACES:
+        raise WadiError(f"--features {config.features}: must be one of {', '.join(SPACES)}")
     if config.reference is None and config.clip_model is None and not config.spread_prompts:
         raise WadiError("nothing to measure: give --reference, --clip-model or --spread-prompts")
     if config.reference is not None and not config.reference.exists():
@@ -238,7 +239,7 @@ def _too_few(config: EvaluateConfig) -> str:
         return ""
     generated, real = config.num_samples, _reference_count(config)
     given = f"--num-samples is {generated}, --reference holds {real}"
-    fewest = fewest_images(WIDTHS[config.features])
+    fewest = fewest_images(SPACES[config.features].width)
     if min(generated, real) <= NEIGHBOURS:
         raise WadiError(
             f"--num-samples, --reference: precision and recall need at least {NEIGHBOURS + 1} images on each "
@@ -271,11 +272,9 @@ def _settings(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
 def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
     """Write settings.json, or see that the pictures which are there were made with the same."""
     _output(config).open()
-    from wadi.emoji import teacher_folder
-
     # by content: the same model may have moved, and another one may lie at the same path
     settings = {
-        "model": model_digest(config.model or teacher_folder()),
+        "model": model_digest(config.model),
         "adapter": None if config.adapter is None else adapter_digest(config.adapter),
         **{name: asdict(config)[name] for name in MADE_BY},
         "choice_sha256": chosen.choice_sha256,
@@ -296,7 +295,6 @@ def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
 
 
 def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState) -> None:
-    from wadi.emoji import teacher_folder
     from wadi.onestep.loading import stock_arguments
     from wadi.onestep.output import tell_odd_output
     from wadi.onestep.pipeline import load_for_steps
@@ -306,7 +304,7 @@ def _generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState
     if not missing:
         return
     pipeline = load_for_steps(
-        config.model or teacher_folder(),
+        config.model,
         config.adapter,
         config.num_inference_steps,
         getattr(torch, config.dtype),
@@ -386,7 +384,7 @@ def _saved_reference(config: EvaluateConfig) -> dict[str, torch.Tensor]:
         made = file.metadata() or {}
     if wrong := [f"--{name} {made[name]}" for name in how if made.get(name, how[name]) != how[name]]:
         raise WadiError(f"--reference {path}: was made with {', '.join(wrong)}; give the same here")
-    if (width := reference["features"].shape[1]) != WIDTHS[config.features]:
+    if (width := reference["features"].shape[1]) != SPACES[config.features].width:
         raise WadiError(
             f"--reference {path}: has {width} features an image; give the --features that made it"
         )

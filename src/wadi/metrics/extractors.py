@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features: Inception for published figures, the judge for the emoji world.
+"""Networks that turn images into features: Inception for published figures, and those that others add.
 
 Inception is torch-fidelity's, whose weights are those of the original FID, run by torchmetrics; CLIP is
 transformers'. Both are fetched from where they are published when they are first used.
@@ -7,7 +7,7 @@ transformers'. Both are fetched from where they are published when they are firs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
@@ -18,24 +18,26 @@ from wadi.onestep.loading import part_folder
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 """Pictures (N, 3, H, W) uint8 to features (N, D) float32."""
 
-Name = Literal["inception", "emoji"]
 
-WIDTHS: dict[Name, int] = {"inception": 2048, "emoji": 128}
-"""Features of an image, by extractor."""
+@dataclass(frozen=True)
+class FeatureSpace:
+    """Where images are compared.
+
+    Attributes:
+        width: features of an image.
+        load: makes the extractor on a device; a WadiError if what it needs is missing.
+    """
+
+    width: int
+    load: Callable[[str | torch.device], Extractor]
 
 
-def load_extractor(name: Name, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor of that name, on the device.
+def load_inception(device: str | torch.device = "cpu") -> Extractor:
+    """The network of published Frechet distances, on the device.
 
     Raises:
         WadiError: torch-fidelity is missing, or the weights cannot be fetched.
     """
-    if name == "emoji":
-        from wadi.emoji import assets_folder
-        from wadi.emoji.judge import Judge
-
-        judge = Judge.load(assets_folder() / "judge.safetensors").to(device)
-        return lambda pictures: judge.read(pictures.to(device)).features.float().cpu()
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -44,7 +46,7 @@ def load_extractor(name: Name, device: str | torch.device = "cpu") -> Extractor:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(
             f"--features inception: needs torch-fidelity, which is missing or does not work here ({reason}); "
-            "pip install 'wadi[evaluate]', or --features emoji"
+            "pip install torch-fidelity, or --features emoji"
         ) from error
     except OSError as error:
         raise WadiError(
@@ -52,6 +54,10 @@ def load_extractor(name: Name, device: str | torch.device = "cpu") -> Extractor:
         ) from error
     network = network.to(device).requires_grad_(False)
     return lambda pictures: network(pictures.to(device)).float().cpu()
+
+
+SPACES: dict[str, FeatureSpace] = {"inception": FeatureSpace(2048, load_inception)}
+"""By name. `wadi.emoji.judge` adds its own, "emoji", when it is imported."""
 
 
 class Clip:

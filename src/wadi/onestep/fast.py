@@ -19,16 +19,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
+from wadi.diffusion import VariancePreserving
 from wadi.errors import WadiError
+from wadi.graph import record
 from wadi.onestep.arguments import generators_of, image_size, output_kind
 from wadi.onestep.output import tell_odd_images
-from wadi.onestep.scheduler import one_step_x0
 
 MODES = ("eager", "default", "max-autotune-no-cudagraphs")
 """How U-Net and VAE are compiled: not at all, or a mode of `torch.compile`."""
-
-WARMUP_RUNS = 3
-"""Before a capture: compilation, choice of algorithms, allocation."""
 
 MAX_PROMPTS = 256
 """Embeddings that are kept; 118 kB each for Stable Diffusion 1.5 in half precision."""
@@ -231,11 +229,9 @@ class _OneStep:
 
     def __init__(self, pipeline: DiffusionPipeline, mode: str) -> None:
         scheduler, device = pipeline.scheduler, pipeline.unet.device
-        alpha_T_squared = scheduler.alphas_cumprod[-1]
-        self.alpha_T = alpha_T_squared.sqrt().item()
-        self.sigma_T = (1 - alpha_T_squared).sqrt().item()
-        self.prediction_type = scheduler.config.prediction_type
-        self.timestep = torch.tensor([len(scheduler.alphas_cumprod) - 1], device=device)
+        schedule = VariancePreserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        self.schedule = schedule.to(device)
+        self.timestep = self.schedule.last.view(1)
         self.vae = pipeline.vae
         # apart, so that a U-Net is compiled once however many autoencoders it serves
         self.predict, self.show = pipeline.unet, self._show
@@ -247,7 +243,7 @@ class _OneStep:
         return self.show(self.predict(z, self.timestep, embeds, return_dict=False)[0], z)
 
     def _show(self, prediction: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x0 = one_step_x0(prediction, z, self.alpha_T, self.sigma_T, self.prediction_type)
+        x0 = self.schedule.x0(prediction, z, self.timestep)
         latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype)
         image = self.vae.decode(latents, return_dict=False)[0]
         return x0, to_bytes(image)
@@ -283,18 +279,8 @@ class _Graph:
                 with _many_shapes():
                     self.run()
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with _many_shapes(), _choose_convolutions():
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP_RUNS):
-                    self.run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self.outputs = self.one_step(self.z, self.embeds)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = graph
+            self.graph, self.outputs = record(self.run, pool=pool)
 
 
 @contextlib.contextmanager
@@ -329,7 +315,7 @@ def _explain_compiler() -> Iterator[None]:
 
 def _check_pipeline(pipeline: DiffusionPipeline) -> None:
     if not isinstance(pipeline, StableDiffusionPipeline):
-        raise WadiError(f"fast: only StableDiffusionPipeline, not {type(pipeline).__name__}; leave it out")
+        raise WadiError(f"fast: takes a StableDiffusionPipeline, not a {type(pipeline).__name__}; omit it")
     if any(isinstance(module, BaseTunerLayer) for module in pipeline.unet.modules()):
         raise WadiError("fast: the U-Net has an adapter that is not merged; merge it first (wadi export)")
     if pipeline.unet.config.time_cond_proj_dim is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline, PixArtAlphaPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from wadi.errors import WadiError, tell
 from wadi.files import read_json
@@ -21,8 +22,8 @@ from wadi.onestep.supported import UNUSED, check_parts, networks
 PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 """Of a network alone, on the hub."""
 
-PIXART_TOKENS = 120
-"""`max_sequence_length` of `PixArtAlphaPipeline`: what it pads and cuts to."""
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""Names that pipelines have for them; each belongs to the text encoder of the same number."""
 
 
 def load_pipeline(
@@ -59,8 +60,11 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(folder, **passed)
     except Exception as error:  # a broken folder fails in many ways
         raise WadiError(f"{folder}: could not load the pipeline: {first_line(error)}") from error
-    for suffix in ("", "_2"):
-        _bound_tokenizer(getattr(pipeline, f"tokenizer{suffix}", None), folder / f"text_encoder{suffix}")
+    for name in TOKENIZERS:
+        encoder = folder / name.replace("tokenizer", "text_encoder")
+        _bound_tokenizer(getattr(pipeline, name, None), encoder)
+    if hasattr(pipeline, "tokenizer_max_length"):  # which Stable Diffusion 3 has copied already
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
     return pipeline
 
 
@@ -133,14 +137,20 @@ def pipeline_class_name(folder: Path) -> str:
 
 
 def prompt_limit(pipeline: DiffusionPipeline) -> int:
-    """Most tokens of a prompt: the tokenizer's, and for PixArt-alpha never more than its 120."""
-    limit = pipeline.tokenizer.model_max_length
-    return min(limit, PIXART_TOKENS) if isinstance(pipeline, PixArtAlphaPipeline) else limit
+    """Most tokens of a prompt: of the shortest tokenizer, and never more than the pipeline itself pads to."""
+    limits = [getattr(pipeline, name).model_max_length for name in TOKENIZERS if _has(pipeline, name)]
+    own = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    return min(limits if own is None else [*limits, own.default])
+
+
+def _has(pipeline: DiffusionPipeline, part: str) -> bool:
+    return getattr(pipeline, part, None) is not None
 
 
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Arguments of a call that make a stock pipeline draw the size that it is asked for."""
-    return {"use_resolution_binning": False} if isinstance(pipeline, PixArtAlphaPipeline) else {}
+    binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    return {"use_resolution_binning": False} if binned else {}
 
 
 def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:
@@ -265,7 +275,7 @@ def _no_pipeline(folder: Path) -> str:
 
 def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
     """A tokenizer without its vocabulary would be made up; one of sentencepiece needs two packages."""
-    for part in (name for name in ("tokenizer", "tokenizer_2") if name in index):
+    for part in (name for name in TOKENIZERS if name in index):
         names = {path.name for path in (folder / part).iterdir()}
         whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
         model = next((name for name in names if name.endswith((".model", ".spm"))), None)

@@ -90,6 +90,22 @@ def write_picture(image: Image.Image, output: Output) -> None:
             image.save(temporary, kind, exif=exif, **options)
 
 
+def save_pictures(images: Sequence[Image.Image], seed: int, output: Output) -> None:
+    """Write images as one file, several as a grid; or as files of a new folder, named by their seeds.
+
+    Args:
+        images: one or more.
+        seed: of the first one; the next ones follow.
+        output: of one file (`picture_output`), or of a folder.
+    """
+    if output.suffixes:
+        write_picture(images[0] if len(images) == 1 else image_grid(images), output)
+        return
+    with output.writing() as folder:
+        for i, image in enumerate(images):
+            write_picture(image, picture_output(folder / f"seed-{seed + i:06d}.png", output.command))
+
+
 def _written_by(path: Path) -> str | None:
     """The command of ours that an image file says it was written by."""
     try:

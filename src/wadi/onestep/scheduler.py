@@ -9,17 +9,8 @@ from typing import Any
 import torch
 from diffusers import LCMScheduler, SchedulerMixin
 
+from wadi.diffusion.schedule import SCHEDULE_FIELDS
 from wadi.errors import WadiError
-
-SCHEDULE_FIELDS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-"""What of a scheduler's configuration decides its noise schedule."""
 
 
 def one_step_scheduler(
@@ -116,31 +107,6 @@ def _betas_ending_at(alpha_T_squared: float, length: int) -> list[float]:
     if halvings + 1 > length:
         raise WadiError(f"alpha_T_squared: {alpha_T_squared} is too small for {length} training timesteps")
     return [0.0] * (length - halvings - 1) + [0.5] * halvings + [rest]
-
-
-def one_step_x0(
-    prediction: torch.Tensor,
-    z: torch.Tensor,
-    alpha_T: float | torch.Tensor,
-    sigma_T: float | torch.Tensor,
-    prediction_type: str,
-) -> torch.Tensor:
-    """The formula of `one_step_scheduler` alone, for training and for what is captured: no lookup, float32.
-
-    Args:
-        prediction: the network's at the last timestep, (N, C, h, w), any float dtype.
-        z: the noise, as `prediction`.
-        alpha_T: sqrt of the scheduler's last alphas_cumprod.
-        sigma_T: sqrt(1 - alpha_T^2).
-        prediction_type: "epsilon" or "v_prediction".
-
-    Returns:
-        x0 in float32.
-    """
-    prediction, z = prediction.float(), z.float()
-    if prediction_type == "epsilon":
-        return (z - sigma_T * prediction) / alpha_T
-    return alpha_T * z - sigma_T * prediction
 
 
 class Float32Step(LCMScheduler):

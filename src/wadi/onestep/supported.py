@@ -14,12 +14,17 @@ from wadi.errors import WadiError
 from wadi.files import read_json
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of a Stable Diffusion that making an image does not need; they are not loaded."""
+"""Parts that making an image of a prompt does not need; they are not loaded."""
 
-NEEDED = ("vae", "text_encoder", "tokenizer", "unet", "transformer", "scheduler")
+NEEDED = (
+    *("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+    *("unet", "transformer", "scheduler"),
+)
 """Parts that a pipeline which lists them must have."""
 
-_USABLE = "name a StableDiffusionPipeline or a PixArtAlphaPipeline"
+_USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
+_SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
+_PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
     "class_embed_type": "takes a class as its condition",
@@ -103,26 +108,37 @@ def _check_unet(folder: Path, config: dict[str, Any], pipeline: str) -> None:
         if config.get(field) is not None:
             raise WadiError(f"{where}: the U-Net {what} ({field}); name a multi-step text-to-image model")
     added = config.get("addition_embed_type")
-    if added is not None and pipeline == "StableDiffusionPipeline":
+    if pipeline == _SDXL and added != "text_time":
+        raise WadiError(
+            f"{where}: the U-Net has addition_embed_type {added!r}, and a {pipeline} needs one with "
+            "'text_time', which is told a pooled embedding and sizes; the two are of different models"
+        )
+    if added is not None and pipeline == _SD:
         raise WadiError(
             f"{where}: the U-Net takes further conditions (addition_embed_type {added!r}), as that of "
             "Stable Diffusion XL does, which a StableDiffusionPipeline does not give; name another model"
         )
     _check_size(where, config)
-    _check_fit(folder, where, channels, config.get("cross_attention_dim", 1280))
+    _check_latents(folder, where, channels)
+    _check_text(folder, where, config, pipeline)
 
 
 def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> None:
-    if pipeline != "PixArtAlphaPipeline":
+    if pipeline not in (*_PIXART, _SD3):
         return
-    where, channels = folder / "transformer", config.get("in_channels", 4)
-    if (out := config.get("out_channels", 8) or channels) not in (channels, 2 * channels):
+    where = folder / "transformer"
+    usual = 16 if pipeline == _SD3 else 4
+    channels = config.get("in_channels", usual)
+    out, learned = config.get("out_channels") or channels, pipeline in _PIXART
+    if out not in ((channels, 2 * channels) if learned else (channels,)):
+        also = ", or twice as many (learned sigma)," if learned else ""
         raise WadiError(
-            f"{where}: the transformer takes {channels} channels and gives {out}; only as many, or twice as "
-            "many (learned sigma), are supported"
+            f"{where}: the transformer takes {channels} channels and gives {out}; only as many{also} can be "
+            "used, so name the text-to-image model"
         )
     _check_size(where, config)
-    _check_fit(folder, where, channels, config.get("caption_channels"))
+    _check_latents(folder, where, channels)
+    _check_text(folder, where, config, pipeline)
 
 
 def _check_size(where: Path, config: dict[str, Any]) -> None:
@@ -135,18 +151,43 @@ def _check_size(where: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _check_fit(folder: Path, where: Path, channels: int, width: Any) -> None:
-    """Latents as the autoencoder has them, and embeddings as the one text encoder gives them."""
+def _check_latents(folder: Path, where: Path, channels: int) -> None:
     latents = _config(folder / "vae").get("latent_channels", channels)
     if latents != channels:
         raise WadiError(
             f"{where}: takes latents of {channels} channels, and the autoencoder in {folder / 'vae'} gives "
             f"{latents}; the two are of different models"
         )
-    encoder = _config(folder / "text_encoder")
-    own = encoder.get("hidden_size", encoder.get("d_model", width))
-    if isinstance(width, int) and own != width and not (folder / "text_encoder_2").exists():
-        raise WadiError(
-            f"{where}: takes text embeddings of width {width}, and the text encoder in "
-            f"{folder / 'text_encoder'} gives {own}; the two are of different models"
-        )
+
+
+def _check_text(folder: Path, where: Path, network: dict[str, Any], pipeline: str) -> None:
+    """Raise where the network takes embeddings of another width than the text encoders give."""
+    encoders = [_config(folder / f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
+    for field, gives in _widths(pipeline, network, encoders).items():
+        width = network.get(field)
+        if isinstance(width, int) and gives is not None and width != gives:
+            raise WadiError(
+                f"{where}: takes text embeddings of width {width} ({field}), and the text encoders in "
+                f"{folder} give {gives}; they are of different models"
+            )
+
+
+def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Fields of the network's configuration, and what the text encoders give for each; ``None``: unknown."""
+    states = [encoder.get("hidden_size", encoder.get("d_model")) for encoder in encoders]
+    pooled = [encoder.get("projection_dim") for encoder in encoders]
+    if pipeline == _SDXL:
+        sizes = network.get("addition_time_embed_dim")  # of each of six numbers
+        return {
+            "cross_attention_dim": _sum(states[0], states[1]),
+            "projection_class_embeddings_input_dim": _sum(pooled[1], *[sizes] * 6),
+        }
+    if pipeline == _SD3:
+        return {"joint_attention_dim": states[2], "pooled_projection_dim": _sum(pooled[0], pooled[1])}
+    if pipeline in _PIXART:
+        return {"caption_channels": states[0]}
+    return {} if encoders[1] else {"cross_attention_dim": states[0]}
+
+
+def _sum(*parts: int | None) -> int | None:
+    return None if None in parts else sum(parts)

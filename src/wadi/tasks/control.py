@@ -69,7 +69,7 @@ def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> 
         import cv2
     except ImportError as error:
         raise WadiError(
-            "edges: OpenCV is not installed; pip install opencv-python-headless (or wadi[control]), or give "
+            "edges: OpenCV is not installed; pip install opencv-python-headless, or give "
             "a map that is ready (--condition map)"
         ) from error
     return cv2.Canny(np.ascontiguousarray(pixels), low, high)

@@ -30,17 +30,17 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import CLIPTextModel
 
-from wadi.distill.backbone import BACKBONES, Backbone
+from wadi.backbones import BACKBONES, Backbone, student_config
+from wadi.backbones.condition import Condition, concatenate, pick
+from wadi.diffusion import Schedule
 from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from wadi.distill.checks import check_rank, layer_sizes
-from wadi.distill.condition import Condition, concatenate, pick
 from wadi.distill.methods import method_config
 from wadi.distill.prompts import Prompt, check_length, read_prompts
 from wadi.distill.roles import trainable
-from wadi.distill.schedule import Schedule
 from wadi.errors import WadiError
 from wadi.files import (
     read_json,
@@ -51,7 +51,7 @@ from wadi.files import (
 from wadi.identity import files_digest, model_digest, refuse_other_inputs
 from wadi.images import image_files, open_picture
 from wadi.interrupt import catch_interrupt
-from wadi.lorad import LoRaDConfig, student_config
+from wadi.lorad import LoRaDConfig
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder, merge_adapters, student_with
 from wadi.onestep.arguments import check_seed, seeded
@@ -279,17 +279,14 @@ class DreamBooth:
         self.config, self.global_step, self.fingerprint = config, 0, config.fingerprint(inputs)
         self.backbone: Backbone = BACKBONES[type(pipeline).__name__](pipeline, config.device)
         self.schedule = Schedule.from_config(pipeline.scheduler).to(config.device)
-        pipeline.vae.to(config.device).requires_grad_(False)
-        if pipeline.vae.dtype != torch.float32:
-            pipeline.vae.float()
+        pipeline.vae.requires_grad_(False).float()
         self.instances = Data(
-            encode_pictures(pipeline, instance_pictures, self.backbone.latent_shape),
+            self.backbone.encode_images(instance_pictures),
             (config.instance_prompt,) * len(instance_pictures),
         )
         self.priors = None
         if class_pictures:
-            latents = encode_pictures(pipeline, class_pictures, self.backbone.latent_shape)
-            self.priors = Data(latents, tuple(class_prompts))
+            self.priors = Data(self.backbone.encode_images(class_pictures), tuple(class_prompts))
         self.conditions = {} if config.train_text_encoder else self._encode()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
@@ -310,11 +307,12 @@ class DreamBooth:
 
     def step(self, step: int) -> torch.Tensor:
         """One update, with randomness of (seed, step) alone; returns the loss, 0-dimensional."""
-        config, device = self.config, self.schedule.alphas.device
+        config, device = self.config, self.backbone.device
         x0, prompts, noise, t = self._draw(step)
         x0, noise, t = x0.to(device), noise.to(device), t.to(device)
         x_t = self.schedule.add_noise(x0, noise, t)
-        prediction = self.backbone.predict(self.network, x_t, t, self._condition(prompts))
+        told = self.schedule.timestep(t)
+        prediction = self.backbone.predict(self.network, x_t, told, self._condition(prompts))
         target = self.schedule.target(x0, noise, t)
         loss = dreambooth_loss(prediction, target, config.train_batch_size, config.prior_loss_weight)
         loss.backward()
@@ -401,7 +399,7 @@ class DreamBooth:
                 prompts += [data.prompts[i] for i in index]
         x0 = torch.cat(latents)
         noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(self.schedule.num_train_timesteps, (len(x0),), generator=generator)
+        t = self.schedule.sample_t(len(x0), 0.0, 1.0, generator)
         return x0, prompts, noise, t
 
     def _encode(self) -> dict[str, Condition]:
@@ -422,6 +420,11 @@ class DreamBooth:
         return {"encoder_hidden_states": self.text_encoder(input_ids=ids.to(device))[0]}
 
     def _adapted_text_encoder(self, pipeline: DiffusionPipeline) -> PeftModel:
+        if len(self.backbone.text.parts) > 1:
+            raise WadiError(
+                f"--train-text-encoder: a {type(pipeline).__name__} has several text encoders, which cannot "
+                "be trained; omit the option"
+            )
         if not isinstance(pipeline.text_encoder, CLIPTextModel):
             kind = type(pipeline.text_encoder).__name__
             raise WadiError(f"--train-text-encoder: the text encoder is a {kind}, only CLIP's can be trained")
@@ -453,23 +456,6 @@ def save_peft(model: PeftModel, folder: Path, base_model: str | None = None) -> 
     config.base_model_name_or_path, config.inference_mode = base_model, True
     save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model), {"format": "pt"})
     config.save_pretrained(str(folder))
-
-
-@torch.no_grad()
-def encode_pictures(
-    pipeline: DiffusionPipeline, pictures: Sequence[Image.Image], latent_shape: tuple[int, int, int]
-) -> torch.Tensor:
-    """Latents (N, C, H, W) float32 on the CPU: mean of the VAE's posterior, times its scaling factor.
-
-    Pictures are scaled until they cover the model's own size, and what is beyond is cut off evenly.
-    """
-    vae, latents = pipeline.vae, []
-    height, width = (side * pipeline.vae_scale_factor for side in latent_shape[1:])
-    for picture in pictures:
-        fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-        pixels = pipeline.image_processor.preprocess(fitted).to(vae.device, torch.float32)
-        latents.append(vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
-    return torch.cat(latents).cpu()
 
 
 def read_pictures(folder: Path) -> list[Image.Image]:
@@ -642,8 +628,8 @@ def _load(config: DreamBoothConfig) -> DiffusionPipeline:
     pipeline = load_pipeline(config.pretrained_model_name_or_path, DTYPES[config.mixed_precision])
     name = type(pipeline).__name__
     if name not in BACKBONES:
-        known = " or a ".join(BACKBONES)
-        raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name a {known}")
+        known = ", ".join(BACKBONES)
+        raise WadiError(f"{config.pretrained_model_name_or_path}: holds a {name}; name one of {known}")
     check_teacher(config.pretrained_model_name_or_path, pipeline.scheduler, network_of(pipeline))
     if config.student_adapter is not None:
         student_with(pipeline, [adapter_folder(config.student_adapter)])

@@ -110,6 +110,14 @@ def redilated(
                 del unet.forward
 
 
+def stretched(
+    pipeline: DiffusionPipeline, height: int | None, width: int | None
+) -> contextlib.AbstractContextManager:
+    """`redilated` for images larger than the model's own; nothing for others, and for transformers."""
+    factors = growth(pipeline, height, width)
+    return redilated(pipeline.unet, factors) if max(factors) > 1 else contextlib.nullcontext()
+
+
 def inner_convolutions(unet: UNet2DConditionModel, outer_levels: int = OUTER_LEVELS) -> dict[str, nn.Conv2d]:
     """The 3 x 3 convolutions of the residual blocks of all levels but the outermost, by name.
 

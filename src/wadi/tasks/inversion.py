@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from wadi.device import chosen_device
+from wadi.diffusion import Schedule
 from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep.arguments import check_seed, own_size
@@ -567,7 +568,7 @@ class _Word:
 
 def _train(pipeline: StableDiffusionPipeline, words: Sequence[_Word], steps: int) -> bool:
     """Update the words' embeddings; returns whether Ctrl-C ended it."""
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    schedule = Schedule.from_config(pipeline.scheduler).to(pipeline.unet.device)
     groups = [{"params": [word.rows], "lr": word.learning_rate} for word in words]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -598,7 +599,7 @@ def _train(pipeline: StableDiffusionPipeline, words: Sequence[_Word], steps: int
 
 def _denoising_losses(
     pipeline: StableDiffusionPipeline,
-    schedule: DDPMScheduler,
+    schedule: Schedule,
     words: Sequence[_Word],
     batches: Sequence[_Batch],
 ) -> torch.Tensor:
@@ -612,8 +613,6 @@ def _denoising_losses(
     states = pipeline.text_encoder(ids)[0]
     noisy = schedule.add_noise(latents, noise, t)
     prediction = pipeline.unet(noisy.to(states.dtype), t, states, return_dict=False)[0]
-    target = noise
-    if schedule.config.prediction_type == "v_prediction":
-        target = schedule.get_velocity(latents, noise, t)
+    target = schedule.target(latents, noise, t)
     error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
     return torch.stack([part.mean() for part in error.cpu().split([len(batch.latents) for batch in batches])])

@@ -1,0 +1,176 @@
+"""The text half of a pipeline: tokenizers and text encoders, the latter loaded only while they are used."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import is_bs4_available, is_ftfy_available
+
+from wadi.backbones.condition import MASK, STATES, Condition, concatenate
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors
+from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_limit
+
+NETWORKS = ("unet", "transformer")
+SAMPLED_BEYOND = 2**30
+"""Bytes: of larger files only a sample is hashed."""
+_SAMPLE, _STRIDE = 2**16, 2**22
+
+
+class PromptEncoder(ABC):
+    """Turns prompts into conditions as the stock pipeline does.
+
+    Args:
+        pipeline: holds the tokenizers; its networks are not touched.
+        dtype: of the conditions.
+        device: where the text encoders work.
+        folder: pipeline folder to load the text encoders from for as long as they are used; ``None`` for a
+            pipeline that holds them, where they then rest on the CPU.
+
+    Attributes:
+        tokenizer: the first one, by which the length of a prompt is measured.
+        limit: most tokens of a prompt.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """Names of the text encoders in the pipeline."""
+    t5: ClassVar[str | None] = None
+    """Which of them is a T5, if any."""
+    dimensions: ClassVar[dict[str, int]] = {STATES: 3}
+    """Names of a condition's tensors, and how many dimensions each has, the prompts included."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+    ) -> None:
+        self.pipeline, self.dtype, self.device, self.folder = pipeline, dtype, torch.device(device), folder
+        self.tokenizer, self.limit = pipeline.tokenizer, prompt_limit(pipeline)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> PromptEncoder:
+        """Load the tokenizers of a pipeline folder or hub id, and no weights yet.
+
+        Raises:
+            WadiError: no such folder or id, or a missing sub-folder.
+        """
+        folder = pipeline_folder(name_or_path)
+        pipeline = load_pipeline(folder, without=(*NETWORKS, "vae", *cls.parts))
+        return cls(pipeline, dtype, device, folder)
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> Condition:
+        """Conditions of one batch, with the text encoders on the device; any device and float dtype."""
+
+    def null(self, empty: Condition | None = None) -> Condition:
+        """What the pipeline uses where there is no prompt, first dimension 1: its embedding of "".
+
+        Args:
+            empty: what `encode` gives for [""], where the caller has it; it is encoded when ``None``.
+        """
+        return self.encode([""]) if empty is None else empty
+
+    def identity(self) -> str:
+        """Hash of everything that decides a condition but the prompt: encoders, tokenizers, class, dtypes.
+
+        Weight files above `SAMPLED_BEYOND` are hashed by their size and 64 KiB of every 4 MiB.
+
+        Raises:
+            WadiError: the pipeline has no folder, or a file cannot be read.
+        """
+        if self.folder is None:
+            raise WadiError("the pipeline was not loaded from a folder, so its prompts cannot be cached")
+        clean = self.t5 is not None and cleans_captions()
+        facts = [type(self.pipeline).__name__, self.dtype, self._encoder_dtypes, self.limit, clean]
+        digest = hashlib.sha256(repr(facts).encode())
+        for encoder in self.parts:
+            tokenizer = encoder.replace("text_encoder", "tokenizer")
+            for part in (tokenizer, encoder):
+                for path in sorted(p for p in (self.folder / part).rglob("*") if p.is_file()):
+                    if part == tokenizer or path.suffix in (".json", ".safetensors"):
+                        digest.update(path.name.encode())
+                        _hash_file(path, digest)
+        return digest.hexdigest()
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Hold the text encoders on the device for the block; afterwards nothing holds them.
+
+        Raises:
+            WadiError: their weights are missing or unreadable.
+        """
+        pipeline = self.pipeline
+        if self.folder is None or getattr(pipeline, self.parts[0]) is not None:
+            for part in self.parts:
+                getattr(pipeline, part).to(self.device)
+            yield
+            if self.folder is None:
+                for part in self.parts:
+                    getattr(pipeline, part).to("cpu")
+            return
+        whole = load_pipeline(self.folder, self._encoder_dtypes, without=(*NETWORKS, "vae"))
+        for part in self.parts:
+            setattr(pipeline, part, getattr(whole, part).to(self.device).requires_grad_(False).eval())
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                setattr(pipeline, part, None)
+            del whole
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], batch_size: int = 128) -> Condition:
+        """Conditions of `prompts`, on the CPU, padded as diffusers pads them; embeddings in `dtype`."""
+        batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+        with self.loaded():
+            return concatenate([self._kept(self._encode(batch)) for batch in batches])
+
+    def _kept(self, condition: Condition) -> Condition:
+        """What is kept of a batch: masks as truth values, all else in the dtype of the conditions."""
+        dtypes = {MASK: torch.bool}
+        return {name: tensor.cpu().to(dtypes.get(name, self.dtype)) for name, tensor in condition.items()}
+
+    @property
+    def _encoder_dtypes(self) -> dict[str, torch.dtype]:
+        """float32, but for a T5 with bfloat16 conditions: its XXL would take 19 GB, and fp16 overflows it."""
+        dtypes = {"default": torch.float32}
+        if self.t5 is not None and self.dtype == torch.bfloat16:
+            dtypes[self.t5] = torch.bfloat16
+        return dtypes
+
+
+def cleans_captions() -> bool:
+    """Whether PixArt's pipelines clean prompts of mark-up: they need two packages for that."""
+    return is_bs4_available() and is_ftfy_available()
+
+
+def _hash_file(path: Path, digest: hashlib._Hash) -> None:
+    with explain_os_errors(path, "read the file"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        if size <= SAMPLED_BEYOND:
+            while block := file.read(2**24):
+                digest.update(block)
+            return
+        for start in (*range(0, size, _STRIDE), size - _SAMPLE):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE))

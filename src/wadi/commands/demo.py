@@ -1,0 +1,62 @@
+"""`wadi demo`: from the built-in teacher to a one-step student and a report, in minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from wadi import emoji
+from wadi.device import chosen_device
+from wadi.distill.config import PRESETS
+from wadi.distill.report import before_after, write_report
+from wadi.distill.run import distill
+from wadi.emoji.demo import GUIDANCE_SCALE, PROMPTS, SEEDS, STEPS, measure
+from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline, load_pipeline
+
+
+@dataclass
+class DemoConfig:
+    """Distil the built-in teacher here and now, measure, and write a report."""
+
+    out: Path = Path("demo")
+    """Run folder; new or empty."""
+    max_train_steps: int = PRESETS["emoji-cpu"].max_train_steps
+    """Updates of the student."""
+    seed: int = 0
+    """Seed of the training."""
+    samples: int = 500
+    """Pictures that the judge reads, of teacher and student in one step."""
+    teacher_samples: int = 60
+    """Pictures that the judge reads of the teacher in 25 steps, each as dear as 50 one-step pictures."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Distil, measure, write the report and print where it is.
+
+    Raises:
+        WadiError: the folder is in use or cannot be written.
+    """
+    if config.samples < 256 or config.teacher_samples < 1:
+        raise WadiError("--samples, --teacher-samples: must be at least 256 and 1")
+    run = distill(
+        dataclasses.replace(
+            PRESETS["emoji-cpu"],
+            pretrained_model_name_or_path=str(emoji.teacher_folder()),
+            prompts=str(emoji.prompts_file()),
+            output_dir=str(config.out),
+            max_train_steps=config.max_train_steps,
+            seed=config.seed,
+            validation_prompts=PROMPTS,
+            validation_seeds=SEEDS,
+        )
+    )
+    device = chosen_device()
+    teacher = load_pipeline(emoji.teacher_folder()).to(device)
+    student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
+    figures = measure(teacher, student, config.samples, config.teacher_samples)
+    path = write_report(run, before_after(teacher, student, PROMPTS, SEEDS, STEPS, GUIDANCE_SCALE), figures)
+    for figure in figures:
+        print(f"{figure.name}: {figure.before:.3g} before, {figure.after:.3g} after")
+    print(f"student: {run / 'pipeline'}\nreport: {path}")

@@ -1,0 +1,36 @@
+"""`wadi export`: merge a student into a folder that plain diffusers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+def export(
+    adapter: tyro.conf.Positional[str],
+    out: Path,
+    model: str | None = None,
+    subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Merge a student's adapter into its teacher; plain diffusers loads the folder, without wadi.
+
+    Args:
+        adapter: Folder or hub id of the student's adapter.
+        out: Folder to write; new or empty.
+        model: Folder or hub id of the teacher; the one that comes with wadi if not given.
+        subject_adapter: Adapter of wadi dreambooth, merged too; may be given several times.
+        dtype: Of the written weights.
+        overwrite: Replace the folder if wadi export wrote it and nothing else is in it.
+    """
+    import torch
+
+    from wadi import emoji
+    from wadi.onestep import export_pipeline
+
+    adapters = [adapter, *subject_adapter]
+    export_pipeline(model or emoji.teacher_folder(), adapters, out, getattr(torch, dtype), overwrite)
+    print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")

@@ -1,0 +1,47 @@
+"""`wadi import`: make a one-step folder of weights that the paper's authors published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def import_(
+    weights: tyro.conf.Positional[Path],
+    model: str,
+    out: Path,
+    alpha_T_squared: Annotated[float | None, tyro.conf.arg(aliases=["--alpha-t-squared"])] = 0.0047,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Make a one-step folder that plain diffusers loads of weights that the paper's authors published.
+
+    The file holds a whole U-Net (SD 1.5, SD 2.1-base) or PixArt transformer, or the angles that the authors'
+    training script saves (theta_a, theta_b); of angles an adapter folder is made. Every key is accounted for.
+
+    Args:
+        weights: A .safetensors file, or one of torch.save (.pt, .bin), which is read without running code.
+        model: The base model that the student was distilled from: folder or hub id.
+        out: Folder to write; new or empty.
+        alpha_T_squared: Of the student, 0.0047 for all that were published; None for the base model's own.
+        dtype: Of the written weights.
+        overwrite: Replace the folder if wadi import wrote it and nothing else is in it.
+    """
+    import torch
+    from diffusers import LCMScheduler
+
+    from wadi.onestep import import_weights
+
+    released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype), overwrite)
+    print(f"{weights}: {released.kind}, {len(released.tensors)} tensors")
+    if released.ignored:
+        print(f"not used: {', '.join(released.ignored)}")
+    if (out / "model_index.json").exists():
+        schedule = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+        alpha_T_squared = float(schedule.alphas_cumprod[-1])
+        print(f"one step: {schedule.config.prediction_type} prediction, alpha_T^2 = {alpha_T_squared:.4g}")
+        print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+    else:
+        print(f"{out}: an adapter; wadi generate --model {model} --adapter {out}")

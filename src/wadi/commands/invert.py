@@ -1,0 +1,93 @@
+"""`wadi invert`: learn a word from pictures, write it, and show what teacher and student make of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import tyro
+
+from wadi import emoji
+from wadi.device import chosen_device
+from wadi.errors import WadiError
+from wadi.files import write_json
+from wadi.outputs import Output
+from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig
+from wadi.tasks.inversion import invert as learn
+from wadi.tasks.inversion_sheet import new_prompts, word_sheet
+
+RESULT_FILE, PICTURES = "inversion.json", "pictures.png"
+
+
+@dataclass(frozen=True)
+class InvertOptions(InvertConfig):
+    """Learn a word on a multi-step Stable Diffusion model, and show what it and its student make of it."""
+
+    examples: tyro.conf.Positional[Path]
+    adapter: str | None = None
+    """Folder or hub id of a student's adapter, for the pictures; the student that comes with wadi if --model
+    is not given."""
+    prompts: tuple[str, ...] = ()
+    """Of the pictures; objects of other captions in new pairs, or templates, if none are given."""
+    num_inference_steps: int = 25
+    """Of the multi-step model's pictures."""
+    guidance_scale: float = 2.0
+    """Of the multi-step model's pictures."""
+    overwrite: bool = False
+    """Replace the folder if wadi invert wrote it and nothing else is in it."""
+
+
+def invert(options: InvertOptions) -> None:
+    """Learn what pictures share as a new word, for prompts of the multi-step model and of its student.
+
+    A subject, as "a picture of a <S>" (textual inversion), or a relation between two objects, as
+    "a panda <R> a rocket" (ReVersion). wadi generate --embedding and diffusers' load_textual_inversion read
+    what is written. After Ctrl-C the word is written as it is by then, without pictures.
+
+    Raises:
+        WadiError: as `wadi.tasks.inversion.invert`, or the folder may not or cannot be written.
+        KeyboardInterrupt: again, once that is written.
+    """
+    if options.model is None:
+        student = str(emoji.student_folder()) if options.adapter is None else options.adapter
+        options = replace(options, model=str(emoji.teacher_folder()), adapter=student)
+    if options.num_inference_steps < 1:
+        raise WadiError(f"--num-inference-steps {options.num_inference_steps}: must be at least 1")
+    inputs = (options.examples, options.model, options.adapter)
+    output = Output(options.out, "invert", inputs, options.overwrite)
+    output.check()
+    options = replace(options, device=chosen_device(options.device))
+    names = [field.name for field in fields(InvertConfig)]
+    config = InvertConfig(**{name: getattr(options, name) for name in names})
+    inversion = learn(config)
+    if inversion.interrupted and not inversion.losses:
+        raise KeyboardInterrupt
+    prompts = new_prompts(inversion, options.prompts)
+    with output.writing() as folder:
+        inversion.save(folder)
+        write_json(folder / RESULT_FILE, _facts(options, inversion))
+        if not inversion.interrupted:
+            steps, scale = options.num_inference_steps, options.guidance_scale
+            sheet = word_sheet(config, folder / EMBEDDING_FILE, prompts, options.adapter, steps, scale)
+            sheet.save(folder / PICTURES)
+    written = f"{options.out / EMBEDDING_FILE}: {inversion.token}, {inversion.kind}"
+    print(f"{written}, {len(inversion.losses)} updates")
+    if inversion.interrupted:
+        print(f"interrupted: {inversion.token} as it was then, without pictures")
+        raise KeyboardInterrupt
+    print(f"{options.out / PICTURES}: exemplars, and what the word gives")
+    print(f'wadi generate "{prompts[0]}" --embedding {options.out}')
+
+
+def _facts(options: InvertOptions, inversion: Inversion) -> dict:
+    last = inversion.losses[-50:]
+    return {
+        "token": inversion.token,
+        "kind": inversion.kind,
+        "updates": len(inversion.losses),
+        "interrupted": inversion.interrupted,
+        "denoising_loss_of_the_last_updates": sum(last) / len(last),
+        "options": {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()
+        },
+    }

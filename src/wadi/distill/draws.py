@@ -1,0 +1,97 @@
+"""Random numbers of a step by name, so that a term comes or goes without moving another's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from wadi.backbones.condition import Condition
+from wadi.diffusion import Schedule
+
+Drawn = dict[str, torch.Tensor]
+"""What one part of the training drew for a step; first dimension this process's samples."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers that depend on (seed, step, name) alone.
+
+    Every process draws for the samples of all processes and keeps its share. So several processes see
+    together what one process with all samples would see, no two of them see the same noise, and a resumed run
+    draws the same numbers, whatever the number of processes.
+
+    Args:
+        seed: the run's.
+        step: number of the step, from 0.
+        device: where numbers are drawn, except those of `indices`.
+        process: number of this process.
+        processes: how many there are.
+        path: what stands before every name; see `of`.
+    """
+
+    seed: int
+    step: int
+    device: torch.device
+    process: int = 0
+    processes: int = 1
+    path: str = ""
+
+    def of(self, name: str) -> Draws:
+        """The draws of a part of the training: its names do not meet those of other parts."""
+        return replace(self, path=f"{self.path}{name}/")
+
+    def normal(self, name: str, n: int, shape: Sequence[int]) -> torch.Tensor:
+        """Noise (n, *shape) ~ N(0, I), float32."""
+        whole = (n * self.processes, *shape)
+        return self._share(torch.randn(whole, device=self.device, generator=self._generator(name)), n)
+
+    def times(self, name: str, n: int, schedule: Schedule, low: float, high: float) -> torch.Tensor:
+        """Times (n,) between two fractions of a schedule's range; see `Schedule.sample_t`."""
+        return self._share(schedule.sample_t(n * self.processes, low, high, self._generator(name)), n)
+
+    def indices(self, name: str, n: int, count: int) -> torch.Tensor:
+        """Numbers (n,) from 0 to count - 1, int64, on the CPU."""
+        generator = self._generator(name, torch.device("cpu"))
+        return self._share(torch.randint(count, (n * self.processes,), generator=generator), n)
+
+    def chance(self, name: str, probability: float) -> torch.Tensor:
+        """True with a probability, 0-dimensional; the same in all processes."""
+        return torch.rand((), device=self.device, generator=self._generator(name)) < probability
+
+    def _generator(self, name: str, device: torch.device | None = None) -> torch.Generator:
+        words = [self.seed, self.step, *f"{self.path}{name}".encode()]
+        seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+        return torch.Generator(device or self.device).manual_seed(int(seed))
+
+    def _share(self, whole: torch.Tensor, n: int) -> torch.Tensor:
+        """This process's part of the first dimension, without the memory of the rest."""
+        return whole if self.processes == 1 else whole.narrow(0, self.process * n, n).clone()
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that is random or drawn from data in one step: this process's share, on the device.
+
+    n = train_batch_size x gradient_accumulation_steps.
+
+    Attributes:
+        z: (n, C, H, W) float32, the student's noise.
+        condition: of n prompts, embeddings in the compute dtype.
+        place: where the student's images are judged; see `Scores.draw`.
+        terms: what each term draws, in their order.
+        fake: what each update of the fake model draws; see `FakeModel.draw`.
+    """
+
+    z: torch.Tensor
+    condition: Condition
+    place: Drawn
+    terms: tuple[Drawn, ...]
+    fake: tuple[Drawn, ...]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor, in a fixed order."""
+        groups = ({"z": self.z}, self.condition, self.place, *self.terms, *self.fake)
+        return [tensor for group in groups for tensor in group.values()]

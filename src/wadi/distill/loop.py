@@ -1,0 +1,167 @@
+"""The run around the steps: log, validate, save, and end at Ctrl-C with a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from wadi.backbones.condition import pick, repeat
+from wadi.distill.processes import any_process, together
+from wadi.distill.regions import eager
+from wadi.distill.trainer import Trainer
+from wadi.distill.update import learning_rate_factor
+from wadi.errors import WadiError
+from wadi.files import explain_os_errors, replacing_file
+from wadi.interrupt import catch_interrupt
+from wadi.onestep import labelled_grid
+from wadi.progress import progress
+
+
+def train(trainer: Trainer) -> bool:
+    """Train to `max_train_steps`: log, validate and save on the way.
+
+    Returns:
+        Whether the end was reached; False after Ctrl-C, when the step was finished and saved.
+
+    Raises:
+        WadiError: `max_skipped_steps` steps in a row were not finite, or a file cannot be written.
+        SystemExit: code 2, where that happened in another process, which tells.
+    """
+    config, start = trainer.config, time.monotonic() - trainer.seconds
+    bar = progress(total=config.max_train_steps, initial=trainer.global_step, desc="distilling", unit="step")
+    alone, main = trainer.accelerator.num_processes == 1, trainer.accelerator.is_main_process
+    with bar, catch_interrupt(alone, main) as interrupted:
+        while trainer.global_step < config.max_train_steps:
+            losses = trainer.step(trainer.global_step)
+            trainer.global_step += 1
+            bar.update()
+            stop = any_process(interrupted.is_set(), trainer.hosts)
+            end = trainer.global_step == config.max_train_steps
+            save = _due(trainer, config.checkpointing_steps) or stop or end
+            if _due(trainer, config.logging_steps) or save:
+                trainer.seconds = time.monotonic() - start
+                bar.set_postfix(log(trainer, losses))
+            if _due(trainer, config.validation_steps) or (end and config.validation_steps):
+                validate(trainer)
+            if save:
+                trainer.save_checkpoint()
+            if stop:
+                return end
+    return True
+
+
+def _due(trainer: Trainer, every: int) -> bool:
+    return every > 0 and trainer.global_step % every == 0
+
+
+def log(trainer: Trainer, losses: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Fetch the losses (the only wait for the device), check them, append to metrics.jsonl.
+
+    Losses are means over the processes; those that are not finite, of a skipped update, are omitted.
+
+    Returns:
+        What the progress bar shows.
+
+    Raises:
+        WadiError: see `train`.
+        SystemExit: see `train`.
+    """
+    with trainer.on_stream():
+        values = trainer.accelerator.reduce(torch.stack(list(losses.values())), "mean").tolist()
+        skipped, run = trainer.skipped.tolist()
+    fetched = dict(zip(losses, values, strict=True))
+    with together(trainer.hosts):
+        _check_finite(trainer, fetched, run)
+        _write_metrics(trainer, fetched, skipped)
+    shown = {name: f"{fetched[name]:.4g}" for name in ("student_loss", "fake_loss")}
+    return shown | ({"skipped": str(skipped)} if skipped else {})
+
+
+def _write_metrics(trainer: Trainer, fetched: dict[str, float], skipped: int) -> None:
+    config, step = trainer.config, trainer.global_step
+    factor = learning_rate_factor(config, step - 1)
+    row = {name: value for name, value in fetched.items() if math.isfinite(value)} | {
+        "skipped_steps": skipped,
+        "student_learning_rate": config.student_learning_rate * factor,
+        "fake_learning_rate": config.fake_learning_rate * factor,
+    }
+    trainer.accelerator.log(row, step=step)
+    if trainer.accelerator.is_main_process:
+        row = {"step": step, **row, "seconds": round(trainer.seconds, 3)}
+        append_metrics(Path(config.output_dir) / "metrics.jsonl", row)
+
+
+def _check_finite(trainer: Trainer, losses: dict[str, float], run: int) -> None:
+    """Raise after too long a run of skipped steps, or if a loss is not finite but its update was made."""
+    worst = next((name for name, value in losses.items() if not math.isfinite(value)), None)
+    if run < trainer.config.max_skipped_steps and (run or worst is None):
+        return
+    what = f"{worst} is {losses[worst]}" if worst else "gradients were not finite"
+    raise WadiError(
+        f"step {trainer.global_step}: {what}"
+        + (f", {run} steps in a row were skipped" if run else "")
+        + f"; nothing of it was saved, a checkpoint in {trainer.config.output_dir} is good; "
+        "lower the learning rates and start again"
+    )
+
+
+def validate(trainer: Trainer) -> None:
+    """Write samples/step-N.png: a row per validation prompt, a column per seed, by the averaged student.
+
+    Raises:
+        WadiError: the file cannot be written.
+        SystemExit: code 2, in the processes that do not write it.
+    """
+    if not trainer.config.validation_prompts:
+        return
+    with together(trainer.hosts):
+        if trainer.accelerator.is_main_process:
+            _write_samples(trainer)
+
+
+def _write_samples(trainer: Trainer) -> None:
+    config, conditions = trainer.config, trainer.prompts.validation
+    seeds, shape = config.validation_seeds, trainer.backbone.latent_shape
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    # another number of samples would be compiled anew
+    uncompiled = eager() if config.compile else contextlib.nullcontext()
+    with trainer.on_stream(), trainer.ema_weights(), torch.no_grad(), uncompiled:
+        z = noise.to(trainer.device)
+        rows = [pick(conditions, slice(i, i + 1)) for i in range(len(config.validation_prompts))]
+        latents = [
+            trainer.generate(z, repeat({k: v.to(trainer.device) for k, v in row.items()}, len(z)))
+            for row in rows
+        ]
+        images = trainer.backbone.decode(torch.cat(latents))
+    path = Path(config.output_dir) / "samples" / f"step-{trainer.global_step:06d}.png"
+    with replacing_file(path) as temporary:
+        texts, n = config.validation_prompts, len(seeds)
+        rows = [(text, images[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
+        labelled_grid(rows, [f"seed {seed}" for seed in seeds]).save(temporary, format="PNG")
+
+
+def append_metrics(path: Path, row: dict[str, float]) -> None:
+    """Append one line to metrics.jsonl."""
+    with explain_os_errors(path, "append to the file"), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a half-written last one: a resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            lines.append(line + "\n")
+    with replacing_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,152 @@
+"""What teacher and fake model predict, with guidance, at a noisy image (x_t, t), and the x0 of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+from wadi.backbones.condition import Condition, concatenate, repeat
+from wadi.diffusion import Schedule
+from wadi.distill.config import DistillConfig
+from wadi.distill.draws import Drawn, Draws
+
+Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+"""What a network predicts for latents (N, C, H, W), times (N,) and N prompts; float32."""
+
+
+def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is (N, 1, 1, 1)."""
+    return null + scale * (cond - null)
+
+
+def interval_scale(
+    scale: float | torch.Tensor, above: float | torch.Tensor, t: torch.Tensor, highest: torch.Tensor
+) -> torch.Tensor:
+    """Guidance at the times t (N,): `scale` up to `highest`, `above` beyond it.
+
+    This is "Applying Guidance in a Limited Interval" (Kynkaanniemi et al., arXiv 2404.07724, eq. 6), without
+    its lower end. Everything but t may be of shape (N,) too.
+    """
+    return torch.where(t <= highest, scale, above)
+
+
+class Scores:
+    """Guided predictions of the teacher and of the fake model.
+
+    Args:
+        config: gives the guidance of both and the range of times.
+        schedule: the teacher's.
+        predict: asks a network.
+        teacher: the frozen network.
+        fake: the fake model's network.
+        null: one empty prompt.
+        shape: (C, H, W) of the latents.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        schedule: Schedule,
+        predict: Predict,
+        teacher: torch.nn.Module,
+        fake: torch.nn.Module,
+        null: Condition,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.config, self.schedule, self.predict, self.shape = config, schedule, predict, shape
+        self.teacher_network, self.fake_network, self.null = teacher, fake, null
+        # the last time at which the teacher is guided
+        self.highest_guided = schedule.times(torch.tensor(config.guidance_max_timestep, dtype=torch.float64))
+
+    def draw(self, draws: Draws, n: int) -> Drawn:
+        """Times "t" (n,) and "noise" (n, C, H, W) of the places where the student's images are judged."""
+        low, high = self.config.min_timestep, self.config.max_timestep
+        return {
+            "t": draws.times("t", n, self.schedule, low, high),
+            "noise": draws.normal("noise", n, self.shape),
+        }
+
+    def at(self, x0: torch.Tensor, drawn: Drawn, condition: Condition) -> Place:
+        """The place of images x0 (N, C, H, W) at the times and with the noise that `draw` gave."""
+        return Place(self, x0, drawn, condition)
+
+    def teacher(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """What the guided teacher predicts, (N, C, H, W) float32."""
+        config, scale = self.config, self.config.guidance_scale
+        if config.guidance_max_timestep < 1:
+            above = config.guidance_scale_above
+            scale = interval_scale(scale, above, t, self.highest_guided).view(-1, 1, 1, 1)
+        return self._guided(self.teacher_network, x_t, t, condition, scale)
+
+    def unguided_teacher(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """What the teacher predicts without guidance, (N, C, H, W) float32."""
+        return self._guided(self.teacher_network, x_t, t, condition, 1.0)
+
+    def fake(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """What the fake model predicts, guided too if the options say so, (N, C, H, W) float32."""
+        return self._guided(self.fake_network, x_t, t, condition, self.config.fake_guidance_scale)
+
+    @torch.no_grad()
+    def _guided(
+        self,
+        network: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        scale: float | torch.Tensor,
+    ) -> torch.Tensor:
+        """Null prompt and condition in one call; a scale of 1 needs no null prompt.
+
+        The host does not read a scale that is a tensor, because that would wait for the device.
+        """
+        if not isinstance(scale, torch.Tensor) and scale == 1:
+            return self.predict(network, x_t, t, condition)
+        both = concatenate([repeat(self.null, len(t)), condition])
+        pair = self.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        return guided(*pair.chunk(2), scale)
+
+
+class Place:
+    """Where a step judges the student's images: x_t and t, and the scores there, each computed once.
+
+    Attributes:
+        x_t: (N, C, H, W), the images with noise.
+        t: (N,), the times.
+        alpha: (N, 1, 1, 1), as `sigma`, the noise levels at t.
+    """
+
+    def __init__(self, scores: Scores, x0: torch.Tensor, drawn: Drawn, condition: Condition) -> None:
+        self._scores, self._condition, self.t = scores, condition, drawn["t"]
+        self.x_t = scores.schedule.add_noise(x0.detach(), drawn["noise"], self.t)
+        self.alpha, self.sigma = scores.schedule.levels(self.t)
+
+    @cached_property
+    def x0_teacher(self) -> torch.Tensor:
+        """What the guided teacher takes for x0 here, without gradient."""
+        return self._scores.schedule.x0(self._teacher, self.x_t, self.t)
+
+    @cached_property
+    def x0_fake(self) -> torch.Tensor:
+        """What the fake model takes for x0 here, without gradient."""
+        return self._scores.schedule.x0(self._fake, self.x_t, self.t)
+
+    @cached_property
+    def difference(self) -> torch.Tensor:
+        """x0_fake - x0_teacher, as exact as the predictions.
+
+        x0 is linear in prediction and x_t, so the common x_t is left out: subtracting one x0 from the other
+        would lose digits where the predictions are nearly equal.
+        """
+        teacher, fake = self._teacher, self._fake
+        change = fake - teacher
+        return self._scores.schedule.x0(change, torch.zeros_like(change), self.t)
+
+    @cached_property
+    def _teacher(self) -> torch.Tensor:
+        return self._scores.teacher(self.x_t, self.t, self._condition)
+
+    @cached_property
+    def _fake(self) -> torch.Tensor:
+        return self._scores.fake(self.x_t, self.t, self._condition)

@@ -1,0 +1,161 @@
+"""Updates of weights: AdamW with clipping, the moving average, and steps that are skipped.
+
+Nothing here waits for the device, so that a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+
+from wadi.distill.config import DistillConfig
+
+
+class Update:
+    """Gradients and AdamW of one network's trained parameters.
+
+    Args:
+        config: the options.
+        accelerator: averages gradients over the processes and scales losses.
+        network: as `accelerator.prepare` gave it.
+        parameters: what is trained of it, float32, by name.
+        rate: the learning rate at its highest.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        accelerator: Accelerator,
+        network: torch.nn.Module,
+        parameters: dict[str, torch.nn.Parameter],
+        rate: float,
+    ) -> None:
+        self.config, self.accelerator, self.network = config, accelerator, network
+        self.parameters, self.rate = parameters, rate
+        self.optimizer = _adamw(config, list(parameters.values()), rate, accelerator.device)
+
+    def set_rate(self, factor: float) -> None:
+        """Set the learning rate to a fraction of its highest; a recorded graph follows it."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(self.rate * factor)
+            else:
+                group["lr"] = self.rate * factor
+
+    def micro_batches(self) -> Iterator[tuple[slice, contextlib.AbstractContextManager]]:
+        """Slices of the step's batch, each with the context that exchanges gradients on the last one only."""
+        size, count = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        for i in range(count):
+            last = i == count - 1
+            synchronize = contextlib.nullcontext() if last else self.accelerator.no_sync(self.network)
+            yield slice(i * size, (i + 1) * size), synchronize
+
+    def backward(self, losses: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
+        """Add the gradient of a micro-batch's losses, each with its weight.
+
+        Returns:
+            The share of each loss in the step's mean, without its weight.
+        """
+        count = self.config.gradient_accumulation_steps
+        weighted = [loss if weight == 1 else weight * loss for loss, weight in losses.values()]
+        self.accelerator.backward(sum(weighted[1:], weighted[0]) / count)
+        return {name: loss.detach() / count for name, (loss, _) in losses.items()}
+
+    def apply(self) -> torch.Tensor:
+        """Unscale, clip, AdamW, clear; returns the norm of the gradient before clipping.
+
+        Where the norm is not finite, fused AdamW's own mask leaves parameters, moments and step count as they
+        were. The processes' gradients are averaged by then, so all processes decide alike.
+        """
+        scaler, optimizer = self.accelerator.scaler, self.optimizer
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = norm.isfinite().logical_not().float()
+            optimizer.step()
+        elif norm.isfinite():
+            optimizer.step()
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """AdamW's state by "<parameter>.<moment>"; live tensors, not copies."""
+        state = self.optimizer.state
+        return {f"{name}.{key}": x for name, p in self.parameters.items() for key, x in state[p].items()}
+
+
+class Average:
+    """The moving average of the student's weights, which is what ships.
+
+    Args:
+        parameters: what is averaged.
+        decay: once the average is under way; it warms up as min(decay, (1 + n) / (10 + n)).
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+        self._weight = torch.ones((), device=next(iter(parameters.values())).device)
+
+    def set_step(self, step: int) -> None:
+        """Set the decay of a step; a recorded graph follows it."""
+        self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def follow(self, finite: torch.Tensor) -> None:
+        """average += (1 - decay) (weights - average), where the 0-dimensional `finite` is true."""
+        average = list(self.tensors.values())
+        change = torch._foreach_sub(list(self.parameters.values()), average)
+        torch._foreach_mul_(change, self._weight * finite)
+        torch._foreach_add_(average, change)
+
+
+def count_skipped(counts: torch.Tensor, finite: torch.Tensor, limit: int) -> None:
+    """Count a step whose updates were all `finite`, or not.
+
+    Args:
+        counts: (2,) int64, skipped steps in all and in a row; changed in place.
+        finite: 0-dimensional bool.
+        limit: skipped steps in a row that are too many; their count stays until the host looks.
+    """
+    total, run = counts
+    skipped = finite.logical_not()
+    too_long = run >= limit
+    counts.copy_(torch.stack([total + skipped, torch.where(skipped | too_long, run + skipped, 0)]))
+
+
+def learning_rate_factor(config: DistillConfig, step: int) -> float:
+    """Linear warm-up, constant, then linear to zero over the last `lr_decay_fraction`; 1 in between."""
+    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    decay_steps = config.lr_decay_fraction * config.max_train_steps
+    decay = min(1.0, (config.max_train_steps - step) / decay_steps) if decay_steps else 1.0
+    return warmup * decay
+
+
+def _adamw(
+    config: DistillConfig, parameters: list[torch.nn.Parameter], rate: float, device: torch.device
+) -> torch.optim.AdamW:
+    """Fused AdamW; on a GPU its step and rate live on the device, as a CUDA graph needs them."""
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=torch.tensor(rate, device=device) if on_gpu else rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+        capturable=on_gpu,
+    )
+    for p in parameters:  # what AdamW's first step would create; a checkpoint or a graph needs it before
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer

@@ -1,0 +1,47 @@
+"""CUDA graphs: work on a GPU that is recorded once and replayed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+WARMUP_RUNS = 3
+"""Runs before the recording. They compile, choose algorithms and allocate, which a recording may not do."""
+
+Result = TypeVar("Result")
+
+
+def record(
+    work: Callable[[], Result],
+    state: Sequence[torch.Tensor] = (),
+    stream: torch.cuda.Stream | None = None,
+    pool: Any = None,
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record what `work` launches on the current CUDA device.
+
+    Args:
+        work: reads and writes tensors that stay where they are, and never waits for the device.
+        state: tensors that `work` changes and that must not feel the runs before the recording. They are kept
+            on the CPU meanwhile, because room on the card may be short.
+        stream: where it is recorded; a new one if None.
+        pool: memory pool that several graphs share, from `torch.cuda.graph_pool_handle`.
+
+    Returns:
+        The graph, and what `work` returned; every `replay` writes the same tensors anew.
+    """
+    stream = stream or torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        before = [tensor.to("cpu", copy=True) for tensor in state]
+        for _ in range(WARMUP_RUNS):
+            work()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        result = work()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, result

@@ -1,0 +1,109 @@
+"""Stable Diffusion 3: a rectified flow driven by its backbone, and what its folders must be."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from tests.tiny import tiny_sd3
+from wadi.backbones import SD3Backbone, load_backbone, load_prompt_encoder, student_config
+from wadi.diffusion import RectifiedFlow
+from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
+from wadi.errors import WadiError
+from wadi.onestep.loading import load_pipeline
+
+NEWER = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}  # of SD 3.5
+versions = pytest.mark.parametrize("options", [{}, NEWER], ids=["3", "3.5"])
+
+
+@versions
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_step_is_a_stock_scheduler_without_shift(options, shift):
+    """x0 = z - v at sigma 1, whatever shift the teacher was trained with."""
+    pipeline = tiny_sd3(**options)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    backbone, prompts = SD3Backbone(pipeline), ["a red cat", "a dog"]
+    schedule = backbone.schedule()
+    assert isinstance(schedule, RectifiedFlow)
+    z = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        t = torch.ones(2)
+        v = backbone.predict(backbone.network, z, schedule.timestep(t), backbone.encode(prompts))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    stock = pipeline(prompts, num_inference_steps=1, guidance_scale=1.0, latents=z, output_type="latent")
+    assert torch.equal(schedule.x0(v, z, t), stock.images)
+
+
+@versions
+def test_every_turned_layer_gets_a_gradient(options):
+    """With checkpointing too, and to the same bits."""
+    backbone = SD3Backbone(tiny_sd3(**options))
+    assert len(backbone.fake_layers()) < len(backbone.student_layers())
+    condition, x, t = backbone.encode(["a cat"]), torch.randn(1, *backbone.latent_shape), torch.ones(1)
+    found = []
+    for checkpointing in (False, True):
+        config = student_config(backbone.network, r=2)
+        student = build_roles(backbone.network, config, config, seed=0).student
+        if checkpointing:
+            enable_gradient_checkpointing(student)
+        parameters = trainable(student)
+        torch.manual_seed(0)
+        for parameter in parameters.values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        backbone.predict(student, x, 1000 * t, condition).square().sum().backward()
+        assert [name for name, p in parameters.items() if p.grad is None or not p.grad.any()] == []
+        found.append([p.grad for p in parameters.values()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_no_prompt_is_the_empty_one():
+    pipeline = tiny_sd3()
+    null = SD3Backbone(pipeline).null()
+    _, states, _, pooled = pipeline.encode_prompt("a cat", None, None, device="cpu")
+    assert torch.equal(null["encoder_hidden_states"], states)
+    assert torch.equal(null["pooled_projections"], pooled)
+
+
+def edit(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+BROKEN = {
+    "other T5": (
+        "transformer/config.json",
+        {"joint_attention_dim": 48},
+        "width 48 .joint_attention_dim.*give 64",
+    ),
+    "other pooled": (
+        "text_encoder/config.json",
+        {"projection_dim": 20},
+        "width 40 .pooled_projection_dim.*give 44",
+    ),
+    "inpainting": ("transformer/config.json", {"in_channels": 33}, "takes 33 channels and gives 16"),
+    "other latents": ("vae/config.json", {"latent_channels": 4}, "different models"),
+    "no size": ("transformer/config.json", {"sample_size": None}, "sample_size is None"),
+    "without T5": ("model_index.json", {"text_encoder_3": [None, None]}, "lists no text_encoder_3"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_folders_that_cannot_be_used(tmp_path, kind):
+    file, fields, message = BROKEN[kind]
+    tiny_sd3().save_pretrained(tmp_path)
+    edit(tmp_path / file, **fields)
+    for loader in (load_pipeline, load_backbone, load_prompt_encoder):
+        with pytest.raises(WadiError, match=message) as error:
+            loader(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_a_length_is_bound_in_the_pipeline_too(tmp_path):
+    tiny_sd3().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    options = json.loads(file.read_text())
+    options.pop("model_max_length")
+    file.write_text(json.dumps(options))
+    condition = load_prompt_encoder(tmp_path).encode(["a cat"])
+    assert condition["encoder_hidden_states"].shape[1] == 32 + 256
