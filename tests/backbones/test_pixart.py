@@ -186,7 +186,7 @@ def test_shards_of_another_format_are_another_entry(pixart_folder, tmp_path, mon
     assert cache.entry(["x"]) != entry
 
 
-@pytest.mark.parametrize("name", ["pixart-256", "pixart-512", "pixart-1024"])
+@pytest.mark.parametrize("name", ["pixart-256-paper", "pixart-512-paper", "pixart-1024-paper"])
 def test_presets_hold_the_papers_values(name):
     preset = PRESETS[name]
     assert (preset.student_rank, preset.fake_rank, preset.alpha_T_squared) == (128, 32, 0.0047)

@@ -87,7 +87,7 @@ def test_missing_file_is_named(tmp_path):
 
 def test_missing_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(WadiError, match=r"pip install 'wadi\[data\]'"):
+    with pytest.raises(WadiError, match=r"pip install datasets"):
         read_prompts("someone/prompts")
 
 

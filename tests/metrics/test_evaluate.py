@@ -284,5 +284,5 @@ def test_mistakes_are_one_line(config, change, message, capsys):
 
 def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(WadiError, match=r"wadi\[evaluate\]"):
+    with pytest.raises(WadiError, match=r"torch-fidelity"):
         SPACES["inception"].load()
