@@ -68,7 +68,7 @@ class Entry:
 
     @property
     def picture(self) -> str:
-        """Of the page: where the picture is."""
+        """Where the image is, as the page names it."""
         return f"images/{self.file}" if self.made_by else f"images/gallery/{self.file}"
 
     @property

@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".exr")
 """Files of a folder that are images and are not read, which is told."""
 NEAR = 32
-"""Of 255: colours that differ by no more are alike, where a mask's alpha channel is interpreted."""
+"""Colours that differ by no more than this, out of 255, are alike where a mask's alpha is interpreted."""
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:

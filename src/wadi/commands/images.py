@@ -45,9 +45,9 @@ class ImageOptions:
     num_inference_steps: int = 1
     """More than 1 is for a multi-step model, to compare: without --model the teacher that comes with wadi."""
     guidance_scale: float = 1.0
-    """Of a multi-step model (the built-in teacher's is 2); one step is not guided."""
+    """Guidance scale of a multi-step model (the built-in teacher's is 2); one step is not guided."""
     negative_prompt: str | None = None
-    """Of a multi-step model."""
+    """Negative prompt, for a multi-step model only."""
     height: int | None = None
     """In pixels; the model's own if not given."""
     width: int | None = None
@@ -55,7 +55,7 @@ class ImageOptions:
     batch_size: int = 8
     """Pictures made at once."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the networks; one step itself is always float32."""
+    """Precision of the networks; one step itself is always float32."""
     device: str | None = None
     """Such as cpu or cuda:1; a GPU if there is one."""
     overwrite: bool = False

@@ -31,8 +31,8 @@ class InpaintConfig(ImageOptions):
     """How much changes within the mask, more than 0 and at most 1. Lower, such as 0.8, keeps to the place and
     the ground of what was there; for an object where nothing was, stay at 0.9 or above."""
     candidates: int | None = None
-    """Of so many repaintings the one whose edges show least is kept; 8 in one step, 1 in several, if not
-    given. Picture i is made of the noises from seed + i * candidates on."""
+    """How many images are repainted, of which the one whose edges show least is kept; if not given, 8 in one
+    step and 1 in several. Picture i is made of the noises from seed + i * candidates on."""
     out: Path = Path("inpaint.png")
     """A .png or .jpg file, which shows picture, mask and results side by side; or a folder, for a file
     each."""

@@ -28,11 +28,11 @@ class InvertOptions(InvertConfig):
     """Folder or hub id of a student's adapter, for the pictures; the student that comes with wadi if --model
     is not given."""
     prompts: tuple[str, ...] = ()
-    """Of the pictures; objects of other captions in new pairs, or templates, if none are given."""
+    """Prompts of the images to show; without them, objects of other captions in new pairs, or templates."""
     num_inference_steps: int = 25
-    """Of the multi-step model's pictures."""
+    """Steps of the multi-step model's images."""
     guidance_scale: float = 2.0
-    """Of the multi-step model's pictures."""
+    """Guidance scale of the multi-step model's images."""
     overwrite: bool = False
     """Replace the folder if wadi invert wrote it and nothing else is in it."""
 

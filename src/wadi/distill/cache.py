@@ -32,7 +32,7 @@ SHARD_SIZE = 256
 """Prompts a shard: 30 MB of SD 1.5's in bfloat16, of T5-XXL's 2 MB for each token of the longest. A multiple
 of the encoder's batch."""
 FORMAT = 2
-"""Of the shards: 1 had embeddings of the full length."""
+"""Format number of the shards: 1 had embeddings of the full length."""
 
 
 class Embeddings:

@@ -32,14 +32,14 @@ from wadi.tasks.dreambooth import DreamBoothConfig, load_with_adapters, read_pic
 Config = TypeVar("Config", bound=DreamBoothConfig)
 
 GUIDANCE_SCALE = 2.0
-"""Of the built-in teacher's pictures, where its Frechet distance is lowest."""
+"""Guidance scale of the built-in teacher, where its Frechet distance is lowest."""
 LEARNING_RATES = {"lorad": 1e-2, "lora": 3e-3}
-"""Of those tried on the built-in teacher, with the best score: the mean, over teacher and stacked student, of
-subject and other prompts right (experiments/dreambooth.py, one subject, one seed)."""
+"""The best of the rates that were tried on the built-in teacher. The score is the mean, over teacher and
+stacked student, of subject and other prompts right (experiments/dreambooth.py, one subject, one seed)."""
 TRAIN_TEXT_ENCODER = True
-"""Of the built-in model, chosen in the same trials: for LoRA clearly, for LoRaD by next to nothing."""
+"""Chosen for the built-in model in the same trials: for LoRA clearly, for LoRaD by next to nothing."""
 VARIATIONS = 8
-"""Of every picture that the recogniser learns from: blur and noise."""
+"""Variations, by blur and noise, of every image that the recogniser learns from."""
 BEFORE = 6
 """Images of the word before it means anything, and of each other unseen word, which the recogniser learns to
 refuse."""

@@ -231,7 +231,7 @@ class RelationExamplesConfig:
     atlas: Path | None = None
     """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     overwrite: bool = False
     """Replace the folder if this command wrote it and nothing else is in it."""
 

@@ -56,7 +56,7 @@ class SubjectExamplesConfig:
     font: Path = Path(FONT_FILE)
     """Noto Color Emoji, the bitmap build."""
     seed: int = 0
-    """Of what the pictures vary in."""
+    """Seed of everything that the images vary in."""
     overwrite: bool = False
     """Replace the folder if this command wrote it and nothing else is in it."""
 

@@ -60,7 +60,7 @@ class TrainControlNetConfig:
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
     ema_decay: float = 0.999
-    """Of the weights that are written."""
+    """Decay of the average of the weights, which is written."""
     loss: Literal["epsilon", "balanced"] = "balanced"
     """The usual mean square error of epsilon, or that times sigma_t / alpha_t. The teacher's own error falls
     from 0.045 at t = 100 to 0.002 at the last; balanced, it is about as large at every t, and what the
@@ -70,7 +70,7 @@ class TrainControlNetConfig:
     captions: int = 100_000
     """Captions drawn for them."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     overwrite: bool = False

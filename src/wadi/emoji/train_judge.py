@@ -42,7 +42,7 @@ class TrainJudgeConfig:
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     overwrite: bool = False

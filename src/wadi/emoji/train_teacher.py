@@ -81,7 +81,7 @@ class TrainTeacherConfig:
     """Peak learning rate of AdamW; falls to zero along a cosine of the time used. If not given, 1e-3 for the
     U-Net and 6e-4 for the transformer, whose training diverged at 1e-3."""
     ema_decay: float = 0.9993
-    """Of the weights that are written."""
+    """Decay of the average of the weights, which is written."""
     pictures: int = 400_000
     """Latents encoded ahead."""
     captions: int = 150_000
@@ -98,7 +98,7 @@ class TrainTeacherConfig:
     compile: bool = False
     """Compile the U-Net or transformer first (about a minute); then its steps take less time."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     overwrite: bool = False
@@ -304,7 +304,7 @@ def _check(config: TrainTeacherConfig) -> None:
     if config.recombine and config.architecture == "dit":
         raise WadiError(
             f"--recombine {config.recombine}: only for --architecture unet, whose text encoder reads from "
-            "the left and tells a name nothing of what follows; leave it away"
+            "the left and tells a name nothing of what follows; omit it"
         )
     if config.init is None:
         return

@@ -45,7 +45,7 @@ class TrainVAEConfig:
     kl_weight: float = 2e-4
     """Weight of the Kullback-Leibler term, which is a mean over latent elements."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     overwrite: bool = False

@@ -19,9 +19,9 @@ class Chosen:
 
     captions: tuple[str, ...]
     file_sha256: str
-    """Of the captions file."""
+    """SHA-256 of the captions file."""
     choice_sha256: str
-    """Of the chosen captions, each with a line end."""
+    """SHA-256 of the chosen captions, each with a line end."""
 
 
 def choose_captions(path: Path, count: int, seed: int, column: str = "caption") -> Chosen:

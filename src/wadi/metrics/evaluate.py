@@ -84,7 +84,7 @@ class EvaluateConfig:
     num_samples: int = 30_000
     """Captions, a picture each."""
     choice_seed: int = 0
-    """Of the choice among the captions."""
+    """Seed of the choice among the captions."""
     num_inference_steps: int = 1
     """Denoising steps; 1 uses the one-step scheduler."""
     guidance_scale: float = 1.0
@@ -107,7 +107,7 @@ class EvaluateConfig:
     batch_size: int = 8
     """Pictures at a time; does not change their noise."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the networks."""
+    """Precision of the networks."""
     device: str | None = None
     """Such as cpu or cuda:1; of several processes each has its own."""
     overwrite: bool = False

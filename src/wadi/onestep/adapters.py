@@ -20,7 +20,7 @@ from wadi.onestep.loading import check_hub_id, run_part
 from wadi.onestep.student import Student, network_of, student_of
 
 TEXT_ENCODER_FOLDER = "text_encoder"
-"""Of an adapter folder: the adapter of the text encoder, where it has one."""
+"""Sub-folder of an adapter folder that holds the adapter of the text encoder, where there is one."""
 Adapters = str | os.PathLike | Sequence[str | os.PathLike] | None
 """No adapter, one, or several: folders or hub ids."""
 

@@ -36,7 +36,7 @@ OTHER_HALF = re.compile(
 """The same for a text encoder: what a whole CLIP or T5 has beside it."""
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of the attention of autoencoders until diffusers 0.17, and what they are called now."""
+"""Names of the attention layers of autoencoders until diffusers 0.17, and their names today."""
 
 _LEGACY_CLASSES = {"Transformer2DModel"}  # diffusers knows what they are called now
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")

@@ -20,7 +20,7 @@ from wadi.onestep.components import first_line, load_module
 from wadi.onestep.supported import UNUSED, check_parts, networks
 
 PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
-"""Of a network alone, on the hub."""
+"""Files of a network alone, on the hub."""
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """Names that pipelines have for them; each belongs to the text encoder of the same number."""

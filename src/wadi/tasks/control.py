@@ -48,7 +48,7 @@ SHARED_FIELDS = (
     "layers_per_block",
     "down_block_types",
 )
-"""Of the configurations of a ControlNet and its U-Net: what must be the same."""
+"""Fields that must be the same in the configurations of a ControlNet and its U-Net."""
 
 
 def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> np.ndarray:

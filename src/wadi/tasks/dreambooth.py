@@ -64,12 +64,12 @@ from wadi.progress import progress
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
 """Keys and values of the cross-attention, in U-Nets and in PixArt's transformer."""
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-"""Of CLIP's text encoder: all its linear layers."""
+"""All linear layers of CLIP's text encoder."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEARNING_RATE = 1e-4
 """Where none is given, as in diffusers' train_dreambooth_lora.py."""
 GUIDANCE_SCALE = 7.5
-"""Of the model's own pictures where none is given, as in diffusers."""
+"""Guidance scale of the model's own images where none is given, as in diffusers."""
 CHANGEABLE = (
     "output_dir",
     "checkpointing_steps",
@@ -86,7 +86,7 @@ INPUTS = {
 }
 """Options that name files. A resumed run takes another path of the same content."""
 INPUTS_FILE = "inputs.json"
-"""Of the run folder: digests of what these options name."""
+"""File of the run folder with digests of what these options name."""
 GENERATED_AT_ONCE = 8
 """Class pictures at a time; decides their last bits, so it is not an option."""
 
@@ -117,20 +117,20 @@ class DreamBoothConfig:
     prior_loss_weight: float = 1.0
     """Weight of the class pictures; 0 leaves them out."""
     guidance_scale: float | None = None
-    """Of the model's own pictures, class pictures and before-after.png: 7.5, or 2 for the built-in model."""
+    """Guidance scale of the class images and of before-after.png: 7.5, or 2 for the built-in model."""
     num_inference_steps: int = 25
-    """Of the same."""
+    """Steps of the same images."""
     method: Literal["lorad", "lora"] = "lorad"
     """Adapter that is trained."""
     layers: Literal["all", "cross-attention"] = "all"
     """Layers of the adapter: all linear ones that a student's has; or keys and values of the cross-attention,
     which is where the model meets the words (Custom Diffusion, arXiv 2212.04488)."""
     rank: int = 8
-    """Of the adapter."""
+    """Rank of the adapter."""
     train_text_encoder: bool = False
     """Also train an adapter, of the same kind and rank, of CLIP's text encoder."""
     learning_rate: float | None = None
-    """Of AdamW: 1e-4 if not given, for the built-in model what suits it."""
+    """Learning rate of AdamW: 1e-4 if not given, for the built-in model what suits it."""
     lr_decay_fraction: float = 0.5
     """Last fraction of the training over which the learning rate falls linearly to zero."""
     train_batch_size: int = 4
@@ -144,13 +144,13 @@ class DreamBoothConfig:
     checkpointing_steps: int = 100
     """Steps between checkpoints; Ctrl-C saves one too."""
     resume: bool = False
-    """Go on with the run in the run folder, from its last checkpoint, with its options: leave them away."""
+    """Go on with the run in the run folder, from its last checkpoint, with its options, which are omitted."""
     student_adapter: str | None = None
     """Adapter of a one-step student of the model, on which before-after.png also shows the subject."""
     validation_prompts: tuple[str, ...] = ()
     """Rows of before-after.png; the instance prompt and the first class prompt if not given."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
 

@@ -31,7 +31,7 @@ from wadi.onestep.arguments import image_size, seeded
 from wadi.onestep.output import tell_odd_output
 
 STRENGTH = 0.7
-"""Of image to image and inpainting, where none is given."""
+"""Strength of image to image and inpainting, where none is given."""
 
 CANDIDATES = 8
 """Repaintings in one step of which the best is kept."""

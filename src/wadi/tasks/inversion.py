@@ -92,13 +92,13 @@ class InvertConfig:
     train_batch_size: int = 8
     """Pictures an update."""
     learning_rate: float | None = None
-    """Of AdamW, at its peak, as a multiple of the root mean square of the numbers of --initializer-token's
-    embedding, which differs between models; falls to zero along a cosine. 0.2 for a relation and 0.4 for a
-    subject, whose word has to go further, if not given."""
+    """Learning rate of AdamW at its peak, as a multiple of the root mean square of the numbers of
+    --initializer-token's embedding, which differs between models; falls to zero along a cosine. If not given,
+    0.2 for a relation and 0.4 for a subject, whose word has to go further."""
     steering_weight: float = 0.01
-    """Of the loss that steers a relation towards prepositions; 0 leaves it away."""
+    """Weight of the loss that steers a relation towards prepositions; 0 omits it."""
     steering_temperature: float = 0.07
-    """Of that loss."""
+    """Temperature of that loss."""
     num_positives: int = 4
     """Prepositions of that loss, drawn anew every update."""
     prepositions: tuple[str, ...] = ()
@@ -109,11 +109,11 @@ class InvertConfig:
     """No timestep below is drawn; for a relation only. What is where is decided at high noise, and a one-step
     student knows only the last timestep; ReVersion draws all."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything that is random."""
     gradient_checkpointing: bool = False
     """Compute activations of the U-Net twice instead of keeping them: less memory, more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the networks; the new embeddings are always float32."""
+    """Precision of the networks; the new embeddings are always float32."""
     device: str | None = None
     """Such as cpu or cuda:1; a GPU if there is one."""
 
