@@ -39,7 +39,6 @@ from adapters import CONFIGS, Clock, HookAdapter, header
 
 from wadi.backbones import Backbone, PixArtBackbone, UNetBackbone, fake_config, student_config
 from wadi.backbones.condition import Condition, concatenate, pick
-from wadi.diffusion import Schedule
 from wadi.distill import DistillConfig, Trainer, make_accelerator
 from wadi.distill.cache import Embeddings
 from wadi.distill.fake import fake_loss
@@ -160,7 +159,7 @@ class Plain:
         self.device = torch.device(options.device)
         self.batch, self.config = batch, DistillConfig()
         self.backbone = new_backbone(options)
-        self.schedule = Schedule.from_config(self.backbone.scheduler_config).to(self.device)
+        self.schedule = self.backbone.schedule().to(self.device)
         self.teacher = self.backbone.network
         student_rank, fake_rank = RANKS[options.model]
         self.student, self.student_hooks = self._hooked(student_config(self.teacher, student_rank))

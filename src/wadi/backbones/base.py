@@ -59,7 +59,6 @@ class Backbone(ABC):
         self.network: nn.Module = getattr(pipeline, self.network_name)
         self.network.requires_grad_(False).eval().to(self.device)
         self.dtype = self.network.dtype
-        self.scheduler_config = pipeline.scheduler.config
         self.text = self.text_class(pipeline, self.dtype, self.device, folder)
 
     @classmethod

@@ -87,7 +87,7 @@ def export(trainer: Trainer, run: Path) -> None:
     backbone, teacher = trainer.backbone, config.pretrained_model_name_or_path
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
-        Student.of(backbone.network, backbone.scheduler_config, config.alpha_T_squared).write(folder)
+        Student.of(backbone.network, backbone.pipeline.scheduler, config.alpha_T_squared).write(folder)
     OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
 
 
