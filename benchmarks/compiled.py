@@ -29,9 +29,11 @@ import tyro
 from diffusers import StableDiffusionPipeline
 
 from wadi import emoji
+from wadi.backbones import UNetBackbone
 from wadi.backbones.condition import Condition, concatenate, repeat
-from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator, regions
+from wadi.distill import DistillConfig, Trainer, make_accelerator, regions
 from wadi.onestep import load_pipeline
+from wadi.prompts import encode_prompts
 
 PROMPTS = ["a panda", "a red apple on a blue background", "a cat left of a dog", "a big rocket"]
 
@@ -84,7 +86,7 @@ def make_trainer(pipeline: StableDiffusionPipeline, device: str, precision: str,
     changes = {"train_batch_size": 4} | WAYS[way]
     for name in ("regions", "backend"):
         changes.pop(name, None)
-    config = DistillConfig(
+    config = DistillConfig.of(
         mixed_precision=precision,
         student_rank=8,
         fake_rank=8,
@@ -97,7 +99,7 @@ def make_trainer(pipeline: StableDiffusionPipeline, device: str, precision: str,
         **changes,
     )
     accelerator = make_accelerator(config)
-    torch.nn.Module.to(pipeline.unet, config.dtype)
+    torch.nn.Module.to(pipeline.unet, config.run.dtype)
     backbone = UNetBackbone(pipeline, torch.device(device))
     return Trainer(config, backbone, encode_prompts(backbone.text, PROMPTS, []), accelerator)
 
@@ -176,7 +178,7 @@ def exact(trainer: Trainer) -> Gradients:
     with torch.no_grad():
         both = predict(teacher, x_t.repeat(2, 1, 1, 1), t.repeat(2), concatenate([null, condition]))
         p_null, p_cond = both.chunk(2)
-        eps_teacher = p_null + trainer.config.guidance_scale * (p_cond - p_null)
+        eps_teacher = p_null + trainer.config.objective.guidance_scale * (p_cond - p_null)
         eps_fake = predict(fake, x_t, t, condition)
         direction = sigma**2 * (eps_teacher - eps_fake)
     loss = (x0 * direction).sum() / x0.numel()

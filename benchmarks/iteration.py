@@ -40,15 +40,15 @@ from adapters import CONFIGS, Clock, HookAdapter, header
 from wadi.backbones import Backbone, PixArtBackbone, UNetBackbone, fake_config, student_config
 from wadi.backbones.condition import Condition, concatenate, pick
 from wadi.distill import DistillConfig, Trainer, make_accelerator
-from wadi.distill.cache import Embeddings
 from wadi.distill.fake import fake_loss
-from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import compile_regions, compiling
 from wadi.distill.roles import enable_gradient_checkpointing, view
 from wadi.distill.scores import guided
 from wadi.distill.terms.term import generator_loss
 from wadi.distill.terms.vsd import vsd_gradient
 from wadi.graph import record
+from wadi.prompts import PromptEmbeddings
+from wadi.prompts.cache import Embeddings
 
 RANKS = {"sd15": (256, 32), "pixart-256": (128, 32), "tiny": (4, 2)}
 PIXART = {
@@ -132,7 +132,7 @@ def ours(
 ) -> Callable[[], object]:
     """The project's trainer, a step at a time."""
     student_rank, fake_rank = RANKS[options.model]
-    config = DistillConfig(
+    config = DistillConfig.of(
         train_batch_size=batch // micro_batches,
         gradient_accumulation_steps=micro_batches,
         student_rank=student_rank,
@@ -199,7 +199,7 @@ class Plain:
         with torch.no_grad():
             t = torch.randint(20, 981, (self.batch,), device=device)
             x_t = schedule.add_noise(x0, noise, t)
-            teacher = self.guided(self.teacher, x_t, t, condition, config.guidance_scale)
+            teacher = self.guided(self.teacher, x_t, t, condition, config.objective.guidance_scale)
             fake = self.guided(self.fake, x_t, t, condition, FAKE_GUIDANCE_SCALE)
             difference = schedule.x0(fake, x_t, t) - schedule.x0(teacher, x_t, t)
             gradient = vsd_gradient(difference, *schedule.levels(t))
@@ -207,12 +207,12 @@ class Plain:
         self.update(0, self.student_hooks)
         with torch.no_grad():
             for average, parameter in zip(self.ema, self.student_hooks.parameters(), strict=True):
-                average.lerp_(parameter, 1 - config.ema_decay)
+                average.lerp_(parameter, 1 - config.student.ema_decay)
         t = torch.randint(0, 1000, (self.batch,), device=device)
         x_t = schedule.add_noise(x0.detach(), fake_noise, t)
         prediction = self.backbone.predict(self.fake, x_t, t, condition)
         told = x0.detach(), fake_noise, t
-        fake_loss(schedule, prediction, *told, config.fake_weighting).backward()
+        fake_loss(schedule, prediction, *told, config.fake.weighting).backward()
         self.update(1, self.fake_hooks)
 
     def update(self, which: int, hooks: nn.ModuleList) -> None:

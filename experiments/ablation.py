@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 import statistics
 import subprocess
@@ -53,9 +52,7 @@ from wadi.directions.change import (
     with_norms_of,
 )
 from wadi.distill import PRESETS, DistillConfig, Trainer, make_accelerator
-from wadi.distill.cache import Embeddings
 from wadi.distill.methods import merged_state
-from wadi.distill.prompts import PromptEmbeddings, read_prompts
 from wadi.emoji import assets_folder, prompts_file, teacher_folder
 from wadi.emoji.captions import stated
 from wadi.emoji.evaluate import evaluation_captions, reading_figures
@@ -63,6 +60,8 @@ from wadi.emoji.judge import Judge
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
 from wadi.onestep.fast import to_bytes
+from wadi.prompts import PromptEmbeddings, read_prompts
+from wadi.prompts.cache import Embeddings
 
 RATES = {
     "lorad": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -433,12 +432,15 @@ class World:
 def run_config(run: Run, options: Options) -> DistillConfig:
     """All options of a run."""
     preset = PRESETS["emoji-dit" if run.teacher == "dit" else "emoji"]
-    common = {"train_batch_size": options.train_batch_size, "max_train_steps": options.max_train_steps}
+    common = {
+        "train_batch_size": options.train_batch_size,
+        "max_train_steps": options.max_train_steps,
+    }
     common |= {"cuda_graphs": options.device.startswith("cuda"), "allow_tf32": True, "ema_decay": 0.99}
     common |= {"compile": options.compile}
     # a fake model as large as the student, and as fast
-    common |= {"fake_rank": preset.student_rank, "fake_learning_rate": 3e-3}
-    return dataclasses.replace(preset, **(common | run.changes), seed=run.seed)
+    common |= {"fake_rank": preset.student.rank, "fake_learning_rate": 3e-3}
+    return preset.replace(**(common | run.changes), seed=run.seed)
 
 
 class Student:
@@ -451,7 +453,7 @@ class Student:
         self.curve: list[dict] = []
         self.losses: list[dict] = []
         self.step, self.finite = 0, True
-        self.points = {max(1, round(share * self.config.max_train_steps)) for share in CURVE}
+        self.points = {max(1, round(share * self.config.run.max_train_steps)) for share in CURVE}
 
     def advance(self) -> None:
         """One update."""
@@ -464,7 +466,8 @@ class Student:
             values = torch.stack(list(losses.values())).tolist()
             row = {"step": self.step, **dict(zip(losses, values, strict=True))}
             in_a_row = self.trainer.skipped[1].item()
-            self.finite = all(map(math.isfinite, values)) and in_a_row < self.config.max_skipped_steps
+            limit = self.config.optimizer.max_skipped_steps
+            self.finite = all(map(math.isfinite, values)) and in_a_row < limit
             if self.finite:
                 self.losses.append({k: _rounded(v) for k, v in row.items() if not k.endswith("norm")})
         if self.step in self.points and self.finite:
@@ -473,7 +476,7 @@ class Student:
     @property
     def done(self) -> bool:
         """Whether there is nothing left to train, or nothing that could be."""
-        return self.step >= self.config.max_train_steps or not self.finite
+        return self.step >= self.config.run.max_train_steps or not self.finite
 
     def judged(self, count: int) -> dict[str, float]:
         """Figures of the average now."""
@@ -510,11 +513,12 @@ class Student:
     def result(self) -> dict[str, Any]:
         """Everything of the run, as docs/evidence.md needs it."""
         trainer = self.trainer
-        config = {name: getattr(self.config, name) for name in REPORTED}
-        defaults = DistillConfig()
+        values = self.config.values()
+        config = {name: values[name] for name in REPORTED}
+        defaults = DistillConfig().values()
         for name in REPORTED_IF_SET:
-            if (value := getattr(self.config, name)) != getattr(defaults, name):
-                config[name] = value
+            if values[name] != defaults[name]:
+                config[name] = values[name]
         return {
             "suite": self.run.suite,
             "name": self.run.name,

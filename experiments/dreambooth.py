@@ -408,8 +408,7 @@ def distill_on(run: Run, options: Options) -> dict[str, Any]:
 def distilled(folder: Path, options: Options) -> Path:
     """Train the shipped student on with the customised model as its teacher, on as many captions of each."""
     write_text(folder / "prompts.txt", "\n".join(distillation_prompts()) + "\n")
-    config = dataclasses.replace(
-        PRESETS["emoji"],
+    config = PRESETS["emoji"].replace(
         pretrained_model_name_or_path=str(folder / "pipeline"),
         prompts=str(folder / "prompts.txt"),
         student_adapter=str(student_folder()),

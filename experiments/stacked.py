@@ -141,10 +141,10 @@ def stacked(trainers: Sequence[Trainer], part: str) -> nn.Module:
         part: "student" or "fake".
     """
     base, samples = trainers[0].backbone.network, trainers[0].config.train_batch_size
-    network, first = view(base), getattr(trainers[0].config, f"{part}_method")
+    network, first = view(base), getattr(trainers[0].config, part).method
     suffix = KINDS[first][0][0]
     names = [name for name in getattr(trainers[0], f"{part}_parameters") if name.endswith(suffix)]
-    kinds = [(getattr(t.config, f"{part}_method"), getattr(t.config, f"{part}_rank")) for t in trainers]
+    kinds = [(getattr(t.config, part).method, getattr(t.config, part).rank) for t in trainers]
     runs = [[t for _, t in run] for _, run in groupby(zip(kinds, trainers, strict=True), lambda kt: kt[0])]
     for name in names:
         layer = name.removesuffix(suffix)
@@ -155,7 +155,7 @@ def stacked(trainers: Sequence[Trainer], part: str) -> nn.Module:
 
 
 def _adapted(linear: nn.Linear, layer: str, trainers: Sequence[Trainer], part: str) -> Adapted:
-    method = getattr(trainers[0].config, f"{part}_method")
+    method = getattr(trainers[0].config, part).method
     parameters = [
         [getattr(trainer, f"{part}_parameters")[layer + suffix] for suffix in KINDS[method][0]]
         for trainer in trainers
@@ -168,13 +168,13 @@ def _adapted(linear: nn.Linear, layer: str, trainers: Sequence[Trainer], part: s
 
 def stack_key(config: DistillConfig) -> Hashable | None:
     """Students with equal keys can be trained as one; None: this one cannot."""
-    plain = DistillConfig()
-    if "full" in (config.student_method, config.fake_method):  # convolutions of their own
+    own, plain = config.values(), DistillConfig().values()
+    if "full" in (config.student.method, config.fake.method):  # convolutions of their own
         return None
-    if any(getattr(config, name) != getattr(plain, name) for name in NOT_STACKED):
+    if any(own[name] != plain[name] for name in NOT_STACKED):
         return None
-    guided_fake = config.fake_guidance_scale != 1
-    return config.fake_layers, config.fake_updates, guided_fake, config.train_batch_size
+    guided_fake = config.fake.guidance_scale != 1
+    return config.fake.layers, config.fake.updates, guided_fake, config.optimizer.train_batch_size
 
 
 NOT_STACKED = (
@@ -200,11 +200,11 @@ class StackedScores(Scores):
         super().__init__(first.config, first.schedule, first.predict, *networks, first.null, shape)
         self.samples, self.device = first.config.train_batch_size, first.device
         configs = [trainer.config for trainer in trainers]
-        self.guidance = self._each([config.guidance_scale for config in configs])
-        self.above = self._each([config.guidance_scale_above for config in configs])
+        self.guidance = self._each([config.objective.guidance_scale for config in configs])
+        self.above = self._each([config.objective.guidance_scale_above for config in configs])
         self.highest = self._each([float(trainer.scores.highest_guided) for trainer in trainers])
-        self.fake_is_guided = any(config.fake_guidance_scale != 1 for config in configs)
-        self.fake_guidance = self._each([config.fake_guidance_scale for config in configs])
+        self.fake_is_guided = any(config.fake.guidance_scale != 1 for config in configs)
+        self.fake_guidance = self._each([config.fake.guidance_scale for config in configs])
 
     def _each(self, values: Sequence[float]) -> torch.Tensor:
         """(K n,) from one of each student."""
@@ -275,7 +275,7 @@ class Stack:
                 found |= more
         for trainer, found in zip(self.trainers, losses, strict=True):
             finite = found["student_grad_norm"].isfinite() & found["fake_grad_norm"].isfinite()
-            count_skipped(trainer.skipped, finite, trainer.config.max_skipped_steps)
+            count_skipped(trainer.skipped, finite, trainer.config.optimizer.max_skipped_steps)
         return losses
 
     def _update_students(

@@ -34,7 +34,7 @@ def test_every_name_is_there_before_and_after_the_rooms_are_imported():
 
 def test_calling_the_package_distils():
     with pytest.raises(WadiError, match="--prompts"):
-        wadi.distill(wadi.DistillConfig(pretrained_model_name_or_path="nowhere"))
+        wadi.distill(wadi.DistillConfig.of(pretrained_model_name_or_path="nowhere"))
 
 
 def test_options_of_a_distillation_do_not_load_diffusers():

@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "report": ("wadi.commands.report:report", "write the report of a run again"),
     "prompts encode": (
-        "wadi.distill.prompts:encode_to_disk",
+        "wadi.commands.prompts_encode:prompts_encode",
         "encode training prompts once, and keep them on the disk",
     ),
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),

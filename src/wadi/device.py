@@ -1,10 +1,13 @@
-"""Where the networks work."""
+"""Where the networks work, and in which precision."""
 
 from __future__ import annotations
 
 import torch
 
 from wadi.errors import WadiError
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The dtype of the networks by the value of --mixed-precision."""
 
 
 def chosen_device(name: str | torch.device | None = None) -> str:

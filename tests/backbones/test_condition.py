@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wadi.backbones.condition import MASK, STATES, concatenate, pick, without_padding
-from wadi.distill.cache import EmbeddingCache, Embeddings
+from wadi.prompts.cache import EmbeddingCache, Embeddings
 
 TOKENS, WIDTH = 7, 4
 
@@ -40,7 +40,7 @@ PROMPTS = ["a", "a b c", "a b", "a b c d e", "a b c d e f g", "b", "b c"]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 3)
+    monkeypatch.setattr("wadi.prompts.cache.SHARD_SIZE", 3)
     return EmbeddingCache(TwoEncoders(), tmp_path)
 
 

@@ -1,7 +1,5 @@
 """PixArt-alpha through the same loop: conditions with masks, learned sigma, exact resume."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -11,10 +9,11 @@ from tests.distill.test_resume import config
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.backbones import PixArtBackbone, load_backbone, load_prompt_encoder
 from wadi.backbones.condition import concatenate
-from wadi.distill import DistillConfig, EmbeddingCache, distill
-from wadi.distill.config import PRESETS
+from wadi.distill import DistillConfig, distill
+from wadi.distill.presets import PRESETS
 from wadi.files import load_tensors, save_tensors
 from wadi.onestep import OneStepPipeline, Student
+from wadi.prompts import EmbeddingCache
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +75,19 @@ def test_prediction_with_micro_conditions():
 @pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
 def test_trains_in_bfloat16_and_with_checkpointing(pixart_folder, tmp_path, changes):
     options = config(pixart_folder, tmp_path, "run")
-    run = distill(dataclasses.replace(options, max_train_steps=2, alpha_T_squared=0.0047, **changes))
+    run = distill(options.replace(max_train_steps=2, alpha_T_squared=0.0047, **changes))
     weights = load_tensors(run / "adapter" / "adapter_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lorad_A" in name)
 
 
 def test_distils_exports_and_resumes_the_same_bits(pixart_folder, tmp_path):
-    options = dataclasses.replace(
-        config(pixart_folder, tmp_path, "run"), alpha_T_squared=0.0047, max_train_steps=4, lr_decay_fraction=0
+    options = config(pixart_folder, tmp_path, "run").replace(
+        alpha_T_squared=0.0047, max_train_steps=4, lr_decay_fraction=0
     )
     run = distill(options)
-    half = distill(dataclasses.replace(options, output_dir=str(tmp_path / "half"), max_train_steps=2))
-    distill(DistillConfig(resume_from_checkpoint=str(half), max_train_steps=4))
+    half = distill(options.replace(output_dir=str(tmp_path / "half"), max_train_steps=2))
+    distill(DistillConfig.of(resume_from_checkpoint=str(half), max_train_steps=4))
     first, second = (load_tensors(r / "checkpoints/step-000004/student.safetensors") for r in (run, half))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(bool(t.any()) for name, t in first.items() if "lorad_A" in name)
@@ -109,7 +108,7 @@ def test_distils_exports_and_resumes_the_same_bits(pixart_folder, tmp_path):
 
 def test_complete_cache_loads_no_encoder_and_damage_is_mended(pixart_folder, tmp_path, monkeypatch):
     prompts = [f"cat {'a' * i}" for i in range(5)]
-    monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 2)
+    monkeypatch.setattr("wadi.prompts.cache.SHARD_SIZE", 2)
     encoder = load_prompt_encoder(pixart_folder)
     cache = EmbeddingCache(encoder, tmp_path)
     (embeddings,) = cache.encode(prompts)
@@ -133,7 +132,7 @@ def test_complete_cache_loads_no_encoder_and_damage_is_mended(pixart_folder, tmp
 def test_cut_embeddings_predict_the_same_bits(pixart_folder, tmp_path, monkeypatch):
     """A shard ends with its longest prompt, and the network sees what it saw, forwards and backwards."""
     prompts = ["a dog", "a cat", "x", "moon and sun and stars"]
-    monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 2)
+    monkeypatch.setattr("wadi.prompts.cache.SHARD_SIZE", 2)
     backbone = load_backbone(pixart_folder)
     cache = EmbeddingCache(backbone.text, tmp_path)
     (embeddings,) = cache.encode(prompts)
@@ -182,11 +181,11 @@ def test_a_damaged_shard_alone_is_told_and_encoded_again(pixart_folder, tmp_path
 def test_shards_of_another_format_are_another_entry(pixart_folder, tmp_path, monkeypatch):
     cache = EmbeddingCache(load_prompt_encoder(pixart_folder), tmp_path)
     entry = cache.entry(["x"])
-    monkeypatch.setattr("wadi.distill.cache.FORMAT", 1)
+    monkeypatch.setattr("wadi.prompts.cache.FORMAT", 1)
     assert cache.entry(["x"]) != entry
 
 
 @pytest.mark.parametrize("name", ["pixart-256-paper", "pixart-512-paper", "pixart-1024-paper"])
 def test_presets_hold_the_papers_values(name):
     preset = PRESETS[name]
-    assert (preset.student_rank, preset.fake_rank, preset.alpha_T_squared) == (128, 32, 0.0047)
+    assert (preset.student.rank, preset.fake.rank, preset.student.alpha_T_squared) == (128, 32, 0.0047)

@@ -1,6 +1,5 @@
 """Stable Diffusion XL through every command: two encoders, a pooled embedding, sizes, the zeroed prompt."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -13,11 +12,12 @@ from tests.distill.test_resume import config
 from tests.tiny import tiny_sdxl
 from wadi import cli
 from wadi.backbones import SDXLBackbone, load_backbone, load_prompt_encoder
-from wadi.distill import DistillConfig, EmbeddingCache, distill, encode_prompts
-from wadi.distill.config import FITS, PRESETS
+from wadi.distill import DistillConfig, distill
+from wadi.distill.presets import FITS, PRESETS
 from wadi.errors import WadiError
 from wadi.files import load_tensors
 from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.prompts import EmbeddingCache, encode_prompts
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run(sdxl_folder, tmp_path_factory):
     """A run of 4 updates with the preset's kinds of layers, guided, which needs the null condition."""
     folder = tmp_path_factory.mktemp("run")
     options = config(sdxl_folder, folder, "run", fake_layers="student")
-    return distill(dataclasses.replace(options, max_train_steps=4, lr_decay_fraction=0, guidance_scale=2.0))
+    return distill(options.replace(max_train_steps=4, lr_decay_fraction=0, guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("force_zeros", [True, False])
@@ -86,8 +86,8 @@ def test_latents_of_a_vae_with_statistics_are_decoded_as_by_the_stock_pipeline()
 
 def test_a_resumed_run_has_the_same_bits(sdxl_folder, run, tmp_path):
     half = DistillConfig.load(run / "config.yaml")
-    half = distill(dataclasses.replace(half, output_dir=str(tmp_path / "half"), max_train_steps=2))
-    distill(DistillConfig(resume_from_checkpoint=str(half), max_train_steps=4))
+    half = distill(half.replace(output_dir=str(tmp_path / "half"), max_train_steps=2))
+    distill(DistillConfig.of(resume_from_checkpoint=str(half), max_train_steps=4))
     for name in ("student", "fake", "ema"):
         file = f"checkpoints/step-000004/{name}.safetensors"
         first, second = load_tensors(run / file), load_tensors(half / file)
@@ -98,7 +98,7 @@ def test_a_resumed_run_has_the_same_bits(sdxl_folder, run, tmp_path):
 @pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
 def test_trains_in_bfloat16_and_with_checkpointing(sdxl_folder, tmp_path, changes):
     options = config(sdxl_folder, tmp_path, "run")
-    made = distill(dataclasses.replace(options, max_train_steps=2, **changes))
+    made = distill(options.replace(max_train_steps=2, **changes))
     weights = load_tensors(made / "adapter" / "adapter_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
@@ -193,4 +193,4 @@ def test_the_shorter_tokenizer_bounds_prompts(tmp_path, part, length):
 def test_the_preset_fits_its_teacher():
     preset, fit = PRESETS["sdxl"], FITS["sdxl"]
     assert (fit.pipeline, fit.prediction, fit.resolution) == ("StableDiffusionXLPipeline", "epsilon", 1024)
-    assert (preset.student_rank, preset.fake_rank, preset.fake_layers) == (64, 64, "student")
+    assert (preset.student.rank, preset.fake.rank, preset.fake.layers) == (64, 64, "student")

@@ -84,7 +84,7 @@ IMAGES = ("generate", "control", "image-to-image", "inpaint")
 def options_of(command):
     """Name and type of every option of a command."""
     if command == "distill":
-        return {field.name: field.type for field in dataclasses.fields(DistillConfig)}
+        return {name: place.hint for name, place in DistillConfig.places().items()}
     function = cli._load(cli.COMMANDS[command][0])
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     found = {}

@@ -1,6 +1,5 @@
 """Presets and ranks are compared with the teacher before anything is trained."""
 
-import dataclasses
 import warnings
 
 import pytest
@@ -13,8 +12,15 @@ from tests.tiny import tiny_pipeline, tiny_sdxl
 from wadi import cli
 from wadi.backbones import fake_config, student_config
 from wadi.distill import PRESETS, DistillConfig
-from wadi.distill.checks import check_preset, check_rank, check_ranks, free_memory, layer_sizes
-from wadi.distill.config import FITS
+from wadi.distill.checks import (
+    check_preset,
+    check_preset_name,
+    check_rank,
+    check_ranks,
+    free_memory,
+    layer_sizes,
+)
+from wadi.distill.presets import FITS
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep.student import network_of
 
@@ -31,7 +37,7 @@ TEACHERS = {
 def test_a_preset_is_for_its_kind_of_teacher(preset, kind):
     """The line that refuses names a preset that is taken; another size is told."""
     pipeline, fit = TEACHERS[kind](), FITS[preset]
-    config = dataclasses.replace(PRESETS[preset], pretrained_model_name_or_path="mine")
+    config = PRESETS[preset].replace(pretrained_model_name_or_path="mine")
     if (fit.pipeline, fit.prediction) == kind:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -50,18 +56,18 @@ def test_without_a_preset_all_teachers_are_taken():
     for teacher in TEACHERS.values():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            check_preset(DistillConfig(pretrained_model_name_or_path="mine"), teacher())
+            check_preset(DistillConfig.of(pretrained_model_name_or_path="mine"), teacher())
 
 
 def test_every_preset_knows_its_teachers():
     assert FITS.keys() == PRESETS.keys()
-    assert all(config.preset == name for name, config in PRESETS.items())
+    assert all(config.model.preset == name for name, config in PRESETS.items())
     with pytest.raises(WadiError, match="--preset: must be none or one of"):
-        DistillConfig(preset="sd16")
+        check_preset_name("sd16")
 
 
 def test_alpha_for_a_v_model_is_told():
-    config = DistillConfig(pretrained_model_name_or_path="mine", alpha_T_squared=0.0047)
+    config = DistillConfig.of(pretrained_model_name_or_path="mine", alpha_T_squared=0.0047)
     with pytest.warns(WadiWarning, match="--alpha-T-squared 0.0047: is unusual for mine"):
         check_preset(config, tiny_pipeline("v_prediction"))
 

@@ -1,18 +1,16 @@
 """Options: round trip through YAML, every number checked, presets that hold the paper's values."""
 
-import dataclasses
-
 import pytest
 
-from wadi.distill.config import PRESETS, DistillConfig
+from wadi.distill.config import DistillConfig
+from wadi.distill.presets import PRESETS
 from wadi.distill.update import learning_rate_factor
 from wadi.errors import WadiError
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_yaml(tmp_path, name):
-    config = dataclasses.replace(
-        PRESETS[name],
+    config = PRESETS[name].replace(
         validation_prompts=("ein Bär: 'groß'",),
         alpha_T_squared=0.0047,
         report_to="tensorboard",
@@ -23,18 +21,21 @@ def test_presets_survive_yaml(tmp_path, name):
 
 def test_yaml_written_by_hand(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("student_learning_rate: 1e-3\nguidance_scale: 2\nvalidation_seeds: [1, 2]\n")
+    text = "optimizer: {student_learning_rate: 1e-3}\nobjective: {guidance_scale: 2}\n"
+    path.write_text(text + "run:\n  validation_seeds: [1, 2]\n")
     config = DistillConfig.load(path)
-    assert (config.student_learning_rate, config.guidance_scale) == (1e-3, 2.0)
-    assert config.validation_seeds == (1, 2)
+    assert (config.optimizer.student_learning_rate, config.objective.guidance_scale) == (1e-3, 2.0)
+    assert config.run.validation_seeds == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("studnet_rank: 3", "unknown option 'studnet_rank'; did you mean student_rank"),
-        ("student_rank: three", "--student-rank"),
-        ("mixed_precision: fp8", "--mixed-precision: must be one of no, fp16, bf16"),
+        ("studnet: {rank: 3}", "unknown option 'studnet'; did you mean student"),
+        ("student: {rnak: 3}", "unknown option 'rnak'; did you mean rank"),
+        ("student: 3", "student: is a group"),
+        ("student: {rank: three}", "--student-rank"),
+        ("run: {mixed_precision: fp8}", "--mixed-precision: must be one of no, fp16, bf16"),
         ("- 1", "name: value"),
         ("a: [", "not valid YAML"),
     ],
@@ -72,7 +73,7 @@ def test_bad_yaml_gives_one_line(tmp_path, text, message):
 )
 def test_bad_values_name_the_option(option, value):
     with pytest.raises(WadiError, match=f"--{option.replace('_', '-')}"):
-        DistillConfig(**{option: value})
+        DistillConfig.of(**{option: value})
 
 
 @pytest.mark.parametrize(
@@ -85,34 +86,35 @@ def test_bad_values_name_the_option(option, value):
 )
 def test_options_that_do_not_go_together(options):
     with pytest.raises(WadiError):
-        DistillConfig(**options)
+        DistillConfig.of(**options)
 
 
 @pytest.mark.parametrize("name", ["sd15-paper", "sd21-base-paper", "sd21-paper"])
 def test_stable_diffusion_presets_hold_the_papers_values(name):
     config = PRESETS[name]
-    assert (config.student_rank, config.fake_rank) == (256, 32)
-    assert (config.student_learning_rate, config.fake_learning_rate) == (1e-4, 1e-2)
-    assert (config.guidance_scale, config.fake_guidance_scale) == (1.5, 1.5)
-    assert (config.min_timestep, config.max_timestep, config.null_prompt_probability) == (0.02, 0.98, 0.1)
-    assert (config.fake_updates, config.weighting, config.fake_weighting) == (
+    assert (config.student.rank, config.fake.rank) == (256, 32)
+    assert (config.optimizer.student_learning_rate, config.optimizer.fake_learning_rate) == (1e-4, 1e-2)
+    assert (config.objective.guidance_scale, config.fake.guidance_scale) == (1.5, 1.5)
+    assert (config.objective.min_timestep, config.objective.max_timestep) == (0.02, 0.98)
+    assert config.fake.null_prompt_probability == 0.1
+    assert (config.fake.updates, config.objective.weighting, config.fake.weighting) == (
         1,
         "sigma_squared",
         "alpha_squared",
     )
-    assert config.fake_layers == "attention"
+    assert config.fake.layers == "attention"
 
 
 def test_emoji_paper_preset_keeps_the_papers_proportions():
     config = PRESETS["emoji-paper"]
-    assert (config.student_rank, config.fake_rank, config.fake_updates) == (24, 4, 1)
-    assert config.fake_layers == "attention"
+    assert (config.student.rank, config.fake.rank, config.fake.updates) == (24, 4, 1)
+    assert config.fake.layers == "attention"
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_fake_model_is_guided_in_the_papers_presets_only(name):
     paper, config = name.endswith("-paper"), PRESETS[name]
-    found = config.fake_guidance_scale, config.null_prompt_probability
+    found = config.fake.guidance_scale, config.fake.null_prompt_probability
     assert found == ((1.5, 0.1) if paper else (1.0, 0.0))
 
 
@@ -120,21 +122,21 @@ def test_the_fake_model_is_guided_in_the_papers_presets_only(name):
 def test_other_presets_have_a_fake_model_that_keeps_up(name):
     """The student's layers and rank, and several updates; all else is the paper's."""
     ours, paper = PRESETS[name], PRESETS[f"{name}-paper"]
-    assert (ours.fake_layers, ours.fake_rank) == ("student", ours.student_rank)
-    assert ours.fake_updates > 1
+    assert (ours.fake.layers, ours.fake.rank) == ("student", ours.student.rank)
+    assert ours.fake.updates > 1
     fake = ("fake_rank", "fake_layers", "fake_updates", "fake_guidance_scale", "null_prompt_probability")
-    own = {"preset": name, "output_dir": ours.output_dir}
-    assert dataclasses.replace(paper, **own, **{field: getattr(ours, field) for field in fake}) == ours
+    own = {"preset": name, "output_dir": ours.run.output_dir}
+    assert paper.replace(**own, **{name: ours.values()[name] for name in fake}) == ours
 
 
 def test_fingerprint_follows_what_decides_the_numbers():
     config = DistillConfig()
-    assert config.fingerprint() == dataclasses.replace(config, logging_steps=3, output_dir="x").fingerprint()
-    assert config.fingerprint() != dataclasses.replace(config, fake_updates=2).fingerprint()
+    assert config.fingerprint() == config.replace(logging_steps=3, output_dir="x").fingerprint()
+    assert config.fingerprint() != config.replace(fake_updates=2).fingerprint()
 
 
 def test_learning_rate_schedule():
-    config = DistillConfig(max_train_steps=100, lr_warmup_steps=10, lr_decay_fraction=0.4)
+    config = DistillConfig.of(max_train_steps=100, lr_warmup_steps=10, lr_decay_fraction=0.4)
     factors = [learning_rate_factor(config, step) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert set(factors[10:60]) == {1.0}

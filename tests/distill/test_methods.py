@@ -1,7 +1,5 @@
 """Students that are not LoRaD: what is trained, and that the pipeline holds exactly it."""
 
-import dataclasses
-
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,8 +19,7 @@ METHODS = ("lorad", "lora", "full")
 
 @pytest.fixture(scope="module")
 def options(teacher_folder, tmp_path_factory):
-    return dataclasses.replace(
-        config(teacher_folder, tmp_path_factory.mktemp("methods")),
+    return config(teacher_folder, tmp_path_factory.mktemp("methods")).replace(
         max_train_steps=2,
         validation_steps=0,
         student_learning_rate=1e-2,
@@ -30,7 +27,7 @@ def options(teacher_folder, tmp_path_factory):
 
 
 def run(options, folder, **changes):
-    return distill(dataclasses.replace(options, output_dir=str(folder), **changes))
+    return distill(options.replace(output_dir=str(folder), **changes))
 
 
 def merged(weight, method, tensors, layer):
@@ -45,7 +42,7 @@ def merged(weight, method, tensors, layer):
 def test_the_pipeline_is_the_averaged_student(options, tmp_path, method):
     folder = run(options, tmp_path / "run", student_method=method)
     average = load_tensors(folder / "checkpoints/step-000002/ema.safetensors")
-    teacher = load_pipeline(options.pretrained_model_name_or_path).unet
+    teacher = load_pipeline(options.model.pretrained_model_name_or_path).unet
     student = load_pipeline(folder / "pipeline").unet
     assert not any(isinstance(module, BaseTunerLayer) for module in student.modules())
     assert not (folder / "adapter").exists()
@@ -102,7 +99,7 @@ def test_a_full_student_resumes_the_same_bits(options, tmp_path):
     changes = {"student_method": "full", "fake_method": "lora"}
     whole = run(options, tmp_path / "whole", **changes)
     half = run(options, tmp_path / "half", max_train_steps=1, **changes)
-    distill(DistillConfig(resume_from_checkpoint=str(half), max_train_steps=2))
+    distill(DistillConfig.of(resume_from_checkpoint=str(half), max_train_steps=2))
     first, second = (load_tensors(r / "checkpoints/step-000002/ema.safetensors") for r in (whole, half))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -119,4 +116,4 @@ def test_a_full_student_resumes_the_same_bits(options, tmp_path):
 )
 def test_what_does_not_go_together(changes, message):
     with pytest.raises(WadiError, match=message):
-        DistillConfig(**changes)
+        DistillConfig.of(**changes)

@@ -3,7 +3,6 @@
 Started with torch's own launcher, to which `accelerate launch --multi_gpu` hands over.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -21,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill
-from wadi.distill.prompts import read_prompts
 from wadi.distill.run import _digests, _open_run, share_batch
 from wadi.errors import WadiError
+from wadi.prompts import read_prompts
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 RUN = """
@@ -73,7 +72,7 @@ for place, (where, name, instead) in PLACES.items():
     if os.environ["RANK"] == "0":
         setattr(where, name, instead)
     try:
-        distill(dataclasses.replace(options, output_dir=f"{options.output_dir}-{place}"))
+        distill(options.replace(output_dir=f"{options.run.output_dir}-{place}"))
     except (WadiError, SystemExit) as error:
         print(f"{place}: {type(error).__name__}: {error}", flush=True)
     setattr(where, name, usual)
@@ -83,7 +82,7 @@ GROUPS = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 def config(teacher, folder, **options):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    base = DistillConfig(
+    base = DistillConfig.of(
         pretrained_model_name_or_path=str(teacher),
         prompts=str(folder / "prompts.txt"),
         output_dir=str(folder / "run"),
@@ -101,7 +100,7 @@ def config(teacher, folder, **options):
         validation_steps=3,
         validation_seeds=(1,),
     )
-    return dataclasses.replace(base, **options)
+    return base.replace(**options)
 
 
 def launch(options, folder, launcher=LAUNCH):
@@ -215,10 +214,10 @@ def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, 
     (last,) = (run / "checkpoints").iterdir()
     step = int(last.name[-6:])
     assert step == metrics(run)[-1]["step"] < 2000
-    distill(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=step + 1))
+    distill(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=step + 1))
     assert metrics(run)[-1]["step"] == step + 1
     saved = DistillConfig.load(run / "config.yaml")
-    assert (saved.train_batch_size, saved.gradient_accumulation_steps) == (2, 2)
+    assert (saved.optimizer.train_batch_size, saved.optimizer.gradient_accumulation_steps) == (2, 2)
     shared = min(step, 6)
     for row, want in zip(metrics(run)[:shared], metrics(one)[:shared], strict=True):
         assert row["fake_loss"] == pytest.approx(want["fake_loss"], rel=1e-3)
@@ -230,7 +229,7 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
     shutil.copytree(one, run)
     for step in range(3, 7):
         shutil.rmtree(run / f"checkpoints/step-{step:06d}")
-    process = launch(DistillConfig(resume_from_checkpoint=str(run)), tmp_path)
+    process = launch(DistillConfig.of(resume_from_checkpoint=str(run)), tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert_same_to_rounding(run, one, 3, 6)
@@ -244,7 +243,7 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
     options = config(
         teacher, tmp_path, train_batch_size=2, output_dir=str(tmp_path / "nan"), max_skipped_steps=3
     )
-    process = launch(dataclasses.replace(options, checkpointing_steps=100), tmp_path)
+    process = launch(options.replace(checkpointing_steps=100), tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, -signal.SIGKILL)
     told = re.findall("error: step 3: student_loss is (?:nan|inf), 3 steps in a row were skipped", err)
@@ -282,7 +281,7 @@ def test_a_failure_of_one_process_stops_all_and_is_told_once(teacher_folder, tmp
 
 
 def test_samples_of_a_step_are_shared_anew():
-    options = DistillConfig(train_batch_size=8, gradient_accumulation_steps=1)
+    options = DistillConfig.of(train_batch_size=8, gradient_accumulation_steps=1)
     for batch, processes, size, count in (
         (8, 1, 8, 1),
         (8, 2, 4, 1),
@@ -291,7 +290,10 @@ def test_samples_of_a_step_are_shared_anew():
         (24, 2, 6, 2),
     ):
         shared = share_batch(options, batch, processes)
-        assert (shared.train_batch_size, shared.gradient_accumulation_steps) == (size, count)
+        assert (shared.optimizer.train_batch_size, shared.optimizer.gradient_accumulation_steps) == (
+            size,
+            count,
+        )
         assert size * count * processes == batch
         assert shared.fingerprint() == options.fingerprint()
     with pytest.raises(WadiError, match="8 samples a step, which 3 processes cannot share equally"):
@@ -301,13 +303,13 @@ def test_samples_of_a_step_are_shared_anew():
 def test_samples_a_step_stay_without_a_checkpoint(teacher_folder, tmp_path, monkeypatch):
     """A run of two processes with 2 samples each, ended before a checkpoint, goes on in one with 4."""
     options = config(teacher_folder, tmp_path, train_batch_size=2, max_train_steps=1)
-    run = Path(options.output_dir)
-    _open_run(run, options, 4, _digests(options, read_prompts(options.prompts)))
+    run = Path(options.run.output_dir)
+    _open_run(run, options, 4, _digests(options, read_prompts(options.model.prompts)))
     seen = []
     monkeypatch.setattr("wadi.distill.run.train", lambda trainer: seen.append(trainer.batch))
     with pytest.raises(SystemExit):
-        distill(DistillConfig(resume_from_checkpoint=str(run)))
+        distill(DistillConfig.of(resume_from_checkpoint=str(run)))
     assert seen == [4]
     (run / "run.json").write_text("[4]")
     with pytest.raises(WadiError, match=r"run\.json: is damaged"):
-        distill(DistillConfig(resume_from_checkpoint=str(run)))
+        distill(DistillConfig.of(resume_from_checkpoint=str(run)))

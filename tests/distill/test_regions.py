@@ -3,7 +3,6 @@
 Mostly without code generation ("aot_eager"), which takes a C++ compiler and minutes: the graphs are the same.
 """
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -87,8 +86,7 @@ def test_bfloat16_is_within_its_rounding(graphs):
 
 def test_pixart_resumes_the_same_bits_with_sample_grids(graphs, tmp_path):
     tiny_pixart().save_pretrained(tmp_path / "teacher")
-    options = dataclasses.replace(
-        config(tmp_path / "teacher", tmp_path, "whole"),
+    options = config(tmp_path / "teacher", tmp_path, "whole").replace(
         compile=True,
         max_train_steps=4,
         lr_decay_fraction=0.0,
@@ -97,13 +95,13 @@ def test_pixart_resumes_the_same_bits_with_sample_grids(graphs, tmp_path):
         validation_seeds=(1, 2, 3),
     )
     whole = distill(options)
-    half = distill(dataclasses.replace(options, output_dir=str(tmp_path / "half"), max_train_steps=2))
+    half = distill(options.replace(output_dir=str(tmp_path / "half"), max_train_steps=2))
     made = graphs.frame_count
-    distill(DistillConfig(resume_from_checkpoint=str(half), max_train_steps=4))
+    distill(DistillConfig.of(resume_from_checkpoint=str(half), max_train_steps=4))
     assert graphs.frame_count == made
     first, second = (load_tensors(r / "checkpoints/step-000004/student.safetensors") for r in (whole, half))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    eager = distill(dataclasses.replace(options, output_dir=str(tmp_path / "eager"), compile=False))
+    eager = distill(options.replace(output_dir=str(tmp_path / "eager"), compile=False))
     names = [load_tensors(r / "adapter/adapter_model.safetensors").keys() for r in (whole, eager)]
     assert names[0] == names[1]
 

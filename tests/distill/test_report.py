@@ -17,8 +17,9 @@ from PIL import Image
 from tests.onestep.test_pipeline import tiny_pixart
 from wadi.cli import main
 from wadi.commands.distill import parse
-from wadi.distill.config import PRESETS, DistillConfig
+from wadi.distill.config import DistillConfig
 from wadi.distill.figures import Figure
+from wadi.distill.presets import PRESETS
 from wadi.distill.report import (
     Comparison,
     _duration,
@@ -38,7 +39,7 @@ FIGURES = [Figure("Alignment", 0.1, 0.78, 0.997, "higher", "Share of sentences t
 def run(tmp_path, teacher_folder):
     run = tmp_path / "run"
     (run / "samples").mkdir(parents=True)
-    config = DistillConfig(
+    config = DistillConfig.of(
         pretrained_model_name_or_path=str(teacher_folder),
         prompts="prompts.txt",
         validation_prompts=PROMPTS,
@@ -180,9 +181,7 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
     changes = {"validation_prompts": prompts, "student_method": method}
     if method == "lorad":
         changes["student_adapter"] = "old & <new>"
-    dataclasses.replace(config, pretrained_model_name_or_path=str(teacher), **changes).save(
-        run / "config.yaml"
-    )
+    config.replace(pretrained_model_name_or_path=str(teacher), **changes).save(run / "config.yaml")
     run = run.rename(tmp_path / 'my run\'s "first"')
     OneStepPipeline.from_pretrained(teacher).save_pretrained(run / "pipeline")
     monkeypatch.chdir(tmp_path)
@@ -208,27 +207,26 @@ def parsed(command):
     """The options that `wadi distill` would have."""
     program, name, *arguments = shlex.split(command)
     assert (program, name) == ("wadi", "distill")
-    return dataclasses.asdict(parse(arguments))
+    return parse(arguments).values()
 
 
 def test_the_command_repeats_the_run_beside_it(run, pictures):
     again = parsed(snippet(write_report(run, pictures).read_text(), "again"))
     config = DistillConfig.load(run / "config.yaml")
-    assert again == dataclasses.asdict(config) | {"output_dir": f"{run}-again"}
+    assert again == config.values() | {"output_dir": f"{run}-again"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
-    config = dataclasses.replace(
-        PRESETS[preset],
+    config = PRESETS[preset].replace(
         pretrained_model_name_or_path="teacher",
         alpha_T_squared=None,
         prompts='it\'s my "file".txt',
         validation_prompts=("a\nb", "c $HOME `d`"),
         validation_seeds=(3,),
-        gradient_checkpointing=not PRESETS[preset].gradient_checkpointing,
+        gradient_checkpointing=not PRESETS[preset].run.gradient_checkpointing,
     )
-    assert parsed(command_line(config)) == dataclasses.asdict(config)
+    assert parsed(command_line(config)) == config.values()
 
 
 def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):
@@ -258,25 +256,25 @@ def test_report_of_a_run_folder(run, teacher_folder):
         report(run)
     OneStepPipeline.from_pretrained(teacher_folder).save_pretrained(run / "pipeline")
     config = DistillConfig.load(run / "config.yaml")
-    config = dataclasses.replace(config, validation_steps=0, validation_seeds=())  # the default's then
+    config = config.replace(validation_steps=0, validation_seeds=())  # the default's then
     config.save(run / "config.yaml")
     html = report(run, steps=2).read_text()
     assert "takes 2 steps" in html
     assert "guidance\n1.5" in html
     assert "seed 3" in html
-    dataclasses.replace(config, validation_prompts=()).save(run / "config.yaml")
+    config.replace(validation_prompts=()).save(run / "config.yaml")
     with pytest.raises(WadiError, match="names no validation_prompts"):
         report(run)
 
 
 def test_command_line_names_every_changed_option():
-    config = DistillConfig(
+    config = DistillConfig.of(
         prompts="my prompts.txt", validation_prompts=("a b", "c"), gradient_checkpointing=True
     )
     assert command_line(config) == (
         "wadi distill --prompts 'my prompts.txt' --gradient-checkpointing --validation-prompts 'a b' c"
     )
-    assert command_line(dataclasses.replace(config, resume_from_checkpoint="run")) == command_line(config)
+    assert command_line(config.replace(resume_from_checkpoint="run")) == command_line(config)
 
 
 @pytest.mark.parametrize(

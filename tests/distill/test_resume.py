@@ -1,6 +1,5 @@
 """A run that is killed or interrupted goes on as if nothing had happened: the same bits on the CPU."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ FILES = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 def config(teacher, folder, name, **options):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return DistillConfig(
+    return DistillConfig.of(
         pretrained_model_name_or_path=str(teacher),
         prompts=str(folder / "prompts.txt"),
         output_dir=str(folder / name),
@@ -94,7 +93,7 @@ def test_kill_and_resume_is_the_same_run(teacher_folder, tmp_path, straight):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "run/adapter").exists()
-    distill(DistillConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    distill(DistillConfig.of(resume_from_checkpoint=str(tmp_path / "run")))
     assert_same_run(tmp_path / "run", straight)
 
 
@@ -110,7 +109,7 @@ def test_interrupt_saves_and_says_how_to_go_on(teacher_folder, tmp_path, straigh
     assert "Traceback" not in err
     last = max(run.glob("checkpoints/step-*"))
     assert int(last.name[-6:]) == metrics(run)[-1]["step"] < 8
-    distill(DistillConfig(resume_from_checkpoint=str(last)))
+    distill(DistillConfig.of(resume_from_checkpoint=str(last)))
     assert_same_run(run, straight)
 
 
@@ -119,11 +118,11 @@ def test_interrupt_saves_and_says_how_to_go_on(teacher_folder, tmp_path, straigh
 
 def one_step(teacher, folder, **options):
     options = config(teacher, folder, "run", **options)
-    return dataclasses.replace(options, max_train_steps=2, fake_updates=1)
+    return options.replace(max_train_steps=2, fake_updates=1)
 
 
 def go_on(run, **options):
-    return distill(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=4, **options))
+    return distill(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=4, **options))
 
 
 def edit(path):

@@ -1,6 +1,5 @@
 """`distill` from folders to folders: what it leaves behind, and one clear line for every mistake."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import PROMPTS, tiny_pipeline
-from wadi.backbones import student_config
-from wadi.distill import DistillConfig, UNetBackbone, distill
+from wadi.backbones import UNetBackbone, student_config
+from wadi.distill import DistillConfig, distill
 from wadi.distill.loop import append_metrics
 from wadi.distill.run import resolve
 from wadi.errors import WadiError
@@ -27,7 +26,7 @@ from wadi.onestep import OneStepPipeline, Student
 @pytest.fixture
 def options(teacher_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    return DistillConfig(
+    return DistillConfig.of(
         pretrained_model_name_or_path=str(teacher_folder),
         prompts=str(tmp_path / "prompts.txt"),
         output_dir=str(tmp_path / "run"),
@@ -51,7 +50,7 @@ def refuses(options, message, tmp_path):
 
 @pytest.mark.parametrize("alpha_T_squared", [None, 0.0047])
 def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha_T_squared):
-    run = distill(dataclasses.replace(options, report_to="tensorboard", alpha_T_squared=alpha_T_squared))
+    run = distill(options.replace(report_to="tensorboard", alpha_T_squared=alpha_T_squared))
     assert {p.name for p in run.iterdir()} >= {
         "config.yaml",
         "metrics.jsonl",
@@ -61,23 +60,23 @@ def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha
         "pipeline",
     }
     saved = DistillConfig.load(run / "config.yaml")
-    assert saved.validation_prompts == tuple(PROMPTS[:4])
-    assert (saved.student_rank, saved.alpha_T_squared) == (2, alpha_T_squared)
+    assert saved.run.validation_prompts == tuple(PROMPTS[:4])
+    assert (saved.student.rank, saved.student.alpha_T_squared) == (2, alpha_T_squared)
     assert list(run.rglob("events.out.tfevents.*"))
     assert not list(run.rglob("*.bin")) + list(run.rglob("*.pt"))
     assert Student.read(run / "adapter").alpha_T_squared == alpha_T_squared
 
     stock = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)
-    ours = OneStepPipeline.from_pretrained(options.pretrained_model_name_or_path, run / "adapter")
+    ours = OneStepPipeline.from_pretrained(options.model.pretrained_model_name_or_path, run / "adapter")
     arguments = {"generator": torch.Generator().manual_seed(3), "output_type": "np"}
     pictures = stock(PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, **arguments).images
     assert (pictures == ours(PROMPTS[0], seed=3, output_type="np")).all()
-    teacher = OneStepPipeline.from_pretrained(options.pretrained_model_name_or_path)
+    teacher = OneStepPipeline.from_pretrained(options.model.pretrained_model_name_or_path)
     assert not (pictures == teacher(PROMPTS[0], seed=3, output_type="np")).all()
 
 
 def test_v_prediction_trains(options, v_teacher_folder):
-    run = distill(dataclasses.replace(options, pretrained_model_name_or_path=str(v_teacher_folder)))
+    run = distill(options.replace(pretrained_model_name_or_path=str(v_teacher_folder)))
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -98,24 +97,22 @@ def test_sample_grid_is_what_generate_draws(options, monkeypatch):
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_missing_subfolder_is_named(options, tmp_path, part):
     folder = tmp_path / "teacher"
-    shutil.copytree(options.pretrained_model_name_or_path, folder)
+    shutil.copytree(options.model.pretrained_model_name_or_path, folder)
     shutil.rmtree(folder / part)
-    refuses(
-        dataclasses.replace(options, pretrained_model_name_or_path=str(folder)), f"teacher.*{part}", tmp_path
-    )
+    refuses(options.replace(pretrained_model_name_or_path=str(folder)), f"teacher.*{part}", tmp_path)
 
 
 def test_pickled_weights_are_not_read(options, tmp_path):
     folder = tmp_path / "teacher"
-    shutil.copytree(options.pretrained_model_name_or_path, folder)
+    shutil.copytree(options.model.pretrained_model_name_or_path, folder)
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    refuses(dataclasses.replace(options, pretrained_model_name_or_path=str(folder)), "teacher", tmp_path)
+    refuses(options.replace(pretrained_model_name_or_path=str(folder)), "teacher", tmp_path)
 
 
 def test_other_pipelines_are_refused(options, tmp_path):
     folder = tmp_path / "teacher"
-    shutil.copytree(options.pretrained_model_name_or_path, folder)
+    shutil.copytree(options.model.pretrained_model_name_or_path, folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(
         json.dumps(index | {"_class_name": "StableDiffusionInstructPix2PixPipeline"})
@@ -139,13 +136,13 @@ def test_other_pipelines_are_refused(options, tmp_path):
 def test_mistakes_give_one_line_and_no_run_folder(options, tmp_path, changes, message):
     if torch.cuda.is_available() and changes.keys() & {"mixed_precision", "cuda_graphs"}:
         pytest.skip("no mistake where there is a GPU")
-    refuses(dataclasses.replace(options, **changes), message, tmp_path)
+    refuses(options.replace(**changes), message, tmp_path)
 
 
 def test_long_prompts_stop_or_are_cut(options, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cat\n" + "x" * 99)
     refuses(options, r"prompts\.txt: 1 of 2 .* line 2 \(101 tokens\)", tmp_path)
-    assert distill(dataclasses.replace(options, truncate_prompts=True)).is_dir()
+    assert distill(options.replace(truncate_prompts=True)).is_dir()
 
 
 def test_used_run_folder_is_refused(options, tmp_path):
@@ -164,7 +161,9 @@ def test_a_finished_run_goes_on_and_writes_its_student_again(options, gone):
     first = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     for name in gone:
         shutil.rmtree(run / name)
-    distill(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=options.max_train_steps + 1))
+    distill(
+        DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=options.run.max_train_steps + 1)
+    )
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != first
     assert (run / "pipeline" / "model_index.json").is_file()
     assert not [path for path in run.iterdir() if path.name.endswith((".tmp", ".old"))]
@@ -174,22 +173,22 @@ def test_a_file_of_the_user_in_the_student_s_folder_stops_a_resumed_run_at_once(
     run = distill(options)
     (run / "pipeline" / "notes.txt").write_text("mine")
     with pytest.raises(WadiError, match=r"pipeline: holds notes\.txt, which wadi distill did not write"):
-        resolve(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=9))
+        resolve(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=9))
     assert (run / "pipeline" / "notes.txt").read_text() == "mine"
 
 
 def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
     run = distill(options)
-    config, checkpoint = resolve(DistillConfig(resume_from_checkpoint=str(run), max_train_steps=5))
-    assert (config.max_train_steps, config.student_rank, config.output_dir) == (5, 2, str(run))
+    config, checkpoint = resolve(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=5))
+    assert (config.run.max_train_steps, config.student.rank, config.run.output_dir) == (5, 2, str(run))
     assert checkpoint == run / "checkpoints/step-000002"
     with pytest.raises(WadiError, match="--student-rank: the run was started with 2"):
-        resolve(DistillConfig(resume_from_checkpoint=str(run), student_rank=8))
+        resolve(DistillConfig.of(resume_from_checkpoint=str(run), student_rank=8))
     with pytest.raises(WadiError, match="not a run folder"):
-        resolve(DistillConfig(resume_from_checkpoint=str(tmp_path)))
+        resolve(DistillConfig.of(resume_from_checkpoint=str(tmp_path)))
     shutil.rmtree(run / "checkpoints")
     assert (
-        resolve(DistillConfig(resume_from_checkpoint=str(run)))[1] is None
+        resolve(DistillConfig.of(resume_from_checkpoint=str(run)))[1] is None
     )  # starts over, from (seed, step)
 
 
@@ -200,7 +199,7 @@ def test_checkpoints_of_another_format_are_refused_before_their_options(options)
     with (run / "config.yaml").open("a") as file:
         file.write("an_option_of_before: 0.1\n")
     with pytest.raises(WadiError, match="step-000002: was written by another version of wadi") as error:
-        resolve(DistillConfig(resume_from_checkpoint=str(run)))
+        resolve(DistillConfig.of(resume_from_checkpoint=str(run)))
     assert "\n" not in str(error.value)
 
 
@@ -213,8 +212,7 @@ def test_full_disk_while_logging_gives_one_line():
 def test_student_goes_on_from_an_adapter(options, tmp_path):
     """With next to no learning rate the student stays the adapter that it started from."""
     first = distill(options)
-    onward = dataclasses.replace(
-        options,
+    onward = options.replace(
         output_dir=str(tmp_path / "onward"),
         student_adapter=str(first / "adapter"),
         student_learning_rate=1e-12,
@@ -231,10 +229,10 @@ def test_student_goes_on_with_another_rank(options, tmp_path):
     first = distill(options)
     changes = {"student_rank": 5, "student_learning_rate": 1e-12}
     onward = {"output_dir": str(tmp_path / "onward"), "student_adapter": str(first / "adapter")}
-    second = distill(dataclasses.replace(options, **changes, **onward))
+    second = distill(options.replace(**changes, **onward))
     tensors = load_file(second / "adapter" / "adapter_model.safetensors")
     assert {len(B) for name, B in tensors.items() if name.endswith("lorad_B")} == {5}
-    sources = ((options.pretrained_model_name_or_path, second / "adapter"), (second / "pipeline",))
+    sources = ((options.model.pretrained_model_name_or_path, second / "adapter"), (second / "pipeline",))
     own, merged, before = (
         OneStepPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np")
         for source in (*sources, (first / "pipeline",))
@@ -244,13 +242,13 @@ def test_student_goes_on_with_another_rank(options, tmp_path):
 
 
 def test_adapters_that_the_student_cannot_start_from(options, tmp_path):
-    first = distill(dataclasses.replace(options, output_dir=str(tmp_path / "first")))
+    first = distill(options.replace(output_dir=str(tmp_path / "first")))
     tensors = load_file(first / "adapter" / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith("lorad_A"))
     save_file(tensors | {name: tensors[name][:-1]}, first / "adapter" / "adapter_model.safetensors")
-    other = dataclasses.replace(options, student_adapter=str(first / "adapter"))
+    other = options.replace(student_adapter=str(first / "adapter"))
     refuses(other, "--student-adapter: .*does not fit the adapter: .* has shape", tmp_path)
-    missing = dataclasses.replace(options, student_adapter=str(tmp_path / "none"))
+    missing = options.replace(student_adapter=str(tmp_path / "none"))
     refuses(missing, "none: no such folder", tmp_path)
 
 
@@ -267,5 +265,5 @@ def test_adapters_of_other_layers_are_refused(options, tmp_path):
         ),
     ):
         save_adapter(inject_adapter_in_model(config, model), tmp_path / name)
-        other = dataclasses.replace(options, student_adapter=str(tmp_path / name))
+        other = options.replace(student_adapter=str(tmp_path / name))
         refuses(other, f"--student-adapter: .*{name}.*does not fit the adapter: .*{message}", tmp_path)

@@ -64,7 +64,7 @@ class Line(torch.nn.Module):
 def test_a_student_learns_its_teachers_distribution(name, weighting):
     """The student goes from N(0, 1) to the teacher's mean and deviation."""
     schedule, n = Schedule.from_config(SCHEDULERS[name]), 256
-    config = DistillConfig(weighting=weighting, guidance_scale=1.0, fake_weighting="none")
+    config = DistillConfig.of(weighting=weighting, guidance_scale=1.0, fake_weighting="none")
     teacher, fake, line = Normal(schedule, MEAN, DEVIATION), Normal(schedule, 0.0, 1.0), Line(schedule)
 
     def predict(network, x_t, t, condition):

@@ -1,7 +1,5 @@
 """Trackers: refused in one line before anything starts, or started."""
 
-import dataclasses
-
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -57,8 +55,8 @@ def test_the_command_refuses_before_it_reads_or_writes(name, tmp_path, capsys):
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path):
     """TensorBoard's folder cannot be made where a file is."""
     (tmp_path / "run").write_text("a file")
-    config = DistillConfig(output_dir=str(tmp_path / "run"), report_to="tensorboard")
-    accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir, cpu=True)
-    start_trackers(accelerator, dataclasses.replace(config, report_to=None))  # none is asked for
+    config = DistillConfig.of(output_dir=str(tmp_path / "run"), report_to="tensorboard")
+    accelerator = Accelerator(log_with=config.run.report_to, project_dir=config.run.output_dir, cpu=True)
+    start_trackers(accelerator, config.replace(report_to=None))  # none is asked for
     with pytest.raises(WadiError, match=r"--report-to tensorboard: could not start: .*run"):
         start_trackers(accelerator, config)

@@ -13,12 +13,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from tests.tiny import PROMPTS, tiny_pipeline
+from wadi.backbones import UNetBackbone
 from wadi.backbones.condition import repeat
-from wadi.distill import DistillConfig, Trainer, UNetBackbone, encode_prompts, make_accelerator, train
+from wadi.distill import DistillConfig, Trainer, make_accelerator, train
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDLayer
+from wadi.prompts import encode_prompts
 
-CONFIG = DistillConfig(
+CONFIG = DistillConfig.of(
     train_batch_size=2,
     student_rank=2,
     fake_rank=2,
@@ -38,12 +40,12 @@ CONFIG = DistillConfig(
 
 
 def make(prediction_type="epsilon", pipeline=None, **changes):
-    config = dataclasses.replace(CONFIG, **changes)
+    config = CONFIG.replace(**changes)
     accelerator = make_accelerator(config)
     pipeline = pipeline or tiny_pipeline(prediction_type, channels=(8, 16))
-    torch.nn.Module.to(pipeline.unet, config.dtype)
+    torch.nn.Module.to(pipeline.unet, config.run.dtype)
     backbone = UNetBackbone(pipeline, accelerator.device)
-    prompts = encode_prompts(backbone.text, PROMPTS, list(config.validation_prompts))
+    prompts = encode_prompts(backbone.text, PROMPTS, list(config.run.validation_prompts))
     return Trainer(config, backbone, prompts, accelerator)
 
 

@@ -1,7 +1,6 @@
 """The emoji transformer: what it is told, what it minimises, and the whole way to a one-step picture."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from tests.emoji.cases import synthetic_atlas
 from wadi.backbones import student_config
 from wadi.commands.distill import start_of
 from wadi.distill import distill
-from wadi.distill.config import PRESETS
+from wadi.distill.presets import PRESETS
 from wadi.emoji import prompts_file, teacher_folder, train_teacher
 from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
 from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_generator
@@ -204,8 +203,7 @@ def test_the_stock_pipeline_samples_it(dit_folder):
 def test_from_training_to_a_picture_in_one_step(dit_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(text for text in CAPTIONS if text))
     run = distill(
-        dataclasses.replace(
-            PRESETS["emoji-dit"],
+        PRESETS["emoji-dit"].replace(
             pretrained_model_name_or_path=str(dit_folder),
             prompts=str(tmp_path / "prompts.txt"),
             output_dir=str(tmp_path / "run"),
@@ -246,20 +244,20 @@ def test_preset_trains_a_tenth_of_the_transformer():
     preset, transformer = PRESETS["emoji-dit"], new_transformer()
     layers = dict(transformer.named_modules())
     count = sum(
-        preset.student_rank * (layers[name].out_features + layers[name].in_features // 2)
-        for name in student_config(transformer, preset.student_rank).target_modules
+        preset.student.rank * (layers[name].out_features + layers[name].in_features // 2)
+        for name in student_config(transformer, preset.student.rank).target_modules
     )
     total = sum(parameter.numel() for parameter in transformer.parameters())
     assert (total, count) == (8_012_320, 787_776)
     assert count / total == pytest.approx(0.1, abs=0.005)
-    assert (preset.fake_rank, preset.fake_layers, preset.fake_updates) == (preset.student_rank, "student", 2)
-    assert (preset.guidance_scale, preset.fake_guidance_scale) == (1.5, 1.0)
+    assert (preset.fake.rank, preset.fake.layers, preset.fake.updates) == (preset.student.rank, "student", 2)
+    assert (preset.objective.guidance_scale, preset.fake.guidance_scale) == (1.5, 1.0)
 
 
 def test_preset_of_the_command_line_needs_a_teacher():
     options = start_of(["--preset", "emoji-dit"])
-    assert options.prompts == str(prompts_file())
-    assert options.pretrained_model_name_or_path is None
+    assert options.model.prompts == str(prompts_file())
+    assert options.model.pretrained_model_name_or_path is None
 
 
 def test_refusals(train, dit_folder, tmp_path):

@@ -1,6 +1,5 @@
 """The comparison of adapters: which runs there are, that adapters are of equal size, and that a run works."""
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -71,7 +70,7 @@ def test_every_method_is_tried_as_often_and_trained_with_every_seed(ranks):
     assert {run.prompts for run in gap} == {"selection"}  # the best of them is to be chosen
     preset = PRESETS["emoji"]
     for run in (*rates, *runs, *gap):
-        dataclasses.replace(preset, **run.changes)  # nothing that does not go together
+        preset.replace(**run.changes)  # nothing that does not go together
 
 
 def test_the_rate_is_chosen_by_the_distance_and_a_run_that_failed_never(tmp_path):
@@ -136,7 +135,7 @@ def test_a_run_is_trained_judged_and_not_run_again(tmp_path, monkeypatch, capsys
     assert "1 runs, 0 to do" in capsys.readouterr().out
     assert path.read_bytes() == before
     with pytest.raises(WadiError, match=r"lora-seed1.json: was made with --max-train-steps 1, not 2"):
-        ablation.main(dataclasses.replace(options, max_train_steps=2))
+        ablation.main(options.replace(max_train_steps=2))
 
 
 def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):

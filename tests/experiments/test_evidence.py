@@ -423,8 +423,8 @@ def changed(path, *keys, value=None, remove=False):
     ("keys", "value", "told"),
     [
         (("label",), ..., "label is missing"),
-        (("config", "seed"), ..., "config.seed is missing"),
-        (("config", "student_method"), ..., "config.student_method is missing"),
+        (("config", "seed"), ..., "config.run.seed is missing"),
+        (("config", "student_method"), ..., "config.student.method is missing"),
         (("figures", "recall"), ..., "figures.recall is missing"),
         (("curve", 1, "step"), ..., "curve[1].step is missing"),
         (("figures", "alignment"), None, "figures.alignment is None, not a number"),
@@ -441,7 +441,7 @@ def changed(path, *keys, value=None, remove=False):
         # fits the form, not the others
         (("prompts",), "test", "prompts is test, of other runs of its table selection"),
         (("figures", "samples"), 2000, "figures.samples is 2000, of other runs of its table 10000"),
-        (("config", "max_train_steps"), 7, "config.max_train_steps is 7"),
+        (("config", "max_train_steps"), 7, "config.run.max_train_steps is 7"),
         (("config", "student_learning_rate"), 3e-4, "has the seed of lora-1e-04"),
     ],
 )
@@ -465,7 +465,7 @@ def test_the_odd_one_is_named(page):
     page.write("rates")
     changed(page.data / "rates" / "lora-1e-03.json", "config", "max_train_steps", value=2)
     with pytest.raises(
-        WadiError, match=r"lora-1e-03\.json: config.max_train_steps is 2, of other runs .* 1000"
+        WadiError, match=r"lora-1e-03\.json: config.run.max_train_steps is 2, of other runs .* 1000"
     ):
         page.main()
 

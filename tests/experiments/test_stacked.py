@@ -1,6 +1,5 @@
 """Students trained as one network against each trained by its own `Trainer`."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import torch
 from tests.distill.test_trainer import CONFIG, make
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import PROMPTS, tiny_pipeline
-from wadi.distill import PixArtBackbone, Trainer, encode_prompts, make_accelerator
+from wadi.backbones import PixArtBackbone
+from wadi.distill import Trainer, make_accelerator
 from wadi.distill.config import DistillConfig
+from wadi.prompts import encode_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import stacked
@@ -71,7 +72,7 @@ def test_students_of_a_stack_are_those_of_their_trainers(common):
     for own, together, before in zip(alone, members, start, strict=True):
         assert_alike(own, together, before)
         z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-        condition = {name: x[:2] for name, x in own.prompts.embeddings.take(torch.arange(2)).items()}
+        condition = {name: x[:2] for name, x in own.model.prompts.embeddings.take(torch.arange(2)).items()}
         with torch.no_grad():
             torch.testing.assert_close(
                 together.generate(z, condition), own.generate(z, condition), rtol=1e-2, atol=1e-2
@@ -81,12 +82,10 @@ def test_students_of_a_stack_are_those_of_their_trainers(common):
 def test_transformers_are_stacked_too():
     backbone = PixArtBackbone(tiny_pixart())
     prompts = encode_prompts(backbone.text, PROMPTS, [])
-    common = dataclasses.replace(
-        CONFIG, **COMMON, fake_guidance_scale=1.0, alpha_T_squared=0.0047, validation_prompts=()
-    )
+    common = CONFIG.replace(**COMMON, fake_guidance_scale=1.0, alpha_T_squared=0.0047, validation_prompts=())
 
     def make_all():
-        configs = [dataclasses.replace(common, **each) for each in STUDENTS[:3]]
+        configs = [common.replace(**each) for each in STUDENTS[:3]]
         return [Trainer(config, backbone, prompts, make_accelerator(config)) for config in configs]
 
     alone, members = make_all(), make_all()
@@ -102,9 +101,9 @@ def test_transformers_are_stacked_too():
 def test_what_cannot_be_stacked():
     plain = DistillConfig()
     alike = [{}, {"student_method": "lora"}, {"guidance_scale": 3.0}, {"fake_rank": 8}, {"seed": 5}]
-    assert len({stacked.stack_key(dataclasses.replace(plain, **each)) for each in alike}) == 1
+    assert len({stacked.stack_key(plain.replace(**each)) for each in alike}) == 1
     other = {"fake_updates": 2}, {"fake_guidance_scale": 1.5}, {"fake_layers": "student"}
-    keys = {stacked.stack_key(dataclasses.replace(plain, **each)) for each in ({}, *other)}
+    keys = {stacked.stack_key(plain.replace(**each)) for each in ({}, *other)}
     assert len(keys) == 1 + len(other)
     never = (
         {"student_method": "full"},
@@ -112,4 +111,4 @@ def test_what_cannot_be_stacked():
         {"weighting": "normalized"},
         {"gradient_accumulation_steps": 2},
     )
-    assert {stacked.stack_key(dataclasses.replace(plain, **each)) for each in never} == {None}
+    assert {stacked.stack_key(plain.replace(**each)) for each in never} == {None}

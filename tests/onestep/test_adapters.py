@@ -276,7 +276,7 @@ def test_a_record_that_is_no_object_is_one_line(tmp_path, teacher_folder, text):
 def test_what_a_run_writes_says_what_it_is(teacher_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     run = distill(
-        DistillConfig(
+        DistillConfig.of(
             pretrained_model_name_or_path=str(teacher_folder),
             prompts=str(tmp_path / "prompts.txt"),
             output_dir=str(tmp_path / "run"),

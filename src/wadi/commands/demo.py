@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from wadi import emoji
 from wadi.device import chosen_device
-from wadi.distill.config import PRESETS
+from wadi.distill.presets import PRESETS
 from wadi.distill.report import before_after, write_report
 from wadi.distill.run import distill
 from wadi.emoji.demo import GUIDANCE_SCALE, PROMPTS, SEEDS, STEPS, measure
@@ -22,7 +21,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Run folder; new or empty."""
-    max_train_steps: int = PRESETS["emoji-cpu"].max_train_steps
+    max_train_steps: int = PRESETS["emoji-cpu"].run.max_train_steps
     """Updates of the student."""
     seed: int = 0
     """Seed of the training."""
@@ -41,8 +40,7 @@ def demo(config: DemoConfig) -> None:
     if config.samples < 256 or config.teacher_samples < 1:
         raise WadiError("--samples, --teacher-samples: must be at least 256 and 1")
     run = distill(
-        dataclasses.replace(
-            PRESETS["emoji-cpu"],
+        PRESETS["emoji-cpu"].replace(
             pretrained_model_name_or_path=str(emoji.teacher_folder()),
             prompts=str(emoji.prompts_file()),
             output_dir=str(config.out),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import docstring_parser
 import tyro
 
 from wadi import emoji
-from wadi.distill.config import GROUPS, PRESETS, DistillConfig
+from wadi.distill.config import DistillConfig
+from wadi.distill.presets import PRESETS
 
 HELP_ALL = "--help-all"
 
@@ -22,6 +23,8 @@ _HELP = {
     "output_dir": "Run folder; new or empty, unless a run is resumed.",
 }
 """What the command line says otherwise than `DistillConfig` does."""
+_TITLES = {"fake": "fake model"}
+"""Groups that the help calls otherwise."""
 
 
 def distill(config: DistillConfig) -> None:
@@ -49,9 +52,8 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
     if everything:
         arguments = [*(word for word in arguments if word != HELP_ALL), "--help"]
     groups = tyro.cli(options_type(start_of(arguments), often), prog="wadi distill", args=arguments)
-    return DistillConfig(
-        **{name: value for group in vars(groups).values() for name, value in vars(group).items()}
-    )
+    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    return DistillConfig.of(**values)
 
 
 def start_of(arguments: Sequence[str]) -> DistillConfig:
@@ -60,41 +62,44 @@ def start_of(arguments: Sequence[str]) -> DistillConfig:
     first_look.add_argument("--preset", nargs="?")
     name = first_look.parse_known_args(arguments)[0].preset
     start = PRESETS.get(name, DistillConfig())  # tyro tells about a name that is not known
-    if start.preset.startswith("emoji"):  # a preset of the library cannot know where the built-in teacher is
-        start = dataclasses.replace(start, prompts=str(emoji.prompts_file()))
-        if start.preset != "emoji-dit":  # its teacher does not come with wadi
-            start = dataclasses.replace(start, pretrained_model_name_or_path=str(emoji.teacher_folder()))
+    preset = start.model.preset
+    if preset.startswith("emoji"):  # a preset of the library cannot know where the built-in teacher is
+        start = start.replace(prompts=str(emoji.prompts_file()))
+        if preset != "emoji-dit":  # its teacher does not come with wadi
+            start = start.replace(pretrained_model_name_or_path=str(emoji.teacher_folder()))
     return start
 
 
 def options_type(start: DistillConfig | None = None, often: bool = False) -> type:
-    """What tyro reads the options from: a dataclass of each of `GROUPS`, all of them with defaults.
+    """What tyro reads the options from: a dataclass of each group of `DistillConfig`, with flat names.
 
     Args:
         start: holds the defaults; those of `DistillConfig` if not given.
         often: leave only the options that people set, for --help.
     """
-    start = DistillConfig() if start is None else start
-    hints: dict[str, Any] = get_type_hints(DistillConfig) | {"preset": Literal[("none", *PRESETS)]}
-    said = docstring_parser.parse_from_object(DistillConfig).params
-    helps = {option.arg_name: " ".join((option.description or "").split()) for option in said} | _HELP
-    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in GROUPS}
-    for option in dataclasses.fields(DistillConfig):
-        name = option.name
-        marks = [tyro.conf.arg(prefix_name=False, help=helps[name], aliases=_ALIASES.get(name))]
-        if often and not option.metadata["often"]:
+    defaults = (DistillConfig() if start is None else start).values()
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
+    for name, place in DistillConfig.places().items():
+        hint = Literal[("none", *PRESETS)] if name == "preset" else place.hint
+        said = _HELP.get(name, _described(place.group)[place.field.name])
+        marks = [tyro.conf.arg(prefix_name=False, help=said, aliases=_ALIASES.get(name))]
+        if often and not place.field.metadata["often"]:
             marks.append(tyro.conf.Suppress)
-        groups[option.metadata["group"]].append(
-            (name, Annotated[(hints[name], *marks)], getattr(start, name))
-        )
+        groups.setdefault(place.path[0], []).append((name, Annotated[(hint, *marks)], defaults[name]))
     parts = []
     for group, options in groups.items():
-        part = dataclasses.make_dataclass(group.title().replace(" ", ""), options, frozen=True)
+        part = dataclasses.make_dataclass(group.title(), options, frozen=True)
         part.__doc__ = ""
-        named = Annotated[part, tyro.conf.arg(name=group)]
-        parts.append((group.replace(" ", "_"), named, dataclasses.field(default_factory=part)))
-    whole = dataclasses.make_dataclass("Options", parts, frozen=True)
+        named = Annotated[part, tyro.conf.arg(name=_TITLES.get(group, group))]
+        parts.append((group, named, dataclasses.field(default_factory=part)))
+    whole = dataclasses.make_dataclass("Flags", parts, frozen=True)
     whole.__doc__ = "Turn a diffusion model into a one-step generator."
     if often:
         whole.__doc__ += f" These are the options that people set; {HELP_ALL} shows all of them."
     return whole
+
+
+def _described(group: type) -> dict[str, str]:
+    """The docstring of each option of a group, in one line."""
+    found = docstring_parser.parse_from_object(group).params
+    return {option.arg_name: " ".join((option.description or "").split()) for option in found}

@@ -10,49 +10,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wadi.backbones import PixArtBackbone, UNetBackbone, load_backbone
-    from wadi.distill.cache import EmbeddingCache, Embeddings
-    from wadi.distill.config import PRESETS, DistillConfig
+    from wadi.distill.config import DistillConfig
     from wadi.distill.draws import StepInputs
     from wadi.distill.loop import train
+    from wadi.distill.presets import PRESETS
     from wadi.distill.processes import make_accelerator
-    from wadi.distill.prompts import PromptEmbeddings, encode_prompts, read_prompts
     from wadi.distill.run import distill
     from wadi.distill.trainer import Trainer
 
-__all__ = [
-    "PRESETS",
-    "DistillConfig",
-    "EmbeddingCache",
-    "Embeddings",
-    "PixArtBackbone",
-    "PromptEmbeddings",
-    "StepInputs",
-    "Trainer",
-    "UNetBackbone",
-    "distill",
-    "encode_prompts",
-    "load_backbone",
-    "make_accelerator",
-    "read_prompts",
-    "train",
-]
+__all__ = ["PRESETS", "DistillConfig", "StepInputs", "Trainer", "distill", "make_accelerator", "train"]
 
 _MODULE_OF = {
-    "PRESETS": "config",
+    "PRESETS": "presets",
     "DistillConfig": "config",
-    "EmbeddingCache": "cache",
-    "Embeddings": "cache",
-    "PixArtBackbone": ".backbones",
-    "PromptEmbeddings": "prompts",
     "StepInputs": "draws",
     "Trainer": "trainer",
-    "UNetBackbone": ".backbones",
     "distill": "run",
-    "encode_prompts": "prompts",
-    "load_backbone": ".backbones",
     "make_accelerator": "processes",
-    "read_prompts": "prompts",
     "train": "loop",
 }
 

@@ -10,11 +10,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from wadi.distill.config import FITS, DistillConfig, Fit
+from wadi.distill.config import DistillConfig
+from wadi.distill.presets import FITS, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.scheduler import prediction_type
 from wadi.onestep.student import network_of
+
+
+def check_preset_name(name: str) -> None:
+    """Raise a WadiError unless `name` is a preset or "none"."""
+    if name not in ("none", *FITS):
+        raise WadiError(f"--preset: must be none or one of {', '.join(FITS)}, but is {name!r}")
 
 
 def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
@@ -27,25 +34,26 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
     Raises:
         WadiError: the preset is for another class of pipeline or another prediction type.
     """
-    name, prediction = config.pretrained_model_name_or_path, prediction_type(pipeline.scheduler)
-    if prediction == "v_prediction" and config.alpha_T_squared is not None:
+    name, prediction = config.model.pretrained_model_name_or_path, prediction_type(pipeline.scheduler)
+    preset, alpha = config.model.preset, config.student.alpha_T_squared
+    if prediction == "v_prediction" and alpha is not None:
         tell(
-            f"--alpha-T-squared {config.alpha_T_squared}: is unusual for {name}, which predicts v and needs "
+            f"--alpha-T-squared {alpha}: is unusual for {name}, which predicts v and needs "
             "none; omit it unless you know that the student needs this value"
         )
-    if config.preset == "none":
+    if preset == "none":
         return
     size = network_of(pipeline).config.sample_size
     side = (size if isinstance(size, int) else max(size)) * pipeline.vae_scale_factor
-    found, wanted = Fit(type(pipeline).__name__, prediction, side), FITS[config.preset]
+    found, wanted = Fit(type(pipeline).__name__, prediction, side), FITS[preset]
     if (found.pipeline, found.prediction) != (wanted.pipeline, wanted.prediction):
         raise WadiError(
-            f"--preset {config.preset}: is for a {wanted.pipeline} that predicts {wanted.prediction}, and "
+            f"--preset {preset}: is for a {wanted.pipeline} that predicts {wanted.prediction}, and "
             f"{name} is a {found.pipeline} that predicts {found.prediction}; use {_right_preset(found)}"
         )
     if found.resolution != wanted.resolution:
         tell(
-            f"--preset {config.preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
+            f"--preset {preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
             f"{found.resolution}; the preset for that would be {_right_preset(found)}"
         )
 
@@ -88,7 +96,7 @@ def check_ranks(
     needs = {}
     roles = (("student", student, _STUDENT_COPIES), ("fake", fake, _FAKE_COPIES))
     for who, adapter, copies in roles:
-        method, needed = getattr(config, f"{who}_method"), 0
+        method, needed = getattr(config, who).method, 0
         if method == "full":  # no adapter
             continue
         layers, turned = layer_sizes(network, adapter.target_modules).values(), method == "lorad"

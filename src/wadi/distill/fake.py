@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from wadi.backbones.condition import Condition, choose, pick
 from wadi.diffusion import Schedule
-from wadi.distill.config import DistillConfig
+from wadi.distill.config import FakeOptions
 from wadi.distill.draws import Drawn, Draws
 from wadi.distill.scores import Predict
 
@@ -42,7 +42,7 @@ class FakeModel:
     """The training of the fake model.
 
     Args:
-        config: gives the loss and how often the prompt is empty.
+        options: give the loss and how often the prompt is empty.
         schedule: the teacher's.
         predict: asks a network.
         network: the trained network.
@@ -52,14 +52,14 @@ class FakeModel:
 
     def __init__(
         self,
-        config: DistillConfig,
+        options: FakeOptions,
         schedule: Schedule,
         predict: Predict,
         network: torch.nn.Module,
         null: Condition,
         shape: tuple[int, ...],
     ) -> None:
-        self.config, self.schedule, self.predict = config, schedule, predict
+        self.options, self.schedule, self.predict = options, schedule, predict
         self.network, self.null, self.shape = network, null, shape
 
     def draw(self, draws: Draws, n: int) -> Drawn:
@@ -67,7 +67,7 @@ class FakeModel:
         return {
             "t": draws.times("t", n, self.schedule, 0.0, 1.0),
             "noise": draws.normal("noise", n, self.shape),
-            "null": draws.chance("null", self.config.null_prompt_probability),
+            "null": draws.chance("null", self.options.null_prompt_probability),
         }
 
     def loss(self, x0: torch.Tensor, condition: Condition, drawn: Drawn, micro: slice) -> torch.Tensor:
@@ -82,4 +82,4 @@ class FakeModel:
         x0, noise, t = x0[micro], drawn["noise"][micro], drawn["t"][micro]
         told = choose(drawn["null"], self.null, pick(condition, micro))
         prediction = self.predict(self.network, self.schedule.add_noise(x0, noise, t), t, told)
-        return fake_loss(self.schedule, prediction, x0, noise, t, self.config.fake_weighting)
+        return fake_loss(self.schedule, prediction, x0, noise, t, self.options.weighting)

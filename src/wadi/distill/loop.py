@@ -33,20 +33,21 @@ def train(trainer: Trainer) -> bool:
         SystemExit: code 2, where that happened in another process, which tells.
     """
     config, start = trainer.config, time.monotonic() - trainer.seconds
-    bar = progress(total=config.max_train_steps, initial=trainer.global_step, desc="distilling", unit="step")
+    updates = config.run.max_train_steps
+    bar = progress(total=updates, initial=trainer.global_step, desc="distilling", unit="step")
     alone, main = trainer.accelerator.num_processes == 1, trainer.accelerator.is_main_process
     with bar, catch_interrupt(alone, main) as interrupted:
-        while trainer.global_step < config.max_train_steps:
+        while trainer.global_step < updates:
             losses = trainer.step(trainer.global_step)
             trainer.global_step += 1
             bar.update()
             stop = any_process(interrupted.is_set(), trainer.hosts)
-            end = trainer.global_step == config.max_train_steps
-            save = _due(trainer, config.checkpointing_steps) or stop or end
-            if _due(trainer, config.logging_steps) or save:
+            end = trainer.global_step == updates
+            save = _due(trainer, config.run.checkpointing_steps) or stop or end
+            if _due(trainer, config.run.logging_steps) or save:
                 trainer.seconds = time.monotonic() - start
                 bar.set_postfix(log(trainer, losses))
-            if _due(trainer, config.validation_steps) or (end and config.validation_steps):
+            if _due(trainer, config.run.validation_steps) or (end and config.run.validation_steps):
                 validate(trainer)
             if save:
                 trainer.save_checkpoint()
@@ -87,25 +88,25 @@ def _write_metrics(trainer: Trainer, fetched: dict[str, float], skipped: int) ->
     factor = learning_rate_factor(config, step - 1)
     row = {name: value for name, value in fetched.items() if math.isfinite(value)} | {
         "skipped_steps": skipped,
-        "student_learning_rate": config.student_learning_rate * factor,
-        "fake_learning_rate": config.fake_learning_rate * factor,
+        "student_learning_rate": config.optimizer.student_learning_rate * factor,
+        "fake_learning_rate": config.optimizer.fake_learning_rate * factor,
     }
     trainer.accelerator.log(row, step=step)
     if trainer.accelerator.is_main_process:
         row = {"step": step, **row, "seconds": round(trainer.seconds, 3)}
-        append_metrics(Path(config.output_dir) / "metrics.jsonl", row)
+        append_metrics(Path(config.run.output_dir) / "metrics.jsonl", row)
 
 
 def _check_finite(trainer: Trainer, losses: dict[str, float], run: int) -> None:
     """Raise after too long a run of skipped steps, or if a loss is not finite but its update was made."""
     worst = next((name for name, value in losses.items() if not math.isfinite(value)), None)
-    if run < trainer.config.max_skipped_steps and (run or worst is None):
+    if run < trainer.config.optimizer.max_skipped_steps and (run or worst is None):
         return
     what = f"{worst} is {losses[worst]}" if worst else "gradients were not finite"
     raise WadiError(
         f"step {trainer.global_step}: {what}"
         + (f", {run} steps in a row were skipped" if run else "")
-        + f"; nothing of it was saved, a checkpoint in {trainer.config.output_dir} is good; "
+        + f"; nothing of it was saved, a checkpoint in {trainer.config.run.output_dir} is good; "
         "lower the learning rates and start again"
     )
 
@@ -117,7 +118,7 @@ def validate(trainer: Trainer) -> None:
         WadiError: the file cannot be written.
         SystemExit: code 2, in the processes that do not write it.
     """
-    if not trainer.config.validation_prompts:
+    if not trainer.config.run.validation_prompts:
         return
     with together(trainer.hosts):
         if trainer.accelerator.is_main_process:
@@ -126,21 +127,21 @@ def validate(trainer: Trainer) -> None:
 
 def _write_samples(trainer: Trainer) -> None:
     config, conditions = trainer.config, trainer.prompts.validation
-    seeds, shape = config.validation_seeds, trainer.backbone.latent_shape
+    seeds, shape = config.run.validation_seeds, trainer.backbone.latent_shape
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     # another number of samples would be compiled anew
-    uncompiled = eager() if config.compile else contextlib.nullcontext()
+    uncompiled = eager() if config.run.compile else contextlib.nullcontext()
     with trainer.on_stream(), trainer.ema_weights(), torch.no_grad(), uncompiled:
         z = noise.to(trainer.device)
-        rows = [pick(conditions, slice(i, i + 1)) for i in range(len(config.validation_prompts))]
+        rows = [pick(conditions, slice(i, i + 1)) for i in range(len(config.run.validation_prompts))]
         latents = [
             trainer.generate(z, repeat({k: v.to(trainer.device) for k, v in row.items()}, len(z)))
             for row in rows
         ]
         images = trainer.backbone.decode(torch.cat(latents))
-    path = Path(config.output_dir) / "samples" / f"step-{trainer.global_step:06d}.png"
+    path = Path(config.run.output_dir) / "samples" / f"step-{trainer.global_step:06d}.png"
     with replacing_file(path) as temporary:
-        texts, n = config.validation_prompts, len(seeds)
+        texts, n = config.run.validation_prompts, len(seeds)
         rows = [(text, images[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
         labelled_grid(rows, [f"seed {seed}" for seed in seeds]).save(temporary, format="PNG")
 

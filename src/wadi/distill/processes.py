@@ -26,12 +26,12 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     Raises:
         WadiError: the precision or the tracker cannot be used here.
     """
-    check_tracker(config.report_to)
+    check_tracker(config.run.report_to)
     try:
         return Accelerator(
-            mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
-            log_with=config.report_to,
-            project_dir=config.output_dir,
+            mixed_precision="fp16" if config.run.mixed_precision == "fp16" else "no",
+            log_with=config.run.report_to,
+            project_dir=config.run.output_dir,
             # the buffers are the frozen base's: alike on all processes, and they stay so
             kwargs_handlers=[
                 AutocastKwargs(enabled=False),

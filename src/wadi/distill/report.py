@@ -21,8 +21,9 @@ from PIL import Image
 
 from wadi.device import chosen_device
 from wadi.distill.charts import loss_curves
-from wadi.distill.config import PRESETS, DistillConfig
+from wadi.distill.config import DistillConfig
 from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_figures, read_figures
+from wadi.distill.presets import PRESETS
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
@@ -149,17 +150,17 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         raise WadiError(
             f"{run}: has no pipeline/ yet; go on with wadi distill --resume-from-checkpoint {run}"
         )
-    if not config.validation_prompts:
+    if not config.run.validation_prompts:
         raise WadiError(f"{run / 'config.yaml'}: names no validation_prompts, of which the report has images")
     device = chosen_device()
-    teacher = load_pipeline(config.pretrained_model_name_or_path).to(device)
+    teacher = load_pipeline(config.model.pretrained_model_name_or_path).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
-    guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+    guidance_scale = config.objective.guidance_scale if guidance_scale is None else guidance_scale
     pictures = before_after(
         teacher,
         student,
-        config.validation_prompts,
-        config.validation_seeds or DistillConfig.validation_seeds,
+        config.run.validation_prompts,
+        config.run.validation_seeds or DistillConfig().run.validation_seeds,
         steps,
         guidance_scale,
     )
@@ -209,7 +210,7 @@ def write_report(
         seconds=metrics[-1]["seconds"],
         faster=_faster(pictures.teacher_seconds / pictures.student_seconds),
         command=_again(config, run),
-        config=dataclasses.asdict(config),
+        config=config.values(),
         folder=run.absolute(),
         in_python=in_python(run, pictures),
         in_shell=in_shell(run, pictures),
@@ -220,14 +221,13 @@ def write_report(
 
 def command_line(config: DistillConfig) -> str:
     """The `wadi distill` command with teacher, prompts, and every option that its preset has otherwise."""
-    words, start = ["wadi", "distill"], PRESETS.get(config.preset, DistillConfig())
+    words, start = ["wadi", "distill"], PRESETS.get(config.model.preset, DistillConfig())
     named = ("preset", "pretrained_model_name_or_path", "prompts")  # whatever the preset has
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        usual = field.default if field.name in named else getattr(start, field.name)
-        if value == usual or field.name == "resume_from_checkpoint":
+    for name, value in config.values().items():
+        usual = (DistillConfig() if name in named else start).values()[name]
+        if value == usual or name == "resume_from_checkpoint":
             continue
-        option = field.name.replace("_", "-")
+        option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
@@ -267,7 +267,7 @@ def _pipeline(run_folder: str | Path) -> Path:
 
 def _again(config: DistillConfig, run: Path) -> str:
     """The command that repeats a run, beside it: the run's own folder is in use."""
-    return command_line(dataclasses.replace(config, output_dir=f"{run.absolute()}-again"))
+    return command_line(config.replace(output_dir=f"{run.absolute()}-again"))
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:

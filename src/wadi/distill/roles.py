@@ -99,25 +99,25 @@ def adapted_roles(config: DistillConfig, backbone: Backbone, device: torch.devic
             or the compiler does not work.
     """
     base = backbone.network
-    student = student_config(base, config.student_rank)
-    fake_layers = fake_config if config.fake_layers == "attention" else student_config
-    fake = fake_layers(base, config.fake_rank)
+    student = student_config(base, config.student.rank)
+    fake_layers = fake_config if config.fake.layers == "attention" else student_config
+    fake = fake_layers(base, config.fake.rank)
     check_ranks(config, student, fake, base, free_memory(device))
     roles = build_roles(
         base,
-        method_config(config.student_method, student),
-        method_config(config.fake_method, fake),
-        config.seed,
+        method_config(config.student.method, student),
+        method_config(config.fake.method, fake),
+        config.run.seed,
     )
-    if config.student_adapter is not None:
+    if config.student.adapter is not None:
         try:
-            copy_adapter(roles.student, adapter_folder(config.student_adapter))
+            copy_adapter(roles.student, adapter_folder(config.student.adapter))
         except ValueError as error:
             raise WadiError(f"--student-adapter: {error}") from error
-    if config.gradient_checkpointing:
+    if config.run.gradient_checkpointing:
         enable_gradient_checkpointing(roles.student)
         enable_gradient_checkpointing(roles.fake)
-    if config.compile:
+    if config.run.compile:
         check_compiler(device)
         roles = replace(roles, teacher=view(base))  # the backbone's own modules stay as they are
         for network in (roles.teacher, roles.student, roles.fake):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from wadi.backbones import Backbone, load_backbone
-from wadi.distill.cache import EmbeddingCache, cache_output
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
-from wadi.distill.checks import check_preset
+from wadi.distill.checks import check_preset, check_preset_name
 from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
 from wadi.distill.loop import train, truncate_metrics
 from wadi.distill.methods import merged_state
 from wadi.distill.processes import hosts_group, make_accelerator, together
-from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
@@ -28,6 +25,15 @@ from wadi.onestep import OneStepPipeline, Student, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
 from wadi.onestep.student import check_teacher
 from wadi.outputs import Output
+from wadi.prompts import (
+    EmbeddingCache,
+    Prompt,
+    PromptEmbeddings,
+    check_length,
+    encode_prompts,
+    read_prompts,
+)
+from wadi.prompts.cache import cache_output
 
 RUN_FILE = "run.json"
 GRID_PROMPTS = 4
@@ -49,8 +55,8 @@ def distill(config: DistillConfig) -> Path:
             which tells.
     """
     config, checkpoint = resolve(config)
-    run = Path(config.output_dir)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    run = Path(config.run.output_dir)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     accelerator = make_accelerator(config)
     hosts = hosts_group(accelerator)
     with together(hosts):
@@ -75,19 +81,19 @@ def distill(config: DistillConfig) -> Path:
 
 def export(trainer: Trainer, run: Path) -> None:
     """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher."""
-    config = trainer.config
-    student = trainer.accelerator.unwrap_model(trainer.student)
-    if config.student_method != "lorad":
-        pipeline = load_pipeline(config.pretrained_model_name_or_path)
-        network = getattr(pipeline, trainer.backbone.network_name)
+    backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
+    options, teacher = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
+    if options.method != "lorad":
+        pipeline = load_pipeline(teacher)
+        network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, config.alpha_T_squared).write(part(run, "pipeline"))
+        OneStepPipeline(pipeline, options.alpha_T_squared).write(part(run, "pipeline"))
         return
-    backbone, teacher = trainer.backbone, config.pretrained_model_name_or_path
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
-        Student.of(backbone.network, backbone.pipeline.scheduler, config.alpha_T_squared).write(folder)
+        record = Student.of(backbone.network, backbone.pipeline.scheduler, options.alpha_T_squared)
+        record.write(folder)
     OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
 
 
@@ -98,9 +104,13 @@ def part(run: Path, name: str) -> Output:
 
 def run_output(config: DistillConfig) -> Output:
     """The rule for the run folder of a new run."""
-    inputs = (config.pretrained_model_name_or_path, config.prompts, config.student_adapter)
-    go_on = f"go on with wadi distill --resume-from-checkpoint {config.output_dir}"
-    return Output(config.output_dir, "distill", inputs, instead=go_on)
+    go_on = f"go on with wadi distill --resume-from-checkpoint {config.run.output_dir}"
+    return Output(config.run.output_dir, "distill", _inputs(config), instead=go_on)
+
+
+def _inputs(config: DistillConfig) -> tuple[str | None, ...]:
+    values = config.values()
+    return tuple(values[name] for name in INPUTS)
 
 
 def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillConfig:
@@ -109,17 +119,18 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
     Raises:
         WadiError: the processes cannot share the samples equally.
     """
-    size, count = config.train_batch_size, config.gradient_accumulation_steps
+    size, count = config.optimizer.train_batch_size, config.optimizer.gradient_accumulation_steps
     if size * count * processes == batch:
         return config
     if batch % processes:
         raise WadiError(
-            f"{config.resume_from_checkpoint or config.output_dir}: was trained with {batch} samples a step, "
-            f"which {processes} processes cannot share equally; start a number that divides {batch}"
+            f"{config.run.resume_from_checkpoint or config.run.output_dir}: was trained with {batch} "
+            f"samples a step, which {processes} processes cannot share equally; start a number of processes "
+            f"that divides {batch}"
         )
     own = batch // processes
     size = max(d for d in range(1, min(size, own) + 1) if own % d == 0)
-    return dataclasses.replace(config, train_batch_size=size, gradient_accumulation_steps=own // size)
+    return config.replace(train_batch_size=size, gradient_accumulation_steps=own // size)
 
 
 def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
@@ -135,16 +146,18 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     Raises:
         WadiError: a required option is missing, the run folder is in use, or the run cannot be resumed.
     """
-    if config.resume_from_checkpoint is not None:
+    if config.run.resume_from_checkpoint is not None:
         return _resume(config)
     for name in ("pretrained_model_name_or_path", "prompts"):
-        if getattr(config, name) is None:
-            raise WadiError(f"--{name.replace('_', '-')}: is required")
-    run = Path(config.output_dir).absolute()
+        if getattr(config.model, name) is None:
+            raise WadiError(f"--{INPUTS[name]}: is required")
+    check_preset_name(config.model.preset)
+    run = Path(config.run.output_dir).absolute()
     run_output(config).check()
     _check_cache(config)
-    paths = {name: _absolute(value) for name in INPUTS if (value := getattr(config, name))}
-    return dataclasses.replace(config, output_dir=str(run), **paths), None
+    values = config.values()
+    paths = {name: _absolute(value) for name in INPUTS if (value := values[name])}
+    return config.replace(output_dir=str(run), **paths), None
 
 
 def _absolute(name: str) -> str:
@@ -153,33 +166,32 @@ def _absolute(name: str) -> str:
 
 
 def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
-    given = Path(config.resume_from_checkpoint).absolute()
+    given = Path(config.run.resume_from_checkpoint).absolute()
     checkpoint = given if given.parent.name == "checkpoints" else latest_checkpoint(given / "checkpoints")
     run = given.parent.parent if given.parent.name == "checkpoints" else given
     if not (run / "config.yaml").is_file():
         raise WadiError(f"{given}: not a run folder (no config.yaml) nor one of its checkpoints")
     if checkpoint is not None:
         read_state(checkpoint)  # another format is refused before options that are not known any more
-    saved, defaults = DistillConfig.load(run / "config.yaml"), DistillConfig()
-    changed = {}
-    for field in dataclasses.fields(DistillConfig):
-        value = getattr(config, field.name)
-        if field.name in ("output_dir", "resume_from_checkpoint") or value == getattr(defaults, field.name):
+    saved = DistillConfig.load(run / "config.yaml")
+    own, defaults, changed = saved.values(), DistillConfig().values(), {}
+    for name, value in config.values().items():
+        if name in ("output_dir", "resume_from_checkpoint") or value == defaults[name]:
             continue
-        if field.name in CHANGEABLE:
-            changed[field.name] = value
-        elif field.name in INPUTS:
-            changed[field.name] = _absolute(value)
-        elif value != getattr(saved, field.name):
+        if name in CHANGEABLE:
+            changed[name] = value
+        elif name in INPUTS:
+            changed[name] = _absolute(value)
+        elif value != own[name]:
             raise WadiError(
-                f"--{field.name.replace('_', '-')}: the run was started with {getattr(saved, field.name)}, "
-                f"it cannot go on with {value}; omit the option or start a new run"
+                f"--{name.replace('_', '-')}: the run was started with {own[name]}, it cannot go on with "
+                f"{value}; omit the option or start a new run"
             )
     for name in ("adapter", "pipeline"):
         part(run, name).check()
-    resumed = dataclasses.replace(saved, output_dir=str(run), **changed)
-    for name, option in INPUTS.items():
-        path = Path(getattr(resumed, name) or run)
+    resumed = saved.replace(output_dir=str(run), **changed)
+    for value, option in zip(_inputs(resumed), INPUTS.values(), strict=True):
+        path = Path(value or run)
         if path.is_absolute() and not path.exists():
             raise WadiError(f"{path}: is not there; where it was moved, name its new place with --{option}")
     _check_cache(resumed)
@@ -187,40 +199,41 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
 
 
 def _check_cache(config: DistillConfig) -> None:
-    if config.embeddings_dir is not None:
-        inputs = (config.pretrained_model_name_or_path, config.prompts, config.student_adapter)
-        cache_output(config.embeddings_dir, *inputs).check()
+    if config.model.embeddings_dir is not None:
+        cache_output(config.model.embeddings_dir, *_inputs(config)).check()
 
 
 def _load(
     config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator
 ) -> tuple[DistillConfig, Backbone, list[Prompt], dict[str, str | None]]:
     """The config with what the run and its prompts decide, teacher, prompts, and digests of the inputs."""
-    run = Path(config.output_dir)
+    run = Path(config.run.output_dir)
     batch = _samples_a_step(run, checkpoint)
     if batch is not None:
         config = share_batch(config, batch, accelerator.num_processes)
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if config.run.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
-    prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
+    model = config.model
+    prompts = read_prompts(model.prompts, model.caption_column, model.dataset_split)
     inputs = _digests(config, prompts)
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
-    backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
-    check_teacher(config.pretrained_model_name_or_path, backbone.pipeline.scheduler, backbone.network)
+    teacher = model.pretrained_model_name_or_path
+    backbone = load_backbone(teacher, config.run.dtype, accelerator.device)
+    check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     check_preset(config, backbone.pipeline)
-    if config.student_adapter is not None:
-        student_with(backbone.pipeline, [adapter_folder(config.student_adapter)])
-    if not config.validation_prompts:
-        config = dataclasses.replace(config, validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
+    if config.student.adapter is not None:
+        student_with(backbone.pipeline, [adapter_folder(config.student.adapter)])
+    if not config.run.validation_prompts:
+        config = config.replace(validation_prompts=tuple(p.text for p in prompts[:GRID_PROMPTS]))
     return config, backbone, prompts, inputs
 
 
 def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | None]:
     """What the options in `INPUTS` name, by content."""
-    adapter = config.student_adapter
+    adapter = config.student.adapter
     return {
-        "pretrained_model_name_or_path": model_digest(config.pretrained_model_name_or_path),
+        "pretrained_model_name_or_path": model_digest(config.model.pretrained_model_name_or_path),
         "prompts": texts_digest(prompt.text for prompt in prompts),
         "student_adapter": None if adapter is None else adapter_digest(adapter),
     }
@@ -239,12 +252,12 @@ def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, inputs: dict[st
 
 
 def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) -> PromptEmbeddings:
-    text = backbone.text
-    check_length(prompts, text.tokenizer, config.prompts, config.truncate_prompts, text.limit)
-    grid = [Prompt(prompt, line) for line, prompt in enumerate(config.validation_prompts, 1)]
-    check_length(grid, text.tokenizer, "--validation-prompts", config.truncate_prompts, text.limit)
-    cache = EmbeddingCache(text, config.embeddings_dir)
-    return encode_prompts(text, [prompt.text for prompt in prompts], list(config.validation_prompts), cache)
+    text, model, validation = backbone.text, config.model, list(config.run.validation_prompts)
+    grid = [Prompt(prompt, line) for line, prompt in enumerate(validation, 1)]
+    for some, source in ((prompts, model.prompts), (grid, "--validation-prompts")):
+        check_length(some, text.tokenizer, source, model.truncate_prompts, text.limit)
+    cache = EmbeddingCache(text, model.embeddings_dir)
+    return encode_prompts(text, [prompt.text for prompt in prompts], validation, cache)
 
 
 def _open_run(run: Path, config: DistillConfig, batch: int, inputs: dict[str, str | None]) -> None:

@@ -58,11 +58,12 @@ class Scores:
         self.config, self.schedule, self.predict, self.shape = config, schedule, predict, shape
         self.teacher_network, self.fake_network, self.null = teacher, fake, null
         # the last time at which the teacher is guided
-        self.highest_guided = schedule.times(torch.tensor(config.guidance_max_timestep, dtype=torch.float64))
+        highest = torch.tensor(config.objective.guidance_max_timestep, dtype=torch.float64)
+        self.highest_guided = schedule.times(highest)
 
     def draw(self, draws: Draws, n: int) -> Drawn:
         """Times "t" (n,) and "noise" (n, C, H, W) of the places where the student's images are judged."""
-        low, high = self.config.min_timestep, self.config.max_timestep
+        low, high = self.config.objective.min_timestep, self.config.objective.max_timestep
         return {
             "t": draws.times("t", n, self.schedule, low, high),
             "noise": draws.normal("noise", n, self.shape),
@@ -74,10 +75,12 @@ class Scores:
 
     def teacher(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """What the guided teacher predicts, (N, C, H, W) float32."""
-        config, scale = self.config, self.config.guidance_scale
-        if config.guidance_max_timestep < 1:
-            above = config.guidance_scale_above
-            scale = interval_scale(scale, above, t, self.highest_guided).view(-1, 1, 1, 1)
+        options = self.config.objective
+        scale: float | torch.Tensor = options.guidance_scale
+        if options.guidance_max_timestep < 1:
+            scale = interval_scale(scale, options.guidance_scale_above, t, self.highest_guided).view(
+                -1, 1, 1, 1
+            )
         return self._guided(self.teacher_network, x_t, t, condition, scale)
 
     def unguided_teacher(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -86,7 +89,7 @@ class Scores:
 
     def fake(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """What the fake model predicts, guided too if the options say so, (N, C, H, W) float32."""
-        return self._guided(self.fake_network, x_t, t, condition, self.config.fake_guidance_scale)
+        return self._guided(self.fake_network, x_t, t, condition, self.config.fake.guidance_scale)
 
     @torch.no_grad()
     def _guided(

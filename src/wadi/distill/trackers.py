@@ -41,7 +41,7 @@ def start_trackers(accelerator: Accelerator, config: DistillConfig) -> None:
     Raises:
         WadiError: the tracker cannot start, such as one that needs a login.
     """
-    if config.report_to is None:
+    if config.run.report_to is None:
         return
     options = dataclasses.asdict(config)
     values = {k: v if isinstance(v, (int, float)) else str(v) for k, v in options.items()}
@@ -49,4 +49,4 @@ def start_trackers(accelerator: Accelerator, config: DistillConfig) -> None:
         accelerator.init_trackers("wadi", values)
     except Exception as error:  # each tracker has its own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise WadiError(f"--report-to {config.report_to}: could not start: {reason}") from error
+        raise WadiError(f"--report-to {config.run.report_to}: could not start: {reason}") from error

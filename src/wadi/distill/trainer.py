@@ -19,7 +19,6 @@ from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws, StepInputs
 from wadi.distill.fake import FakeModel
 from wadi.distill.processes import hosts_group, together
-from wadi.distill.prompts import PromptEmbeddings
 from wadi.distill.regions import compiling
 from wadi.distill.roles import adapted_roles, trainable
 from wadi.distill.scores import Scores
@@ -27,6 +26,7 @@ from wadi.distill.student import Student
 from wadi.distill.terms import Batch, terms_of
 from wadi.distill.update import Average, Update, count_skipped, learning_rate_factor
 from wadi.errors import WadiError
+from wadi.prompts import PromptEmbeddings
 
 
 class Trainer:
@@ -42,7 +42,7 @@ class Trainer:
 
     Args:
         config: the options.
-        backbone: the loaded teacher, on the accelerator's device and in `config.dtype`.
+        backbone: the loaded teacher, on the accelerator's device and in `config.run.dtype`.
         prompts: encoded prompts.
         accelerator: from `make_accelerator`.
         inputs: digests of the files that the options name; a checkpoint goes on only with the same ones.
@@ -73,32 +73,33 @@ class Trainer:
         self._build_parts()
 
         self.global_step, self.seconds = 0, 0.0
-        self.samples = config.train_batch_size * config.gradient_accumulation_steps
+        self.samples = config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps
         self.batch = self.samples * accelerator.num_processes
         self.stream, self.graph = None, None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        elif config.cuda_graphs:
+        elif config.run.cuda_graphs:
             raise WadiError("--cuda-graphs: needs a CUDA device; omit it here")
-        if config.cuda_graphs and self.hosts is not None:
+        if config.run.cuda_graphs and self.hosts is not None:
             raise WadiError("--cuda-graphs: works in one process only; omit it or start one process")
 
     def _build_parts(self) -> None:
         """What a step consists of, around the three networks."""
         config, accelerator, schedule = self.config, self.accelerator, self.schedule
         shape = self.backbone.latent_shape
-        own_end = schedule.ending_at(config.alpha_T_squared)
+        own_end = schedule.ending_at(config.student.alpha_T_squared)
         self.generator = Student(own_end, self.predict, self.student)
         networks = self.teacher, self.fake_network
         self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape)
         self.terms = terms_of(config, schedule, shape)
-        self.fake_model = FakeModel(config, schedule, self.predict, self.fake, self.null, shape)
+        self.fake_model = FakeModel(config.fake, schedule, self.predict, self.fake, self.null, shape)
         student, fake = self.student_parameters, self.fake_parameters
-        rates = config.student_learning_rate, config.fake_learning_rate
-        self.student_update = Update(config, accelerator, self.student, student, rates[0])
-        self.fake_update = Update(config, accelerator, self.fake, fake, rates[1])
-        self.average = Average(student, config.ema_decay)
+        options = config.optimizer
+        rates = options.student_learning_rate, options.fake_learning_rate
+        self.student_update = Update(options, accelerator, self.student, student, rates[0])
+        self.fake_update = Update(options, accelerator, self.fake, fake, rates[1])
+        self.average = Average(student, config.student.ema_decay)
         # steps with an update that was skipped, in all and in a row
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
 
@@ -110,10 +111,10 @@ class Trainer:
         Returns:
             Losses and gradient norms, 0-dimensional tensors on the device; valid until the next step.
         """
-        with self.on_stream(), compiling() if self.config.compile else contextlib.nullcontext():
+        with self.on_stream(), compiling() if self.config.run.compile else contextlib.nullcontext():
             inputs = self.draw(step)
             self.set_step(step)
-            if not self.config.cuda_graphs:
+            if not self.config.run.cuda_graphs:
                 return self.iteration(inputs)
             if self.graph is None:
                 self._static = copy.deepcopy(inputs)
@@ -129,7 +130,7 @@ class Trainer:
         """This process's share of the step's random numbers, which depend on the seed and the step alone."""
         accelerator, n = self.accelerator, self.samples
         shared = accelerator.process_index, accelerator.num_processes
-        draws = Draws(self.config.seed, step, self.device, *shared)
+        draws = Draws(self.config.run.seed, step, self.device, *shared)
         return StepInputs(
             z=draws.normal("z", n, self.backbone.latent_shape),
             condition=self._draw_prompts(draws, n),
@@ -137,7 +138,7 @@ class Trainer:
             terms=tuple(term.draw(draws.of(term.name), n) for term in self.terms),
             fake=tuple(
                 self.fake_model.draw(draws.of(f"fake/{update}"), n)
-                for update in range(self.config.fake_updates)
+                for update in range(self.config.fake.updates)
             ),
         )
 
@@ -167,7 +168,7 @@ class Trainer:
         for drawn in inputs.fake:
             losses |= self.update_fake(x0, inputs.condition, drawn)
             finite = finite & losses["fake_grad_norm"].isfinite()
-        count_skipped(self.skipped, finite, self.config.max_skipped_steps)
+        count_skipped(self.skipped, finite, self.config.optimizer.max_skipped_steps)
         return losses
 
     def update_student(self, inputs: StepInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -280,8 +281,9 @@ class Trainer:
             "skipped": self.skipped.tolist(),
             "scaler": scaler.state_dict() if scaler else None,
         }
-        folder, limit = Path(self.config.output_dir) / "checkpoints", self.config.checkpoints_total_limit
-        checkpoint.save_checkpoint(folder, self.global_step, self.checkpoint_tensors(), state, limit)
+        run, tensors = self.config.run, self.checkpoint_tensors()
+        folder = Path(run.output_dir) / "checkpoints"
+        checkpoint.save_checkpoint(folder, self.global_step, tensors, state, run.checkpoints_total_limit)
 
     def load_checkpoint(self, path: Path) -> None:
         """Take weights, average, optimizers and step from a checkpoint folder.

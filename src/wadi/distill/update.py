@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-from wadi.distill.config import DistillConfig
+from wadi.distill.config import DistillConfig, OptimizerOptions
 
 
 class Update:
     """Gradients and AdamW of one network's trained parameters.
 
     Args:
-        config: the options.
+        options: batches and AdamW.
         accelerator: averages gradients over the processes and scales losses.
         network: as `accelerator.prepare` gave it.
         parameters: what is trained of it, float32, by name.
@@ -27,15 +27,15 @@ class Update:
 
     def __init__(
         self,
-        config: DistillConfig,
+        options: OptimizerOptions,
         accelerator: Accelerator,
         network: torch.nn.Module,
         parameters: dict[str, torch.nn.Parameter],
         rate: float,
     ) -> None:
-        self.config, self.accelerator, self.network = config, accelerator, network
+        self.options, self.accelerator, self.network = options, accelerator, network
         self.parameters, self.rate = parameters, rate
-        self.optimizer = _adamw(config, list(parameters.values()), rate, accelerator.device)
+        self.optimizer = _adamw(options, list(parameters.values()), rate, accelerator.device)
 
     def set_rate(self, factor: float) -> None:
         """Set the learning rate to a fraction of its highest; a recorded graph follows it."""
@@ -47,7 +47,7 @@ class Update:
 
     def micro_batches(self) -> Iterator[tuple[slice, contextlib.AbstractContextManager]]:
         """Slices of the step's batch, each with the context that exchanges gradients on the last one only."""
-        size, count = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
         for i in range(count):
             last = i == count - 1
             synchronize = contextlib.nullcontext() if last else self.accelerator.no_sync(self.network)
@@ -59,7 +59,7 @@ class Update:
         Returns:
             The share of each loss in the step's mean, without its weight.
         """
-        count = self.config.gradient_accumulation_steps
+        count = self.options.gradient_accumulation_steps
         weighted = [loss if weight == 1 else weight * loss for loss, weight in losses.values()]
         self.accelerator.backward(sum(weighted[1:], weighted[0]) / count)
         return {name: loss.detach() / count for name, (loss, _) in losses.items()}
@@ -73,7 +73,7 @@ class Update:
         scaler, optimizer = self.accelerator.scaler, self.optimizer
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
         if optimizer.defaults["fused"]:
             optimizer.found_inf = norm.isfinite().logical_not().float()
             optimizer.step()
@@ -132,23 +132,24 @@ def count_skipped(counts: torch.Tensor, finite: torch.Tensor, limit: int) -> Non
 
 def learning_rate_factor(config: DistillConfig, step: int) -> float:
     """Linear warm-up, constant, then linear to zero over the last `lr_decay_fraction`; 1 in between."""
-    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    decay_steps = config.lr_decay_fraction * config.max_train_steps
-    decay = min(1.0, (config.max_train_steps - step) / decay_steps) if decay_steps else 1.0
+    options, steps = config.optimizer, config.run.max_train_steps
+    warmup = min(1.0, (step + 1) / options.lr_warmup_steps) if options.lr_warmup_steps else 1.0
+    decay_steps = options.lr_decay_fraction * steps
+    decay = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
     return warmup * decay
 
 
 def _adamw(
-    config: DistillConfig, parameters: list[torch.nn.Parameter], rate: float, device: torch.device
+    options: OptimizerOptions, parameters: list[torch.nn.Parameter], rate: float, device: torch.device
 ) -> torch.optim.AdamW:
     """Fused AdamW; on a GPU its step and rate live on the device, as a CUDA graph needs them."""
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         parameters,
         lr=torch.tensor(rate, device=device) if on_gpu else rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
         fused=device.type in ("cpu", "cuda"),
         capturable=on_gpu,
     )

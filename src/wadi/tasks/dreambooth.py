@@ -39,7 +39,6 @@ from wadi.diffusion import Schedule
 from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.distill.methods import method_config
-from wadi.distill.prompts import Prompt, check_length, read_prompts
 from wadi.distill.roles import trainable
 from wadi.errors import WadiError
 from wadi.files import (
@@ -60,6 +59,7 @@ from wadi.onestep.saving import save_pipeline
 from wadi.onestep.student import check_teacher, network_of
 from wadi.outputs import Output
 from wadi.progress import progress
+from wadi.prompts import Prompt, check_length, read_prompts
 
 WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
 """Keys and values of the cross-attention, in U-Nets and in PixArt's transformer."""

@@ -6,18 +6,21 @@ from wadi.distill.terms.denoising import Denoising
 from wadi.distill.terms.term import Batch, Term
 from wadi.distill.terms.vsd import Vsd
 
-__all__ = ["Batch", "Denoising", "Term", "Vsd", "terms_of"]
+__all__ = ["TERMS", "Batch", "Denoising", "Term", "Vsd", "terms_of"]
+
+
+TERMS: tuple[type[Term], ...] = (Denoising,)
+"""The terms beside the distillation gradient. The options of each are a group of `ObjectiveOptions` that has
+the term's name and holds its weight."""
 
 
 def terms_of(config: DistillConfig, schedule: Schedule, shape: tuple[int, ...]) -> list[Term]:
-    """The terms that the options ask for.
+    """The distillation gradient, and the terms whose weight is not 0.
 
     Args:
         config: the options.
         schedule: the teacher's.
         shape: (C, H, W) of the latents.
     """
-    terms: list[Term] = [Vsd(config)]
-    if config.denoising_weight:
-        terms.append(Denoising(config, schedule, shape))
-    return terms
+    chosen = [term for term in TERMS if getattr(config.objective, term.name).weight]
+    return [term(config, schedule, shape) for term in (Vsd, *chosen)]

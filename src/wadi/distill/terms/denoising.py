@@ -30,18 +30,14 @@ class Denoising(Term):
 
     This is score distillation without a fake model (DreamFusion, arXiv 2209.14988, eq. 3), in units of x0, by
     the teacher without guidance.
-
-    Args:
-        config: gives the weight and the range of times.
-        schedule: the teacher's.
-        shape: (C, H, W) of the latents.
     """
 
     name = "denoising"
 
     def __init__(self, config: DistillConfig, schedule: Schedule, shape: tuple[int, ...]) -> None:
-        self.weight, self.schedule, self.shape = config.denoising_weight, schedule, shape
-        self.low, self.high = config.min_timestep, config.denoising_max_timestep
+        super().__init__(config, schedule, shape)
+        options = config.objective.denoising
+        self.weight, self.low, self.high = options.weight, config.objective.min_timestep, options.max_timestep
 
     def draw(self, draws: Draws, n: int) -> Drawn:
         """Times "t" (n,) at little noise, and "noise" (n, C, H, W)."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from wadi.backbones.condition import Condition
+from wadi.diffusion import Schedule
+from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws
 from wadi.distill.scores import Place, Scores
 
@@ -32,15 +34,23 @@ class Batch:
 
 
 class Term(ABC):
-    """A term of the student's loss; only its file knows its options.
+    """A term of the student's loss. Only the term's own file reads its options.
+
+    Args:
+        config: the options.
+        schedule: the teacher's.
+        shape: (C, H, W) of the latents.
 
     Attributes:
-        name: the term's draws and its loss in the metrics, "<name>_loss", are called by it.
+        name: names the term's group of options, its draws, and its loss in the metrics, "<name>_loss".
         weight: of its loss in the sum.
     """
 
     name: ClassVar[str]
     weight: float = 1.0
+
+    def __init__(self, config: DistillConfig, schedule: Schedule, shape: tuple[int, ...]) -> None:
+        self.schedule, self.shape = schedule, shape
 
     def draw(self, draws: Draws, n: int) -> Drawn:
         """What the term draws for n samples: tensors whose first dimension is n."""

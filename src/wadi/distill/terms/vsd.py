@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn
 from wadi.distill.terms.term import Batch, Term, generator_loss
@@ -42,16 +43,13 @@ def normalized_vsd_gradient(
 
 
 class Vsd(Term):
-    """The distillation gradient at the step's own place, with the paper's weight or DMD's.
-
-    Args:
-        config: gives the weight.
-    """
+    """The distillation gradient at the step's own place, with the paper's weight or DMD's."""
 
     name = "student"
 
-    def __init__(self, config: DistillConfig) -> None:
-        self.normalized = config.weighting == "normalized"
+    def __init__(self, config: DistillConfig, schedule: Schedule, shape: tuple[int, ...]) -> None:
+        super().__init__(config, schedule, shape)
+        self.normalized = config.objective.weighting == "normalized"
 
     def gradient(self, batch: Batch) -> torch.Tensor:
         """The gradient by x0 of every sample, (N, C, H, W), without gradient itself."""

@@ -9,8 +9,8 @@ import torch
 
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_tokenizer
 from wadi.backbones import UNetBackbone
-from wadi.distill.prompts import Prompt, check_length, encode_prompts, read_prompts
 from wadi.errors import WadiError
+from wadi.prompts import Prompt, check_length, encode_prompts, read_prompts
 
 
 def write(path, prompts, column="text"):

@@ -11,16 +11,17 @@ from diffusers import StableDiffusionPipeline
 from tests.tiny import PROMPTS
 from wadi.backbones import PromptEncoder, load_prompt_encoder
 from wadi.cli import main
-from wadi.distill import DistillConfig, EmbeddingCache, distill
+from wadi.distill import DistillConfig, distill
 from wadi.errors import WadiError
 from wadi.outputs import MARKER
+from wadi.prompts import EmbeddingCache
 
 TEXTS = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
 
 
 @pytest.fixture
 def cache(teacher_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("wadi.distill.cache.SHARD_SIZE", 4)
+    monkeypatch.setattr("wadi.prompts.cache.SHARD_SIZE", 4)
     return EmbeddingCache(load_prompt_encoder(teacher_folder), tmp_path / "cache")
 
 
@@ -137,7 +138,7 @@ def test_command_encodes_and_distill_finds_it(teacher_folder, tmp_path, capsys, 
     assert [words[words.index("now") + 1] for words in shown] == ["1", "0"]
     monkeypatch.setattr(PromptEncoder, "loaded", lambda self: pytest.fail("the encoder was loaded"))
     run = distill(
-        DistillConfig(
+        DistillConfig.of(
             pretrained_model_name_or_path=str(teacher_folder),
             prompts=str(source),
             embeddings_dir=str(folder),

@@ -1,0 +1,64 @@
+"""`wadi prompts encode`: encode training prompts once, and keep them on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from wadi.backbones import load_prompt_encoder
+from wadi.device import DTYPES, chosen_device
+from wadi.prompts import EmbeddingCache, check_length, encode_prompts, read_prompts
+from wadi.prompts.cache import cache_output
+
+
+@dataclass
+class PromptsEncodeConfig:
+    """Encode prompts once and keep them on the disk, where `wadi distill` finds them."""
+
+    teacher: str
+    """Pipeline folder or hub id whose text encoder is used."""
+
+    prompts: str
+    """A .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet file, or a `datasets` id."""
+
+    embeddings_dir: str | None = None
+    """Where to keep them; without it, $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    """That of the distillation: decides the dtype of the embeddings."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the sample grids, if they are not among the others."""
+
+    caption_column: str = "text"
+    """Column (or key) of the prompts in .jsonl, .csv, .parquet files and data sets."""
+
+    dataset_split: str = "train"
+    """Split to read when the prompts are a `datasets` id."""
+
+    truncate_prompts: bool = False
+    """Cut prompts that are longer than the model takes, instead of stopping."""
+
+    device: str = chosen_device()
+    """Where the text encoder works."""
+
+
+def prompts_encode(config: PromptsEncodeConfig) -> dict[str, Any]:
+    """Encode the prompts of a file; an interrupted encoding goes on where it stopped.
+
+    Returns:
+        Number of prompts, how many of them were encoded now, and the cache's folder.
+
+    Raises:
+        WadiError: bad prompts, no such teacher, or a file that cannot be written.
+    """
+    if config.embeddings_dir is not None:
+        cache_output(config.embeddings_dir, config.teacher, config.prompts).check()
+    prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
+    encoder = load_prompt_encoder(config.teacher, DTYPES[config.mixed_precision], config.device)
+    check_length(prompts, encoder.tokenizer, config.prompts, config.truncate_prompts, encoder.limit)
+    cache = EmbeddingCache(encoder, config.embeddings_dir)
+    texts = [prompt.text for prompt in prompts]
+    before = len(cache.missing(texts))
+    encode_prompts(encoder, texts, list(config.validation_prompts), cache)
+    return {"prompts": len(texts), "shards_encoded_now": before, "folder": str(cache.entry(texts))}
