@@ -140,7 +140,7 @@ def stacked(trainers: Sequence[Trainer], part: str) -> nn.Module:
             share their kernels.
         part: "student" or "fake".
     """
-    base, samples = trainers[0].backbone.network, trainers[0].config.train_batch_size
+    base, samples = trainers[0].backbone.network, trainers[0].config.optimizer.train_batch_size
     network, first = view(base), getattr(trainers[0].config, part).method
     suffix = KINDS[first][0][0]
     names = [name for name in getattr(trainers[0], f"{part}_parameters") if name.endswith(suffix)]
@@ -198,7 +198,7 @@ class StackedScores(Scores):
         first = trainers[0]
         networks, shape = (first.teacher, fake), first.backbone.latent_shape
         super().__init__(first.config, first.schedule, first.predict, *networks, first.null, shape)
-        self.samples, self.device = first.config.train_batch_size, first.device
+        self.samples, self.device = first.config.optimizer.train_batch_size, first.device
         configs = [trainer.config for trainer in trainers]
         self.guidance = self._each([config.objective.guidance_scale for config in configs])
         self.above = self._each([config.objective.guidance_scale_above for config in configs])
@@ -235,13 +235,13 @@ class Stack:
     """
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
-        self.trainers = sorted(trainers, key=lambda t: (t.config.student_method, t.config.student_rank))
+        self.trainers = sorted(trainers, key=lambda t: (t.config.student.method, t.config.student.rank))
         first = self.trainers[0]
         self.schedule, self.predict, self.vsd = first.schedule, first.predict, Vsd(first.config)
         self.student, self.fake = stacked(self.trainers, "student"), stacked(self.trainers, "fake")
         self.generator = Student(first.generator.schedule, first.predict, self.student)
         self.scores = StackedScores(self.trainers, self.fake)
-        self.samples = first.config.train_batch_size
+        self.samples = first.config.optimizer.train_batch_size
         self.stream, self.graph = first.stream, None
         for trainer in self.trainers:
             trainer.stream = self.stream
@@ -255,7 +255,7 @@ class Stack:
             inputs = [trainer.draw(step) for trainer in self.trainers]
             for trainer in self.trainers:
                 trainer.set_step(step)
-            if not first.config.cuda_graphs:
+            if not first.config.run.cuda_graphs:
                 return list(zip(self.trainers, self.iteration(inputs), strict=True))
             if self.graph is None:
                 self.static = copy.deepcopy(inputs)
@@ -270,7 +270,7 @@ class Stack:
     def iteration(self, inputs: list[StepInputs]) -> list[dict[str, torch.Tensor]]:
         """`Trainer.iteration` for every trainer, whose options `stack_key` lets through."""
         x0, losses = self._update_students(inputs)
-        for update in range(self.trainers[0].config.fake_updates):
+        for update in range(self.trainers[0].config.fake.updates):
             for found, more in zip(losses, self._update_fakes(x0, inputs, update), strict=True):
                 found |= more
         for trainer, found in zip(self.trainers, losses, strict=True):

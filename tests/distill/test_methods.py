@@ -110,7 +110,7 @@ def test_a_full_student_resumes_the_same_bits(options, tmp_path):
     [
         ({"student_method": "full", "mixed_precision": "bf16"}, "use --mixed-precision no"),
         ({"fake_method": "full", "mixed_precision": "bf16"}, "use --mixed-precision no"),
-        ({"student_method": "lora", "student_adapter": "x"}, "--student-adapter: is LoRaD's"),
+        ({"student_method": "lora", "student_adapter": "x"}, "--student-adapter: is a LoRaD adapter"),
         ({"student_method": "lokr"}, "--student-method: must be one of lorad, lora, full"),
     ],
 )

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from wadi.backbones import Backbone
 from wadi.backbones.condition import Condition, concatenate, repeat
 from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
@@ -14,6 +16,22 @@ from wadi.distill.draws import Drawn, Draws
 
 Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 """What a network predicts for latents (N, C, H, W), times (N,) and N prompts; float32."""
+
+
+def predictor(backbone: Backbone, schedule: Schedule) -> Predict:
+    """`Backbone.predict` at the times of a schedule.
+
+    Without gradients it asks the network itself instead of its DDP: one process alone may ask then.
+    """
+
+    def predict(
+        network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
+            network = network.module
+        return backbone.predict(network, x_t, schedule.timestep(t), condition)
+
+    return predict
 
 
 def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from difflib import get_close_matches
 
 from accelerate import Accelerator
@@ -43,8 +42,7 @@ def start_trackers(accelerator: Accelerator, config: DistillConfig) -> None:
     """
     if config.run.report_to is None:
         return
-    options = dataclasses.asdict(config)
-    values = {k: v if isinstance(v, (int, float)) else str(v) for k, v in options.items()}
+    values = {k: v if isinstance(v, (int, float)) else str(v) for k, v in config.values().items()}
     try:
         accelerator.init_trackers("wadi", values)
     except Exception as error:  # each tracker has its own kinds

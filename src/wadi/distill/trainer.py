@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.nn.parallel import DistributedDataParallel
 
 from wadi import graph
 from wadi.backbones import Backbone
@@ -21,7 +20,7 @@ from wadi.distill.fake import FakeModel
 from wadi.distill.processes import hosts_group, together
 from wadi.distill.regions import compiling
 from wadi.distill.roles import adapted_roles, trainable
-from wadi.distill.scores import Scores
+from wadi.distill.scores import Scores, predictor
 from wadi.distill.student import Student
 from wadi.distill.terms import Batch, terms_of
 from wadi.distill.update import Average, Update, count_skipped, learning_rate_factor
@@ -63,6 +62,7 @@ class Trainer:
         self.fingerprint = config.fingerprint(inputs)
         self.device, self.hosts = accelerator.device, hosts_group(accelerator)
         self.schedule = backbone.schedule().to(self.device)
+        self.predict = predictor(backbone, self.schedule)
         self.null = {name: tensor.to(self.device) for name, tensor in prompts.null.items()}
 
         with together(self.hosts):
@@ -202,14 +202,6 @@ class Trainer:
     def generate(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The student's images x0 (N, C, H, W) float32 from z ~ N(0, I) and the condition of N prompts."""
         return self.generator.sample(z, condition)[0]
-
-    def predict(
-        self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
-    ) -> torch.Tensor:
-        """`Backbone.predict` at times (N,); without gradients past DDP, as one process alone may ask."""
-        if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
-            network = network.module
-        return self.backbone.predict(network, x_t, self.schedule.timestep(t), condition)
 
     # --- the device ---
 
