@@ -296,7 +296,7 @@ def test_samples_of_a_step_are_shared_anew():
         )
         assert size * count * processes == batch
         assert shared.fingerprint() == options.fingerprint()
-    with pytest.raises(WadiError, match="8 samples a step, which 3 processes cannot share equally"):
+    with pytest.raises(WadiError, match="8 samples per step, which 3 processes cannot share equally"):
         share_batch(options, 8, 3)
 
 

@@ -168,6 +168,6 @@ def test_no_compiler_is_one_line(monkeypatch):
         raise RuntimeError("no C++ compiler\nfound")
 
     monkeypatch.setattr(regions, "BACKEND", broken)
-    with pytest.raises(WadiError, match=r"--compile: .*leave it out") as caught:
+    with pytest.raises(WadiError, match=r"--compile: .*omit the option") as caught:
         regions.check_compiler(torch.device("cpu"))
     assert "\n" not in str(caught.value)

@@ -139,9 +139,7 @@ def test_a_moved_run_of_moved_inputs_goes_on_with_the_same_bits(teacher_folder, 
     run = distill(one_step(teacher, tmp_path / "half"))
     moved = run.rename(tmp_path / "moved")
     teacher = teacher.rename(tmp_path / "teacher, moved")
-    with pytest.raises(
-        WadiError, match="is not there; where it was moved, name its new place with --teacher"
-    ):
+    with pytest.raises(WadiError, match="does not exist; if it was moved, give its new path with --teacher"):
         go_on(moved)
     prompts = (tmp_path / "half" / "prompts.txt").rename(tmp_path / "more.txt")
     with pytest.raises(WadiError, match="name its new place with --prompts"):

@@ -1,8 +1,10 @@
 """One iteration against the same iteration written out plainly, and the laws of the loop."""
 
 import dataclasses
+import gc
 import json
 import math
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -489,3 +491,16 @@ def test_trainers_on_one_gpu_work_round_robin():
     for trainer in (alone, *both):
         trainer.synchronize()
     assert_close_by_group(alone, both[0])
+
+
+def test_a_trainer_is_freed_as_soon_as_nobody_uses_it():
+    """Without the collector of circles: several trainers in one process would keep each other's memory."""
+    gc.disable()
+    try:
+        trainer = make()
+        trainer.step(0)
+        gone = weakref.ref(trainer)
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -13,14 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 CURVES = (("student_loss", "Student", "#2563eb"), ("fake_loss", "Fake model", "#d97706"))
 FEW = 30
-"""Points: so few are marked one by one."""
+"""A curve of at most this many points has a marker at each."""
 
 
 def loss_curves(metrics: Sequence[Mapping[str, float]]) -> str:
-    """The losses of student and fake model by update: every logged value, and their running average.
+    """The losses of student and fake model by update, as logged and as a running average.
 
     Args:
-        metrics: rows of metrics.jsonl; a skipped update has no losses.
+        metrics: rows of metrics.jsonl. A skipped update has no losses.
 
     Returns:
         An ``<svg>`` element.

@@ -1,12 +1,12 @@
-"""Checkpoints: folders `checkpoints/step-000100/` that are complete or absent.
+"""Checkpoints: folders such as `checkpoints/step-000100/`, which are either complete or absent.
 
     student.safetensors, fake.safetensors             the adapters
     ema.safetensors                                   the student's moving average
     student_optimizer.safetensors, fake_optimizer...  AdamW's moments and step, as "<parameter>.<moment>"
-    state.json                                        format, step, config fingerprint, samples a step,
-                                                      seconds, steps skipped (in all, in a row), loss scale
+    state.json                                        format, step, config fingerprint, samples per step,
+                                                      seconds, skipped steps (total, in a row), loss scale
 
-Noise needs no entry, because it depends on (seed, step) alone.
+Random numbers need no entry, because they depend on (seed, step, name) alone.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from wadi.outputs import Output, remove_written
 
 Tensors = Mapping[str, torch.Tensor]
 CHECKPOINT = "checkpoints"
-"""Who writes these folders, for their marker."""
+"""The name of the writer in the marker of these folders."""
 
 FORMAT = 2
-"""Number of the format above; a checkpoint of another one is refused."""
+"""Number of the format above. A checkpoint of another format is refused."""
 
 
 def save_checkpoint(
     folder: Path, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], limit: int | None
 ) -> Path:
-    """Write `folder`/step-N beside its place, rename it, then remove the oldest beyond `limit`.
+    """Write `folder`/step-N under a temporary name, rename it, then remove the oldest beyond `limit`.
 
-    A checkpoint in which the user has put something is kept.
+    A checkpoint folder into which the user has put a file is kept.
 
     Raises:
         WadiError: the folder cannot be written; nothing half-written stays, and older checkpoints do.
@@ -56,14 +56,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_batch(path: Path) -> int:
-    """Samples a step, of all processes together, with which a checkpoint was trained.
+    """The samples per step, of all processes together, with which a checkpoint was trained.
 
     Raises:
         WadiError: missing, damaged or of another format.
     """
     batch = read_state(path).get("batch")
     if not isinstance(batch, int) or batch < 1:
-        raise WadiError(f"{path}: does not say how many samples a step has; go on from another checkpoint")
+        raise WadiError(f"{path}: does not say how many samples per step has; resume from another checkpoint")
     return batch
 
 
@@ -91,14 +91,16 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside its tensors: the content of its state.json.
+    """Read the state.json of a checkpoint.
 
     Raises:
         WadiError: missing, damaged or of another format.
     """
     state = read_json(path / "state.json")
     if not isinstance(state, dict):
-        raise WadiError(f"{path / 'state.json'}: damaged, it holds no object; go on from another checkpoint")
+        raise WadiError(
+            f"{path / 'state.json'}: is damaged, because it holds no object; resume from another checkpoint"
+        )
     if state.get("format") != FORMAT:
         raise WadiError(
             f"{path}: was written by another version of wadi (checkpoint format {state.get('format', 0)}, "

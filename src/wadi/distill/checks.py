@@ -1,4 +1,4 @@
-"""Whether options go with a teacher, told before anything is allocated for them: presets and ranks."""
+"""Checks of presets and ranks against the teacher, before memory is allocated for the training."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def check_preset_name(name: str) -> None:
 
 
 def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
-    """Refuse a preset of another kind of model, and tell of one of another resolution.
+    """Refuse a preset for another kind of model. Warn about a preset for another resolution.
 
     Args:
         config: the options; `preset` is "none", or a key of `PRESETS`.
-        pipeline: the teacher's, of which the network and the scheduler are looked at.
+        pipeline: the teacher's. Its network and its scheduler are read.
 
     Raises:
         WadiError: the preset is for another class of pipeline or another prediction type.
@@ -59,7 +59,7 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
 
 
 def _right_preset(found: Fit) -> str:
-    """The preset of the nearest resolution for such a teacher."""
+    """The preset for such a teacher whose resolution is nearest."""
     alike = [
         name
         for name, fit in FITS.items()
@@ -74,7 +74,7 @@ def _right_preset(found: Fit) -> str:
 
 _FLOAT32 = 4  # bytes: what is trained is float32 always
 _STUDENT_COPIES, _FAKE_COPIES = 5, 4
-"""Numbers held for a trained one: itself, its gradient, AdamW's two moments, and the student's average."""
+"""Numbers held for each trained number: itself, its gradient, AdamW's two moments, the student's average."""
 
 
 def check_ranks(
@@ -86,7 +86,7 @@ def check_ranks(
         config: the options, for the methods and the messages.
         student: layers and ranks of the student's adapter.
         fake: those of the fake model's.
-        network: that both are put on, without adapters.
+        network: the base of both, without adapters.
         free: bytes; see `free_memory`.
 
     Raises:
@@ -114,8 +114,8 @@ def check_ranks(
 def check_rank(option: str, r: int, layers: Collection[tuple[int, int]], turned: bool = True) -> None:
     """Raise if no layer can use an adapter's rank.
 
-    LoRaD's angles of a layer are a matrix (out, in // 2), and LoRA's change is one (out, in): a rank beyond
-    the smaller side changes nothing that they can be.
+    LoRaD's angles of a layer are a matrix (out, in // 2), and LoRA's change is a matrix (out, in). A rank
+    above the smaller side adds no matrix that a smaller rank does not have.
 
     Args:
         option: that gave the rank, for the message.
@@ -146,7 +146,7 @@ def layer_sizes(network: nn.Module, names: Collection[str]) -> dict[str, tuple[i
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device: of the GPU, or of this computer or container."""
+    """Bytes that can be allocated on a GPU, or on this computer or container."""
     if device.type == "cuda":
         # what torch holds in reserve can be used as well
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -155,7 +155,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _available() -> int:
-    """Memory without swapping; all memory where the system does not tell what is in use."""
+    """Memory that is free without swapping. All memory if the system does not tell what is in use."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -159,7 +159,7 @@ class OptimizerOptions(Options):
     """Batches, learning rates and AdamW."""
 
     train_batch_size: int = option(4, often=True, changeable=True, at_least=1)
-    """Samples per process and micro-batch. A resumed run keeps its samples a step, or takes fewer at once."""
+    """Samples per process and micro-batch. A resumed run keeps the samples per step."""
 
     gradient_accumulation_steps: int = option(1, often=True, changeable=True, at_least=1)
     """Micro-batches per optimizer step."""

@@ -12,24 +12,24 @@ from wadi.backbones.condition import Condition
 from wadi.diffusion import Schedule
 
 Drawn = dict[str, torch.Tensor]
-"""What one part of the training drew for a step; first dimension this process's samples."""
+"""What one part of the training drew for a step. The first dimension is this process's samples."""
 
 
 @dataclass(frozen=True)
 class Draws:
     """Random numbers that depend on (seed, step, name) alone.
 
-    Every process draws for the samples of all processes and keeps its share. So several processes see
-    together what one process with all samples would see, no two of them see the same noise, and a resumed run
-    draws the same numbers, whatever the number of processes.
+    Every process draws the numbers for the samples of all processes and keeps its share. So several processes
+    together draw what one process would draw, and a resumed run draws the same numbers on any number of
+    processes.
 
     Args:
         seed: the run's.
         step: number of the step, from 0.
-        device: where numbers are drawn, except those of `indices`.
+        device: where numbers are drawn. `indices` draws on the CPU.
         process: number of this process.
         processes: how many there are.
-        path: what stands before every name; see `of`.
+        path: comes before every name; see `of`.
     """
 
     seed: int
@@ -40,7 +40,7 @@ class Draws:
     path: str = ""
 
     def of(self, name: str) -> Draws:
-        """The draws of a part of the training: its names do not meet those of other parts."""
+        """The draws of a part of the training. Equal names in two parts give different numbers."""
         return replace(self, path=f"{self.path}{name}/")
 
     def normal(self, name: str, n: int, shape: Sequence[int]) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Draws:
         return self._share(torch.randint(count, (n * self.processes,), generator=generator), n)
 
     def chance(self, name: str, probability: float) -> torch.Tensor:
-        """True with a probability, 0-dimensional; the same in all processes."""
+        """True with the given probability, 0-dimensional. All processes get the same value."""
         return torch.rand((), device=self.device, generator=self._generator(name)) < probability
 
     def _generator(self, name: str, device: torch.device | None = None) -> torch.Generator:
@@ -67,13 +67,13 @@ class Draws:
         return torch.Generator(device or self.device).manual_seed(int(seed))
 
     def _share(self, whole: torch.Tensor, n: int) -> torch.Tensor:
-        """This process's part of the first dimension, without the memory of the rest."""
+        """This process's part of the first dimension. A copy, so that the rest can be freed."""
         return whole if self.processes == 1 else whole.narrow(0, self.process * n, n).clone()
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Everything that is random or drawn from data in one step: this process's share, on the device.
+    """This process's share of everything that is random in one step, on the device.
 
     n = train_batch_size x gradient_accumulation_steps.
 

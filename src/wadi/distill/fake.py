@@ -20,11 +20,11 @@ def fake_loss(
     t: torch.Tensor,
     weighting: str,
 ) -> torch.Tensor:
-    """What the fake model minimises at x_t = alpha x0 + sigma n, mean over elements.
+    """The loss of the fake model at x_t = alpha x0 + sigma n, mean over elements.
 
     Args:
         schedule: gives alpha and what the network should predict.
-        prediction: the network's at x_t.
+        prediction: what the network predicts at x_t.
         x0: clean latents.
         noise: n.
         t: (N,), the times.
@@ -42,11 +42,11 @@ class FakeModel:
     """The training of the fake model.
 
     Args:
-        options: give the loss and how often the prompt is empty.
+        options: the loss, and how often the prompt is empty.
         schedule: the teacher's.
         predict: asks a network.
         network: the trained network.
-        null: one empty prompt.
+        null: the condition of the empty prompt, first dimension 1.
         shape: (C, H, W) of the latents.
     """
 
@@ -77,7 +77,7 @@ class FakeModel:
             x0: the student's images (n, C, H, W), without gradient.
             condition: of their n prompts.
             drawn: from `draw`.
-            micro: which of the n.
+            micro: the samples of the micro-batch.
         """
         x0, noise, t = x0[micro], drawn["noise"][micro], drawn["t"][micro]
         told = choose(drawn["null"], self.null, pick(condition, micro))

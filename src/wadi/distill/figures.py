@@ -1,4 +1,4 @@
-"""Figures of a report: what they are, what they say, and those that any model has."""
+"""The figures of a report: what they are, what they say, and those that can be measured of any model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Better = Literal["higher", "lower", "closer"]
 """Which values are better; "closer" is closer to the teacher's."""
 
 CLEARLY = 0.05
-"""A figure is better than before only if it gained more than this: see `Figure.gain`."""
+"""A figure counts as better than before only if its `Figure.gain` is larger than this."""
 
 Rows = Sequence[Sequence[Image.Image]]
 """Images by prompt, then by seed."""
@@ -41,7 +41,7 @@ class Figure:
 
     @property
     def gain(self) -> float:
-        """How much better `after` is, as a share of the distance to the teacher ("closer") or of `before`."""
+        """The improvement from `before` to `after` as a share of `before`; for "closer", of distances."""
         if self.better == "closer":
             whole, rest = abs(self.before - self.teacher), abs(self.after - self.teacher)
         else:
@@ -53,12 +53,12 @@ class Figure:
 
     @property
     def improved(self) -> bool:
-        """Whether it gained clearly."""
+        """Whether the gain is larger than `CLEARLY`."""
         return self.gain > CLEARLY
 
 
 def pixel_figures(before: Rows, after: Rows, teacher: Rows) -> list[Figure]:
-    """What can be measured of any model's images, without a network that reads them.
+    """Figures of the images of any model, measured without a network that recognises things.
 
     Args:
         before: teacher in one step.
@@ -91,14 +91,14 @@ def pixel_figures(before: Rows, after: Rows, teacher: Rows) -> list[Figure]:
 
 
 def headline(updates: int, figures: Sequence[Figure]) -> str:
-    """What a run did, and what its figures say of the student: no more than they do."""
+    """One sentence: how long a run was, and how many of its figures are better than before."""
     done = f"Distilled with {updates:,} update{'' if updates == 1 else 's'}"
     better = sum(figure.improved for figure in figures)
     return f"{done}: {better or 'none'} of {len(figures)} figures better than before"
 
 
 def read_figures(path: Path) -> list[Figure]:
-    """Figures that an earlier report kept.
+    """Read the figures of an earlier report.
 
     Raises:
         WadiError: the file cannot be read, or is not a list of figures.

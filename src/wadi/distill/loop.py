@@ -1,4 +1,4 @@
-"""The run around the steps: log, validate, save, and end at Ctrl-C with a checkpoint."""
+"""The run around the steps: log, validate, save, and stop after Ctrl-C with a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from wadi.progress import progress
 
 
 def train(trainer: Trainer) -> bool:
-    """Train to `max_train_steps`: log, validate and save on the way.
+    """Train to `max_train_steps`; log, validate and save on the way.
 
     Returns:
-        Whether the end was reached; False after Ctrl-C, when the step was finished and saved.
+        Whether the end was reached. After Ctrl-C it is False; the step was finished and saved.
 
     Raises:
         WadiError: `max_skipped_steps` steps in a row were not finite, or a file cannot be written.
-        SystemExit: code 2, where that happened in another process, which tells.
+        SystemExit: code 2, if that happened in another process, which prints the error.
     """
     config, start = trainer.config, time.monotonic() - trainer.seconds
     updates = config.run.max_train_steps
@@ -61,9 +61,9 @@ def _due(trainer: Trainer, every: int) -> bool:
 
 
 def log(trainer: Trainer, losses: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Fetch the losses (the only wait for the device), check them, append to metrics.jsonl.
+    """Fetch the losses, check them, append them to metrics.jsonl. Only this waits for the device.
 
-    Losses are means over the processes; those that are not finite, of a skipped update, are omitted.
+    Losses are means over the processes. A loss that is not finite, after a skipped update, is omitted.
 
     Returns:
         What the progress bar shows.
@@ -98,7 +98,7 @@ def _write_metrics(trainer: Trainer, fetched: dict[str, float], skipped: int) ->
 
 
 def _check_finite(trainer: Trainer, losses: dict[str, float], run: int) -> None:
-    """Raise after too long a run of skipped steps, or if a loss is not finite but its update was made."""
+    """Raise after too many skipped steps in a row, or if an update was made with an infinite loss."""
     worst = next((name for name, value in losses.items() if not math.isfinite(value)), None)
     if run < trainer.config.optimizer.max_skipped_steps and (run or worst is None):
         return
@@ -106,7 +106,7 @@ def _check_finite(trainer: Trainer, losses: dict[str, float], run: int) -> None:
     raise WadiError(
         f"step {trainer.global_step}: {what}"
         + (f", {run} steps in a row were skipped" if run else "")
-        + f"; nothing of it was saved, a checkpoint in {trainer.config.run.output_dir} is good; "
+        + f"; this step was not saved, and the checkpoints in {trainer.config.run.output_dir} are good; "
         "lower the learning rates and start again"
     )
 
@@ -129,7 +129,7 @@ def _write_samples(trainer: Trainer) -> None:
     config, conditions = trainer.config, trainer.prompts.validation
     seeds, shape = config.run.validation_seeds, trainer.backbone.latent_shape
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    # another number of samples would be compiled anew
+    # another number of samples would need another compilation
     uncompiled = eager() if config.run.compile else contextlib.nullcontext()
     with trainer.on_stream(), trainer.ema_weights(), torch.no_grad(), uncompiled:
         z = noise.to(trainer.device)
@@ -153,7 +153,7 @@ def append_metrics(path: Path, row: dict[str, float]) -> None:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a half-written last one: a resumed run writes them again."""
+    """Delete the lines after `step` and a half-written last line, because a resumed run writes them again."""
     if not path.exists():
         return
     lines = []

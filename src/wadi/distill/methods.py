@@ -1,4 +1,4 @@
-"""What is trained of student and fake model: LoRaD, or for comparison LoRA, or every weight."""
+"""What is trained of student and fake model: LoRaD, or to compare with it LoRA, or every weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wadi.lorad import LoRaDConfig
 
 
 def method_config(method: Method, like: LoRaDConfig) -> PeftConfig | None:
-    """The adapter of a method on the layers and with the rank of `like`; None where everything is trained.
+    """The adapter of a method, on the layers and with the rank of `like`. None if every weight is trained.
 
     LoRA (arXiv 2106.09685) has alpha = r: its update is B A as it is.
     """
@@ -32,10 +32,10 @@ def method_config(method: Method, like: LoRaDConfig) -> PeftConfig | None:
 
 
 def merged_state(network: torch.nn.Module, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Weights of a network with its adapters merged, on the CPU, by their names without adapters.
+    """The weights of a network with its adapters merged, on the CPU, by their names without adapters.
 
     Args:
-        network: as `wadi.distill.roles.build_roles` makes it; stays as it is.
+        network: as `wadi.distill.roles.build_roles` makes it. It is not changed.
         keys: names of the state dict of the network without adapters.
     """
     whole = copy.deepcopy(network).to("cpu")

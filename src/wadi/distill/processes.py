@@ -1,4 +1,4 @@
-"""Several processes as one: what happens to one of them, all are told, so that none waits for another."""
+"""Several processes act as one. If one of them fails, all learn of it, so that none waits for it forever."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from wadi.distill.trackers import check_tracker
 from wadi.errors import WadiError
 
 Hosts = torch.distributed.ProcessGroup | None
-"""A group that talks from CPU to CPU, so that no device is waited for; None where there is one process."""
+"""A group that exchanges data between CPUs, without waiting for a device. None for a single process."""
 
 
 def make_accelerator(config: DistillConfig) -> Accelerator:
-    """The Accelerator that a config asks for.
+    """Make the Accelerator for a config.
 
-    It brings the loss scaling that fp16 needs. Autocast stays off, because the base itself is in the compute
-    dtype.
+    For fp16 it scales the losses. Autocast stays off, because the base itself is in the compute dtype.
 
     Raises:
         WadiError: the precision or the tracker cannot be used here.
@@ -43,20 +42,20 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
 
 
 def hosts_group(accelerator: Accelerator) -> Hosts:
-    """The group of all processes' CPUs; every process must ask for it."""
+    """The group of the CPUs of all processes. Every process must call this."""
     return torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
 
 def any_process(flag: bool, hosts: Hosts) -> bool:
-    """Whether the flag is set in any process; every process must ask."""
+    """Whether the flag is set in any process. Every process must call this."""
     return flag if hosts is None else -_lowest(-int(flag), hosts) > 0
 
 
 @contextmanager
 def together(hosts: Hosts) -> Iterator[None]:
-    """Go on behind the block only if all processes came through it; every process must enter it.
+    """Continue after the block only if no process failed in it. Every process must enter it.
 
-    The block must not exchange anything with other processes: one that fails in it would leave them waiting.
+    The block must not exchange data with other processes, because they would wait for one that has failed.
 
     Raises:
         BaseException: the error of the block, in the first process that has one.

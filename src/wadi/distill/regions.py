@@ -1,7 +1,7 @@
-"""Compiled regions: the blocks of which a network has many, each kind compiled once.
+"""Compiled regions: the repeated blocks of a network, of which each kind is compiled once.
 
-Compiling a whole U-Net takes minutes; its residual and transformer blocks are nearly all of its time, and
-blocks of equal shapes share one compiled graph. What lies between them runs as usual.
+To compile a whole U-Net takes minutes. Its residual and transformer blocks take nearly all of the time of a
+call, and blocks of equal shapes share one compiled graph. The rest of the network is not compiled.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch._functorch import config as functorch_config
 from wadi.errors import WadiError
 
 BACKEND: str | Callable = "inductor"
-"""Backend of `torch.compile`; for tests, which can do without code generation."""
+"""Backend of `torch.compile`. Tests set one that generates no code."""
 
 GRAPHS_PER_KIND = 64
-"""Batch sizes x resolutions x with and without gradients of one kind of block; torch stops after 8."""
+"""Most graphs of one kind of block: batch sizes x resolutions, with and without gradients. Torch has 8."""
 
 
 def compile_regions(network: torch.nn.Module, kinds: Collection[str]) -> int:
-    """Compile the blocks of `network` in place, a kind (class and shapes of the parameters) at a time.
+    """Compile the blocks of `network` in place. Blocks of one class and with equal shapes share a graph.
 
-    Nothing is compiled before the first call; call the network within `compiling`. Names in the state dict
-    stay as they are. Every batch size and resolution gets a graph of its own. A block that cannot be compiled
-    as a whole is an error, not silently slow.
+    Compilation happens at the first call, which must be within `compiling`. Names in the state dict do not
+    change. Every batch size and resolution gets a graph of its own. A block that cannot be compiled as a
+    whole is an error; it does not become slow silently.
 
     Args:
-        network: a view of its own; a caller's own modules would stay compiled.
+        network: a view made for this. Its modules stay compiled.
         kinds: class names of the blocks; see `Backbone.blocks`.
 
     Returns:
@@ -50,7 +50,7 @@ def compile_regions(network: torch.nn.Module, kinds: Collection[str]) -> int:
 def _compiled_forward(kind: type, shapes: tuple, backend: str | Callable) -> Callable:
     """`kind.forward`, compiled, with a code object of its own.
 
-    By code object torch limits the number of graphs, and tries the guards of one after the other.
+    Torch limits the number of graphs for each code object, and tries their guards one after the other.
     """
     plain = kind.forward
     own = types.FunctionType(
@@ -61,7 +61,7 @@ def _compiled_forward(kind: type, shapes: tuple, backend: str | Callable) -> Cal
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile one addition: what is missing should show before anything is written.
+    """Compile one addition, so that a missing compiler shows before anything is written.
 
     Raises:
         WadiError: the compiler does not work here; the message says why.
@@ -72,11 +72,11 @@ def check_compiler(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Settings under which compiled regions are called.
+    """The settings for calls of compiled regions.
 
-    - Without common subexpressions between forward and backward, which recomputes angles and turned weight
-      from W, A and B: merged, they would be kept for it.
-    - A region is smaller than a bucket of DDP; its gradients need no splitting of the graph.
+    - Common subexpressions of forward and backward are not merged. Backward computes angles and turned
+      weights again from W, A and B, and merging would keep them in memory until then.
+    - The graph is not split for DDP, because a region is smaller than one of its buckets.
 
     Raises:
         WadiError: the compiler does not work here; the message says why.
@@ -93,10 +93,10 @@ def compiling() -> Iterator[None]:
         except TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise WadiError(
-                f"--compile: torch.compile does not work here ({reason}); leave it out"
+                f"--compile: torch.compile does not work here ({reason}); omit the option"
             ) from error
 
 
 def eager() -> contextlib.AbstractContextManager:
-    """Call the blocks of compiled networks as they were: for what is too rare to pay for its compilation."""
+    """A context in which compiled blocks run without their compiled graphs, for calls that are rare."""
     return torch.compiler.set_stance("force_eager")

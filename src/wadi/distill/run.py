@@ -1,4 +1,4 @@
-"""`distill`: everything from a teacher and prompts to a run folder with a one-step student."""
+"""`distill`: from a teacher and prompts to a run folder with a one-step student."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def distill(config: DistillConfig) -> Path:
         The run folder.
 
     Raises:
-        WadiError: any mistake of the user or failure of the surroundings, in one line.
-        SystemExit: code 130, after Ctrl-C; the run can be resumed. Code 2, where another process has failed,
-            which tells.
+        WadiError: a mistake of the user, or a failure of disk, device or network; one line tells which.
+        SystemExit: code 130 after Ctrl-C; the run can then be resumed. Code 2 if another process has failed;
+            that process prints the error.
     """
     config, checkpoint = resolve(config)
     run = Path(config.run.output_dir)
@@ -98,7 +98,7 @@ def export(trainer: Trainer, run: Path) -> None:
 
 
 def part(run: Path, name: str) -> Output:
-    """A folder in a run folder: one that a finished run wrote is replaced when the run goes on."""
+    """A folder in a run folder. When a finished run is trained on, it replaces the folder that it wrote."""
     return Output(run / name, "distill", overwrite=True)
 
 
@@ -114,7 +114,7 @@ def _inputs(config: DistillConfig) -> tuple[str | None, ...]:
 
 
 def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillConfig:
-    """Options with which `processes` take `batch` samples a step: fewer at once, or more micro-batches.
+    """Options with which `processes` take `batch` samples per step, by smaller or more micro-batches.
 
     Raises:
         WadiError: the processes cannot share the samples equally.
@@ -125,8 +125,8 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
     if batch % processes:
         raise WadiError(
             f"{config.run.resume_from_checkpoint or config.run.output_dir}: was trained with {batch} "
-            f"samples a step, which {processes} processes cannot share equally; start a number of processes "
-            f"that divides {batch}"
+            f"samples per step, which {processes} processes cannot share equally; start a number of "
+            f"processes that divides {batch}"
         )
     own = batch // processes
     size = max(d for d in range(1, min(size, own) + 1) if own % d == 0)
@@ -134,11 +134,11 @@ def share_batch(config: DistillConfig, batch: int, processes: int) -> DistillCon
 
 
 def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
-    """Make paths absolute; where a run is resumed, take its options and find its checkpoint.
+    """Make paths absolute. If a run is resumed, take its options and find its checkpoint.
 
-    Of a resumed run, `CHANGEABLE` options may be given anew, and those in `INPUTS` if their content is the
-    run's own; others must be its own or the defaults.
-    Samples a step stay as many: see `share_batch`.
+    When a run is resumed, `CHANGEABLE` options may have new values. Options in `INPUTS` may name another path
+    of the same content. All other options must be the run's own, or the defaults. The number of samples per
+    step stays the same; see `share_batch`.
 
     Returns:
         The config to train with, and the checkpoint to load, if any.
@@ -161,7 +161,7 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
 
 
 def _absolute(name: str) -> str:
-    """The path of what exists here; another name, such as a hub id, as it is."""
+    """The absolute path of an existing file or folder. Other names, such as hub ids, stay as they are."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
@@ -193,7 +193,7 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     for value, option in zip(_inputs(resumed), INPUTS.values(), strict=True):
         path = Path(value or run)
         if path.is_absolute() and not path.exists():
-            raise WadiError(f"{path}: is not there; where it was moved, name its new place with --{option}")
+            raise WadiError(f"{path}: does not exist; if it was moved, give its new path with --{option}")
     _check_cache(resumed)
     return resumed, checkpoint
 
@@ -206,7 +206,7 @@ def _check_cache(config: DistillConfig) -> None:
 def _load(
     config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator
 ) -> tuple[DistillConfig, Backbone, list[Prompt], dict[str, str | None]]:
-    """The config with what the run and its prompts decide, teacher, prompts, and digests of the inputs."""
+    """Load teacher and prompts. The config gets the run's batch and the prompts of its grids."""
     run = Path(config.run.output_dir)
     batch = _samples_a_step(run, checkpoint)
     if batch is not None:
@@ -230,7 +230,7 @@ def _load(
 
 
 def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | None]:
-    """What the options in `INPUTS` name, by content."""
+    """Digests of what the options in `INPUTS` name."""
     adapter = config.student.adapter
     return {
         "pretrained_model_name_or_path": model_digest(config.model.pretrained_model_name_or_path),
@@ -240,7 +240,7 @@ def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | No
 
 
 def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, inputs: dict[str, str | None]) -> None:
-    """Open the run folder, go to the checkpoint, start the trackers."""
+    """Open the run folder, load the checkpoint, start the trackers."""
     accelerator, config = trainer.accelerator, trainer.config
     if accelerator.is_main_process:
         _open_run(run, config, trainer.batch, inputs)
@@ -269,7 +269,7 @@ def _open_run(run: Path, config: DistillConfig, batch: int, inputs: dict[str, st
 
 
 def _samples_a_step(run: Path, checkpoint: Path | None) -> int | None:
-    """What a resumed run trains with, also where it was interrupted before its first checkpoint."""
+    """Samples per step of a resumed run, even if it has no checkpoint yet; None for a new run."""
     if checkpoint is not None:
         return checkpoint_batch(checkpoint)
     value = _read_run(run)
@@ -277,7 +277,7 @@ def _samples_a_step(run: Path, checkpoint: Path | None) -> int | None:
 
 
 def _read_run(run: Path) -> dict[str, Any] | None:
-    """The record of a run that was begun: samples a step, and digests of its inputs; None for a new run."""
+    """The record of a run that has begun: samples per step and digests of its inputs. None for a new run."""
     path = run / RUN_FILE
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""What teacher and fake model predict, with guidance, at a noisy image (x_t, t), and the x0 of both."""
+"""What teacher and fake model predict at a noisy image (x_t, t), with guidance, and the x0 of both."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Scores:
         self.highest_guided = schedule.times(highest)
 
     def draw(self, draws: Draws, n: int) -> Drawn:
-        """Times "t" (n,) and "noise" (n, C, H, W) of the places where the student's images are judged."""
+        """Times "t" (n,) and "noise" (n, C, H, W) of the places where the models are compared."""
         low, high = self.config.objective.min_timestep, self.config.objective.max_timestep
         return {
             "t": draws.times("t", n, self.schedule, low, high),
@@ -88,7 +88,7 @@ class Scores:
         }
 
     def at(self, x0: torch.Tensor, drawn: Drawn, condition: Condition) -> Place:
-        """The place of images x0 (N, C, H, W) at the times and with the noise that `draw` gave."""
+        """The noisy place of images x0 (N, C, H, W), at the times and with the noise that `draw` gave."""
         return Place(self, x0, drawn, condition)
 
     def teacher(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Scores:
         return self._guided(self.teacher_network, x_t, t, condition, 1.0)
 
     def fake(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """What the fake model predicts, guided too if the options say so, (N, C, H, W) float32."""
+        """What the fake model predicts, with guidance if the options ask for it, (N, C, H, W) float32."""
         return self._guided(self.fake_network, x_t, t, condition, self.config.fake.guidance_scale)
 
     @torch.no_grad()
@@ -118,9 +118,9 @@ class Scores:
         condition: Condition,
         scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        """Null prompt and condition in one call; a scale of 1 needs no null prompt.
+        """Predict with the empty prompt and with the condition in one call; at scale 1 with the latter alone.
 
-        The host does not read a scale that is a tensor, because that would wait for the device.
+        The host does not read a scale that is a tensor, because it would wait for the device.
         """
         if not isinstance(scale, torch.Tensor) and scale == 1:
             return self.predict(network, x_t, t, condition)
@@ -130,7 +130,7 @@ class Scores:
 
 
 class Place:
-    """Where a step judges the student's images: x_t and t, and the scores there, each computed once.
+    """The noisy images x_t at which a step compares teacher and fake model. Each score is computed once.
 
     Attributes:
         x_t: (N, C, H, W), the images with noise.
@@ -145,20 +145,20 @@ class Place:
 
     @cached_property
     def x0_teacher(self) -> torch.Tensor:
-        """What the guided teacher takes for x0 here, without gradient."""
+        """The x0 that the guided teacher predicts here, without gradient."""
         return self._scores.schedule.x0(self._teacher, self.x_t, self.t)
 
     @cached_property
     def x0_fake(self) -> torch.Tensor:
-        """What the fake model takes for x0 here, without gradient."""
+        """The x0 that the fake model predicts here, without gradient."""
         return self._scores.schedule.x0(self._fake, self.x_t, self.t)
 
     @cached_property
     def difference(self) -> torch.Tensor:
         """x0_fake - x0_teacher, as exact as the predictions.
 
-        x0 is linear in prediction and x_t, so the common x_t is left out: subtracting one x0 from the other
-        would lose digits where the predictions are nearly equal.
+        x0 is linear in the prediction and in x_t, and both models have the same x_t, so x_t is omitted here.
+        The difference of the two x0 would lose digits where the predictions are nearly equal.
         """
         teacher, fake = self._teacher, self._fake
         change = fake - teacher

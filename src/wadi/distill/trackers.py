@@ -1,4 +1,4 @@
-"""Trackers of Accelerate: asked for before anything is loaded, started when the run begins."""
+"""Trackers of Accelerate. They are checked before anything is loaded, and start when the run begins."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from wadi.errors import WadiError
 
 
 def check_tracker(name: str | None) -> None:
-    """Raise unless the tracker can be used here; Accelerate itself skips a missing one without a word.
+    """Raise unless the tracker can be used here. Accelerate itself skips a missing tracker silently.
 
     Args:
-        name: of `--report-to`; ``None`` for no tracker, ``"all"`` for every one that is installed.
+        name: the value of `--report-to`. ``None`` is no tracker, ``"all"`` is every installed tracker.
 
     Raises:
         WadiError: there is no tracker of this name, or its package is not installed.
@@ -38,7 +38,7 @@ def start_trackers(accelerator: Accelerator, config: DistillConfig) -> None:
     """Start the tracker of a config, if it names one, with all options as the run's parameters.
 
     Raises:
-        WadiError: the tracker cannot start, such as one that needs a login.
+        WadiError: the tracker cannot start, for example because it needs a login.
     """
     if config.run.report_to is None:
         return

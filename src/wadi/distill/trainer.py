@@ -1,4 +1,4 @@
-"""The training of WaDi (arXiv 2603.08258): one linear step, every random number drawn before it."""
+"""The training of WaDi (arXiv 2603.08258), one step at a time. Random numbers are drawn before a step."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Trainer:
             losses = trainer.step(step)      # asynchronous on a GPU: nothing waits for the device
         average = trainer.ema_state()
 
-    It holds no global state and works on a CUDA stream of its own, so that several trainers can share one
-    GPU, one process and one backbone. A whole run, with its files, is `wadi.distill.loop.train`.
+    A trainer holds no global state and works on a CUDA stream of its own, so several trainers can share one
+    GPU, one process and one backbone. `wadi.distill.loop.train` does a whole run, with its files.
 
     Args:
         config: the options.
@@ -85,7 +85,7 @@ class Trainer:
             raise WadiError("--cuda-graphs: works in one process only; omit it or start one process")
 
     def _build_parts(self) -> None:
-        """What a step consists of, around the three networks."""
+        """Make the parts of a step around the three networks."""
         config, accelerator, schedule = self.config, self.accelerator, self.schedule
         shape = self.backbone.latent_shape
         own_end = schedule.ending_at(config.student.alpha_T_squared)
@@ -127,7 +127,7 @@ class Trainer:
             return self._losses
 
     def draw(self, step: int) -> StepInputs:
-        """This process's share of the step's random numbers, which depend on the seed and the step alone."""
+        """Draw this process's share of a step's random numbers, which depend on seed and step alone."""
         accelerator, n = self.accelerator, self.samples
         shared = accelerator.process_index, accelerator.num_processes
         draws = Draws(self.config.run.seed, step, self.device, *shared)
@@ -143,7 +143,7 @@ class Trainer:
         )
 
     def _draw_prompts(self, draws: Draws, n: int) -> Condition:
-        """Random prompts (n,), copied to the device without waiting."""
+        """Conditions of n random prompts, copied to the device without waiting for it."""
         embeddings = self.prompts.embeddings
         indices = draws.indices("prompts", n, len(embeddings))
         chosen = embeddings.take(indices, pin_memory=self.device.type == "cuda")
@@ -159,8 +159,9 @@ class Trainer:
     def iteration(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
         """One update of the student and its average, then `fake_updates` of the fake model.
 
-        Runs on the device alone, without a host branch on data or a synchronization, so that a CUDA graph can
-        hold it. An update whose gradients are not finite changes nothing but the loss scale and the count.
+        The iteration runs on the device alone. The host neither waits for it nor decides by its data, so a
+        CUDA graph can hold it. An update whose gradients are not finite changes nothing except the loss scale
+        and the count of skipped steps.
         """
         x0, losses = self.update_student(inputs)
         finite = losses["student_grad_norm"].isfinite()
@@ -206,11 +207,11 @@ class Trainer:
     # --- the device ---
 
     def on_stream(self) -> contextlib.AbstractContextManager:
-        """Work on this trainer's CUDA stream; on the CPU, nothing."""
+        """A context that works on this trainer's CUDA stream. On the CPU it does nothing."""
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all steps."""
+        """Wait until the device has finished all steps."""
         if self.stream is not None:
             self.stream.synchronize()
 
@@ -218,7 +219,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Give the student its averaged weights for the block, and its own back afterwards."""
+        """A context in which the student has its averaged weights; afterwards it has its own again."""
         parameters = [p.data for p in self.student_parameters.values()]
         self.synchronize()
         own = [p.clone() for p in parameters]
@@ -236,7 +237,7 @@ class Trainer:
         return {name: tensor.clone() for name, tensor in self.average.tensors.items()}
 
     def checkpoint_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds, by file and name; live tensors, not copies."""
+        """The tensors of a checkpoint, by file and name. They are the live tensors, not copies."""
         return {
             "student": {name: p.data for name, p in self.student_parameters.items()},
             "fake": {name: p.data for name, p in self.fake_parameters.items()},
@@ -246,7 +247,7 @@ class Trainer:
         }
 
     def state_tensors(self) -> list[torch.Tensor]:
-        """Everything that an iteration changes; live tensors, not copies."""
+        """Every tensor that an iteration changes. They are the live tensors, not copies."""
         groups = self.checkpoint_tensors().values()
         return [*(tensor for group in groups for tensor in group.values()), self.skipped]
 
@@ -254,7 +255,7 @@ class Trainer:
         """Write checkpoints/step-N of the run folder.
 
         Raises:
-            WadiError: the state is not finite, or the folder cannot be written; nothing half-written stays.
+            WadiError: the state is not finite, or the folder cannot be written. Nothing half-written stays.
             SystemExit: code 2, in the processes that do not write it.
         """
         self.synchronize()
@@ -278,16 +279,16 @@ class Trainer:
         checkpoint.save_checkpoint(folder, self.global_step, tensors, state, run.checkpoints_total_limit)
 
     def load_checkpoint(self, path: Path) -> None:
-        """Take weights, average, optimizers and step from a checkpoint folder.
+        """Load weights, average, optimizers and step from a checkpoint folder.
 
         Raises:
-            WadiError: damaged, of other options or another number of samples a step, or of another model.
+            WadiError: the checkpoint is damaged, or its options, samples per step or model are others.
         """
         groups, state = checkpoint.load_checkpoint(path, self.checkpoint_tensors(), self.fingerprint)
         if state["batch"] != self.batch:
             raise WadiError(
-                f"{path}: was trained with {state['batch']} samples a step, not {self.batch}; choose "
-                "--train-batch-size and the number of processes so that they share as many"
+                f"{path}: was trained with {state['batch']} samples per step, not {self.batch}; choose "
+                "--train-batch-size and the number of processes so that their product is that number"
             )
         with self.on_stream():
             for name, tensors in self.checkpoint_tensors().items():

@@ -1,6 +1,6 @@
-"""Updates of weights: AdamW with clipping, the moving average, and steps that are skipped.
+"""Updates of weights: AdamW with clipping, the moving average, and skipped steps.
 
-Nothing here waits for the device, so that a CUDA graph can hold it.
+Nothing here waits for the device, so a CUDA graph can hold it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Update:
         accelerator: averages gradients over the processes and scales losses.
         network: as `accelerator.prepare` gave it.
         parameters: what is trained of it, float32, by name.
-        rate: the learning rate at its highest.
+        rate: the highest learning rate.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Update:
         self.optimizer = _adamw(options, list(parameters.values()), rate, accelerator.device)
 
     def set_rate(self, factor: float) -> None:
-        """Set the learning rate to a fraction of its highest; a recorded graph follows it."""
+        """Set the learning rate to a fraction of its highest. A recorded graph follows it."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(self.rate * factor)
@@ -46,7 +46,7 @@ class Update:
                 group["lr"] = self.rate * factor
 
     def micro_batches(self) -> Iterator[tuple[slice, contextlib.AbstractContextManager]]:
-        """Slices of the step's batch, each with the context that exchanges gradients on the last one only."""
+        """Slices of the step's batch, each with a context. Only the last context exchanges gradients."""
         size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
         for i in range(count):
             last = i == count - 1
@@ -57,7 +57,7 @@ class Update:
         """Add the gradient of a micro-batch's losses, each with its weight.
 
         Returns:
-            The share of each loss in the step's mean, without its weight.
+            The share of each loss in the mean of the step, without its weight.
         """
         count = self.options.gradient_accumulation_steps
         weighted = [loss if weight == 1 else weight * loss for loss, weight in losses.values()]
@@ -94,8 +94,8 @@ class Average:
     """The moving average of the student's weights, which is what ships.
 
     Args:
-        parameters: what is averaged.
-        decay: once the average is under way; it warms up as min(decay, (1 + n) / (10 + n)).
+        parameters: what is averaged, by name.
+        decay: the highest decay. The decay of step n is min(decay, (1 + n) / (10 + n)).
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
@@ -104,7 +104,7 @@ class Average:
         self._weight = torch.ones((), device=next(iter(parameters.values())).device)
 
     def set_step(self, step: int) -> None:
-        """Set the decay of a step; a recorded graph follows it."""
+        """Set the decay of a step. A recorded graph follows it."""
         self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
@@ -117,12 +117,12 @@ class Average:
 
 
 def count_skipped(counts: torch.Tensor, finite: torch.Tensor, limit: int) -> None:
-    """Count a step whose updates were all `finite`, or not.
+    """Count a step as skipped unless its updates were all `finite`.
 
     Args:
-        counts: (2,) int64, skipped steps in all and in a row; changed in place.
+        counts: (2,) int64, skipped steps in total and in a row. They are changed in place.
         finite: 0-dimensional bool.
-        limit: skipped steps in a row that are too many; their count stays until the host looks.
+        limit: this many skipped steps in a row are too many. The count then stays until the host reads it.
     """
     total, run = counts
     skipped = finite.logical_not()
@@ -142,7 +142,7 @@ def learning_rate_factor(config: DistillConfig, step: int) -> float:
 def _adamw(
     options: OptimizerOptions, parameters: list[torch.nn.Parameter], rate: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """Fused AdamW; on a GPU its step and rate live on the device, as a CUDA graph needs them."""
+    """Fused AdamW. On a GPU its step and rate are tensors on the device, as a CUDA graph needs them."""
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         parameters,
