@@ -26,7 +26,7 @@ from wadi.distill.fake import fake_loss
 from wadi.distill.roles import view
 from wadi.distill.scores import Scores, interval_scale
 from wadi.distill.student import Student
-from wadi.distill.terms import Batch, Vsd
+from wadi.distill.terms import Batch
 from wadi.distill.terms.term import generator_loss
 from wadi.distill.update import count_skipped
 from wadi.graph import record
@@ -237,7 +237,8 @@ class Stack:
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         self.trainers = sorted(trainers, key=lambda t: (t.config.student.method, t.config.student.rank))
         first = self.trainers[0]
-        self.schedule, self.predict, self.vsd = first.schedule, first.predict, Vsd(first.config)
+        self.schedule, self.predict = first.schedule, first.predict
+        (self.vsd,) = first.terms  # `stack_key` refuses the others
         self.student, self.fake = stacked(self.trainers, "student"), stacked(self.trainers, "fake")
         self.generator = Student(first.generator.schedule, first.predict, self.student)
         self.scores = StackedScores(self.trainers, self.fake)

@@ -272,16 +272,16 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale_above": -1.0}, "--guidance-scale-above: must be zero or more"),
+        ({"guidance_scale_above": -1.0}, "--guidance-scale-above: must be at least 0"),
         (
             {"guidance_scale_above": 2.0},
             "--guidance-scale-above: nothing is above; set --guidance-max-timestep",
         ),
         ({"guidance_max_timestep": 0.01}, "--min-timestep: must not exceed --guidance-max-timestep"),
-        ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be between 0 and 1"),
-        ({"denoising_weight": -1.0}, "--denoising-weight: must be zero or more"),
-        ({"denoising_weight": float("nan")}, "--denoising-weight: must be zero or more"),
-        ({"denoising_max_timestep": 1.5}, "--denoising-max-timestep: must be between 0 and 1"),
+        ({"guidance_max_timestep": 1.5}, "--guidance-max-timestep: must be at least 0 and at most 1"),
+        ({"denoising_weight": -1.0}, "--denoising-weight: must be at least 0"),
+        ({"denoising_weight": float("nan")}, "--denoising-weight: must be at least 0"),
+        ({"denoising_max_timestep": 1.5}, "--denoising-max-timestep: must be at least 0 and at most 1"),
         (
             {"denoising_weight": 1.0, "min_timestep": 0.2},
             "--min-timestep: must not exceed --denoising-max-timestep",

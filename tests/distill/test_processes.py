@@ -38,11 +38,12 @@ except WadiError as error:
 """
 ON_TWO_GPUS = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 FAIL = """
-import dataclasses, errno, os, sys
+import errno, os, sys
 import torch
 from wadi.distill import loop
 from wadi.distill.trainer import Trainer
-from wadi.distill import DistillConfig, cache, checkpoint, distill, run
+from wadi.distill import DistillConfig, checkpoint, distill, run
+from wadi.prompts import cache
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 torch.set_num_threads(1)

@@ -142,7 +142,7 @@ def test_a_moved_run_of_moved_inputs_goes_on_with_the_same_bits(teacher_folder, 
     with pytest.raises(WadiError, match="does not exist; if it was moved, give its new path with --teacher"):
         go_on(moved)
     prompts = (tmp_path / "half" / "prompts.txt").rename(tmp_path / "more.txt")
-    with pytest.raises(WadiError, match="name its new place with --prompts"):
+    with pytest.raises(WadiError, match="give its new path with --prompts"):
         go_on(moved, pretrained_model_name_or_path=str(teacher))
     go_on(moved, pretrained_model_name_or_path=str(teacher), prompts=str(prompts))
     for name in FILES:
@@ -151,7 +151,7 @@ def test_a_moved_run_of_moved_inputs_goes_on_with_the_same_bits(teacher_folder, 
         )
         assert first.keys() == second.keys()
         assert all(first[key].equal(second[key]) for key in first)
-    assert DistillConfig.load(moved / "config.yaml").prompts == str(prompts)
+    assert DistillConfig.load(moved / "config.yaml").model.prompts == str(prompts)
 
 
 EDITS = {

@@ -125,7 +125,7 @@ def test_other_pipelines_are_refused(options, tmp_path):
     ("changes", "message"),
     [
         ({"pretrained_model_name_or_path": "/nowhere/sd"}, "/nowhere/sd"),
-        ({"pretrained_model_name_or_path": None}, "--pretrained-model-name-or-path: is required"),
+        ({"pretrained_model_name_or_path": None}, "--teacher: is required"),
         ({"prompts": None}, "--prompts: is required"),
         ({"prompts": "none.txt"}, "none.txt"),
         ({"mixed_precision": "fp16"}, "--mixed-precision"),

@@ -72,7 +72,7 @@ def test_a_student_learns_its_teachers_distribution(name, weighting):
 
     student = Student(schedule, predict, line)
     scores = Scores(config, schedule, predict, teacher, fake, {}, SHAPE)
-    fake_model = FakeModel(config, schedule, predict, fake, {}, SHAPE)
+    fake_model = FakeModel(config.fake, schedule, predict, fake, {}, SHAPE)
     (term,) = terms_of(config, schedule, SHAPE)
     optimizers = [torch.optim.Adam(line.parameters(), 0.1), torch.optim.Adam(fake.parameters(), 0.2)]
     for step in range(300):

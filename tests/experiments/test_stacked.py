@@ -72,7 +72,7 @@ def test_students_of_a_stack_are_those_of_their_trainers(common):
     for own, together, before in zip(alone, members, start, strict=True):
         assert_alike(own, together, before)
         z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-        condition = {name: x[:2] for name, x in own.model.prompts.embeddings.take(torch.arange(2)).items()}
+        condition = {name: x[:2] for name, x in own.prompts.embeddings.take(torch.arange(2)).items()}
         with torch.no_grad():
             torch.testing.assert_close(
                 together.generate(z, condition), own.generate(z, condition), rtol=1e-2, atol=1e-2
