@@ -134,5 +134,5 @@ def test_the_command_says_which_word_and_whether_the_prompt_has_it(tmp_path, tea
     for prompt, missing in (("a myword", False), ("a cat", True)):
         assert main(["generate", prompt, *command, "--out", str(tmp_path / f"{missing}.png")]) == 0
         said = capsys.readouterr()
-        assert "word.safetensors: the word MyWord" in said.out
-        assert ("the prompt does not have the word MyWord" in said.err) == missing
+        assert "word.safetensors: learned word MyWord" in said.out
+        assert ("the prompt does not contain the word MyWord" in said.err) == missing
