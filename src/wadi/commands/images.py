@@ -16,7 +16,7 @@ from wadi.device import chosen_device
 from wadi.errors import WadiError
 from wadi.onestep import refuse_guidance
 from wadi.onestep.arguments import check_seed, finite_number, whole_number
-from wadi.onestep.pictures import KINDS, picture_output, save_pictures
+from wadi.onestep.grids import KINDS, image_output, save_images
 from wadi.onestep.pipeline import load_for_steps
 from wadi.outputs import Output
 from wadi.tasks.editing import Sampling
@@ -78,7 +78,7 @@ class ImageOptions:
             value = getattr(self, name, None)
             inputs += value if isinstance(value, tuple) else [value]
         if self.is_file:
-            return picture_output(self.out, self.command, inputs, self.overwrite)
+            return image_output(self.out, self.command, inputs, self.overwrite)
         return Output(self.out, self.command, inputs, self.overwrite)
 
     @property
@@ -138,7 +138,7 @@ class ImageOptions:
 
     def finish(self, images: list[Image.Image], seconds: float, sheet: Image.Image | None = None) -> None:
         """Write the images, or the `sheet` if there is one and `out` is a file, and print a line."""
-        save_pictures([sheet] if sheet is not None and self.is_file else images, self.seed, self.output)
+        save_images([sheet] if sheet is not None and self.is_file else images, self.seed, self.output)
         steps = "one step" if self.num_inference_steps == 1 else f"{self.num_inference_steps} steps"
         plural = "s" * (len(images) > 1)
         print(f"{self.out}: {len(images)} image{plural}, {steps} each, {seconds:.2f} s")
