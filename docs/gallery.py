@@ -80,14 +80,14 @@ class Entry:
 ENTRIES = (
     Entry(
         "generate",
-        "A prompt, eight pictures, one step each",
-        "What the prompt leaves free (place, size, angle) differs from picture to picture.",
+        "A prompt, eight images, one step each",
+        "What the prompt leaves free (place, size, angle) differs from image to image.",
         ('wadi generate "a unicorn on a yellow background" -n 8 --out generate.jpg',),
     ),
     Entry(
         "two-objects",
         "Two objects, and where they are",
-        "Training showed no picture of these two together: [prompts of several things](uses/prompts.md).",
+        "Training showed no image of these two together: [prompts of several things](uses/prompts.md).",
         ('wadi generate "a penguin left of a sunflower" -n 8 --out two-objects.jpg',),
     ),
     Entry(
@@ -109,7 +109,7 @@ ENTRIES = (
     ),
     Entry(
         "panda",
-        "A picture to start from",
+        "An image to start from",
         "It is the input of what follows.",
         ('wadi generate "a big panda on the left on a red background" --seed 3 --out panda.png',),
         suffix=".png",
@@ -118,7 +118,7 @@ ENTRIES = (
         "image-to-image",
         "Image to image, in one step",
         "Another object in the place of the first, on its background. It is seldom right: in 9 of 24 images "
-        "by eye ([pictures of pictures](uses/editing.md)).",
+        "by eye ([image to image](uses/editing.md)).",
         ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.jpg',),
         ("panda",),
     ),
@@ -137,7 +137,7 @@ ENTRIES = (
         "Inpainting, in one step",
         "White of the mask is repainted, all else is kept to the bit: of eight candidates the one whose edge "
         "shows least. The edge often shows: 9 of 24 images are right by eye "
-        "([pictures of pictures](uses/editing.md)).",
+        "([image to image](uses/editing.md)).",
         (
             f'python -c "{MASK}"',
             'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --out inpaint.jpg',
@@ -158,7 +158,7 @@ ENTRIES = (
     Entry(
         "control",
         "A ControlNet of the teacher, on the student",
-        "The edges of the panda, and pictures that keep to them: [control](uses/control.md). Edges take "
+        "The edges of the panda, and images that keep to them: [control](uses/control.md). Edges take "
         "OpenCV (`pip install opencv-python-headless`); without it the command says so.",
         ('wadi control panda.png --prompt "a panda on a green background" --out control.jpg',),
         ("panda",),
@@ -167,13 +167,13 @@ ENTRIES = (
     ),
     Entry(
         "inversion",
-        "A relation, from pictures, as a new word",
+        "A relation, from images, as a new word",
         'One word for what pairs of objects have in common. "Side by side, in either order" is learned; '
         "which of the two is where hardly, and what training never showed not at all: "
         "[a new word](uses/inversion.md).",
         (
-            "wadi emoji relation-examples --out pictures",
-            "wadi invert pictures --out runs/word",
+            "wadi emoji relation-examples --out images",
+            "wadi invert images --out runs/word",
             'wadi generate "a panda <R> a rocket" --embedding runs/word -n 8 --out word.jpg',
         ),
         made_by="python experiments/inversion.py",
@@ -181,7 +181,7 @@ ENTRIES = (
     ),
     Entry(
         "dreambooth",
-        "A new subject, from six pictures",
+        "A new subject, from six images",
         "Emoji that the models never saw. The teacher (25 steps) learns some of them, at the places and on "
         "the backgrounds of the prompt. The student in one step paints blots, of which none is right by eye: "
         "[a new subject](uses/dreambooth.md).",
@@ -251,7 +251,7 @@ def page(entries: Sequence[Entry]) -> str:
         commands = "\n".join(entry.commands)
         words = entry.words
         if entry.made_by:
-            words += " This trains for minutes, so the gallery did not run it; the picture is by "
+            words += " This trains for minutes, so the gallery did not run it; the image is by "
             words += f"`{entry.made_by}`."
         picture = f"![{entry.title}.]({entry.picture})"
         parts.append(f"## {entry.title}\n\n{words}\n\n```sh\n{commands}\n```\n\n{picture}\n")

@@ -295,7 +295,7 @@ def summary(rows: list[dict]) -> list[dict]:
             "time_ratio": ratio,
         }
         for key, measure in (
-            ("edge_f1", "edges of the picture are those of the condition, F1 (up)"),
+            ("edge_f1", "edges of the image are those of the condition, F1 (up)"),
             ("objects", "objects of the prompt are there (up)"),
         )
     ]

@@ -61,7 +61,7 @@ def test_what_trains_is_shown_and_not_run(gallery, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "trained.jpg")
     gallery.main(gallery.Options(out=tmp_path))
     page = (tmp_path / "gallery.md").read_text()
-    assert "the gallery did not run it; the picture is by `python benchmarks/t.py`" in page
+    assert "the gallery did not run it; the image is by `python benchmarks/t.py`" in page
     assert "![T.](images/trained.jpg)" in page
 
 
