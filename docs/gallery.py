@@ -135,8 +135,8 @@ ENTRIES = (
         "inpaint",
         "Inpainting, in one step",
         "The white part of the mask is repainted, and the rest stays the same to the bit. Of eight "
-        "candidates, the one with the least visible edge is kept. The edge is often visible: by eye 9 of 24 images "
-        "are right ([inpainting](uses/editing.md#inpainting)).",
+        "candidates, the one with the least visible edge is kept. The edge is often visible: by eye 9 of 24 "
+        "images are right ([inpainting](uses/editing.md#inpainting)).",
         (
             f'python -c "{MASK}"',
             'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --out inpaint.jpg',
