@@ -29,7 +29,7 @@ def encoded(pipeline, prompt):
 def test_a_tensor_that_is_no_word_takes_the_files_name(tmp_path, tensor):
     save_file({tensor: vectors(3)}, tmp_path / "MyWord.safetensors")
     pipeline = tiny_pipeline()
-    with pytest.warns(WadiWarning, match=f"names its embedding {tensor.replace('*', '.')}, .* name, MyWord"):
+    with pytest.warns(WadiWarning, match=f"name, {tensor.replace('*', '.')}, is not a word; .* name, MyWord"):
         assert load_embedding(pipeline, tmp_path / "MyWord.safetensors") == "MyWord"
     folder = tmp_path / "word of a folder"
     folder.mkdir()
@@ -64,7 +64,7 @@ def test_a_word_within_another_one_is_told_where_diffusers_would_replace_it(tmp_
     save_file({"art": vectors(2)}, tmp_path / "art.safetensors")
     pipeline = tiny_pipeline()
     load_embedding(pipeline, tmp_path / "art.safetensors")
-    with pytest.warns(WadiWarning, match="has 'art' within another word too"):
+    with pytest.warns(WadiWarning, match="has 'art' inside another word too"):
         as_learned(pipeline, ["the start of art"])
 
 
@@ -95,9 +95,9 @@ def test_the_same_image_from_both_kinds_of_file(tmp_path):
         ({"w": torch.zeros(2, 16, dtype=torch.int64)}, "not one learned word"),
         ({"w": vectors(width=20)}, "w has 20 numbers and the model's words have 16"),
         ({"w": vectors() / 0}, "not finite numbers"),
-        ({"x": vectors()}, "the model has 'x' already"),
+        ({"x": vectors()}, "the model already has a token 'x'"),
         ({"<|endoftext|>": vectors()}, "already"),
-        ({" ": vectors()}, "the model has ' ' already"),
+        ({" ": vectors()}, "the model already has a token ' '"),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_line(tmp_path, tensors, message):
@@ -115,7 +115,7 @@ def test_a_word_is_not_loaded_twice(tmp_path):
     pipeline = tiny_pipeline()
     load_embedding(pipeline, tmp_path / "a.safetensors")
     for name in ("a", "b"):
-        with pytest.raises(WadiError, match="the model has 'myword' already"):
+        with pytest.raises(WadiError, match="the model already has a token 'myword'"):
             load_embedding(pipeline, tmp_path / f"{name}.safetensors")
 
 
@@ -124,7 +124,7 @@ def test_a_word_is_not_loaded_twice(tmp_path):
 def test_pickles_are_refused_unread(tmp_path, name, zipped, monkeypatch):
     torch.save({"string_to_param": {"*": vectors()}}, tmp_path / name, _use_new_zipfile_serialization=zipped)
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
-    with pytest.raises(WadiError, match=r"was written by torch\.save and can run code"):
+    with pytest.raises(WadiError, match=r"is a file of torch\.save, which can run code"):
         load_embedding(tiny_pipeline(), tmp_path / name)
 
 

@@ -195,7 +195,7 @@ def test_missing_and_broken_inputs_are_one_line(teacher, adapter, tmp_path):
     empty_weights = broken("other", adapter, _drop_one_weight)
     cases = [
         (tmp_path / "nowhere", None, "no such folder"),
-        (tmp_path, None, "but holds 3; name one"),
+        (tmp_path, None, "but it holds 3 of them; name one"),
         (no_vae, None, "'vae'"),
         (no_weights, None, "holds its weights only as"),
         (cut, None, "could not read"),
