@@ -1,4 +1,4 @@
-"""Where the networks work."""
+"""The device that the networks run on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from wadi.errors import WadiError
 
 
 def chosen_device(name: str | torch.device | None = None) -> str:
-    """The device of an option such as --device, by default a GPU if there is one.
+    """Check the device of an option such as --device. ``None`` means a GPU if there is one.
 
     Raises:
-        WadiError: there is no such device on this machine.
+        WadiError: this machine has no such device.
     """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -171,7 +171,7 @@ def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -
     config = read_json(file) if file.is_file() else {}
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in ("AutoencoderTiny", "AutoencoderKL"):
-        raise WadiError(f"--vae {name}: its class is {kind}; use an AutoencoderTiny or AutoencoderKL")
+        raise WadiError(f"--vae {name}: its class is {kind}; use AutoencoderTiny or AutoencoderKL")
     vae = load_module(getattr(diffusers, kind), folder, torch_dtype)
     channels = vae.config.latent_channels
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)
