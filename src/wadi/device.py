@@ -18,12 +18,7 @@ def chosen_device(name: str | torch.device | None = None) -> str:
     try:
         torch.ones(1, device=name).item()  # a device without memory, such as meta, has no value either
     except (AssertionError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        raise WadiError(
-            f"--device {name}: is not on this machine; name one of {', '.join(_here())}"
-        ) from error
+        cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        here = ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise WadiError(f"--device {name}: is not on this machine; name one of {', '.join(here)}") from error
     return str(name)
-
-
-def _here() -> list[str]:
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]

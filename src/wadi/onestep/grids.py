@@ -116,9 +116,9 @@ def _written_by(path: Path) -> str | None:
     return found.removeprefix("wadi ") if found.startswith("wadi ") else None
 
 
-def enlarge(image: Image.Image, width: int = READABLE) -> Image.Image:
-    """Enlarge a small image by a whole factor until it is at least `width` pixels wide. The result is RGB."""
-    factor = max(1, math.ceil(width / image.width))
+def enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge a small image by a whole factor until it is `READABLE`. The result is RGB."""
+    factor = max(1, math.ceil(READABLE / image.width))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 

@@ -112,7 +112,9 @@ def read_released(path: str | os.PathLike) -> Released:
     state, beside = _unwrapped(_read(Path(path)), path)
     state = without_prefixes(state)
     obsolete = [key for key in _OBSOLETE if state.pop(key, None) is not None]
-    if wrong := [key for key, value in state.items() if not _is_weight(value)]:
+    if wrong := [
+        key for key, value in state.items() if not torch.is_tensor(value) or not value.is_floating_point()
+    ]:
         raise WadiError(
             f"{path}: has entries that are not floating-point tensors ({_some(wrong)}); name another file"
         )
@@ -164,10 +166,6 @@ def without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
 def _kind(keys: Iterable[str]) -> str | None:
     keys = set(keys)
     if any(key.endswith(tuple(f".{name}" for name in _ANGLE_NAMES)) for key in keys):
@@ -185,13 +183,9 @@ def _check_kind(
 ) -> None:
     if type(network).__name__ != released.kind:
         raise WadiError(
-            f"{weights}: holds a {released.kind}, but {model} has {_class_name(network)}; "
+            f"{weights}: holds a {released.kind}, but {model} has a {type(network).__name__}; "
             "name the base model that the student was distilled from"
         )
-
-
-def _class_name(network: nn.Module | None) -> str:
-    return "neither U-Net nor transformer" if network is None else f"a {type(network).__name__}"
 
 
 def _check_keys(
@@ -235,7 +229,8 @@ def _import_angles(
     check_teacher(model, scheduler, network)
     modules = dict(network.named_modules())
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in released.tensors))
-    fan = {name: modules[name].weight.flatten(1).shape for name in names if _is_adaptable(modules.get(name))}
+    layers = {name: modules[name] for name in names if isinstance(modules.get(name), (nn.Linear, nn.Conv2d))}
+    fan = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
     ranks = {name: _rank(released.tensors.get(f"{name}.theta_a")) for name in names}
     expected = {}
     for name, (out_features, fan_in) in fan.items():
@@ -264,10 +259,6 @@ def _import_angles(
 def _rank(theta_a: torch.Tensor | None) -> int:
     """The rank, but at least 1, so that `_check_keys` reports a tensor of another shape."""
     return max(1, theta_a.shape[1]) if theta_a is not None and theta_a.ndim == 2 else 1
-
-
-def _is_adaptable(module: nn.Module | None) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -138,13 +138,12 @@ def pipeline_class_name(folder: Path) -> str:
 
 def prompt_limit(pipeline: DiffusionPipeline) -> int:
     """The largest number of tokens of a prompt, for all tokenizers and for the pipeline's padding."""
-    limits = [getattr(pipeline, name).model_max_length for name in TOKENIZERS if _has(pipeline, name)]
+    tokenizers = [
+        tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None
+    ]
+    limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     own = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     return min(limits if own is None else [*limits, own.default])
-
-
-def _has(pipeline: DiffusionPipeline, part: str) -> bool:
-    return getattr(pipeline, part, None) is not None
 
 
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
