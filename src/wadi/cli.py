@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "import": (
         "wadi.commands.import_:import_",
-        "convert the weights that the paper's authors published to a folder",
+        "convert weights that the paper's authors published to a diffusers folder",
     ),
     "extract": (
         "wadi.commands.extract:extract",
