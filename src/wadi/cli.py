@@ -71,7 +71,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("wadi.commands.report:report", "write the report of a finished run again"),
     "prompts encode": (
         "wadi.distill.prompts:encode_to_disk",
-        "encode the training prompts beforehand, and keep them on the disk",
+        "encode training prompts once, and keep them on the disk",
     ),
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),

@@ -1,4 +1,4 @@
-"""The text part of a pipeline: tokenizers, and text encoders that are loaded only while they are used."""
+"""The text half of a pipeline: tokenizers and text encoders, the latter loaded only while they are used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_limit
 
 NETWORKS = ("unet", "transformer")
 SAMPLED_BEYOND = 2**30
-"""Size in bytes. Only a sample of larger files is hashed."""
+"""Bytes: of larger files only a sample is hashed."""
 _SAMPLE, _STRIDE = 2**16, 2**22
 
 
@@ -31,22 +31,22 @@ class PromptEncoder(ABC):
 
     Args:
         pipeline: holds the tokenizers; its networks are not touched.
-        dtype: dtype of the conditions.
-        device: device of the text encoders while they are used.
-        folder: pipeline folder from which the text encoders are loaded while they are used. ``None`` for a
-            pipeline that holds them; otherwise unused, they are then on the CPU.
+        dtype: of the conditions.
+        device: where the text encoders work.
+        folder: pipeline folder to load the text encoders from for as long as they are used; ``None`` for a
+            pipeline that holds them, where they then rest on the CPU.
 
     Attributes:
-        tokenizer: the first tokenizer, which measures the length of a prompt.
-        limit: the largest number of tokens of a prompt.
+        tokenizer: the first one, by which the length of a prompt is measured.
+        limit: most tokens of a prompt.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the text encoders in the pipeline."""
     t5: ClassVar[str | None] = None
-    """Name of the one that is a T5, if any."""
+    """Which of them is a T5, if any."""
     dimensions: ClassVar[dict[str, int]] = {STATES: 3}
-    """Names of a condition's tensors, and the number of their dimensions with that of the prompts."""
+    """Names of a condition's tensors, and how many dimensions each has, the prompts included."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class PromptEncoder(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> PromptEncoder:
-        """Load the tokenizers of a pipeline folder or hub id, without weights.
+        """Load the tokenizers of a pipeline folder or hub id, and no weights yet.
 
         Raises:
-            WadiError: there is no such folder or id, or a sub-folder is missing.
+            WadiError: no such folder or id, or a missing sub-folder.
         """
         folder = pipeline_folder(name_or_path)
         pipeline = load_pipeline(folder, without=(*NETWORKS, "vae", *cls.parts))
@@ -79,15 +79,15 @@ class PromptEncoder(ABC):
         """Conditions of one batch, with the text encoders on the device; any device and float dtype."""
 
     def null(self, empty: Condition | None = None) -> Condition:
-        """The condition without a prompt, with first dimension 1: the pipeline's embedding of "".
+        """What the pipeline uses where there is no prompt, first dimension 1: its embedding of "".
 
         Args:
-            empty: the result of `encode` for [""], if the caller has it. It is encoded when ``None``.
+            empty: what `encode` gives for [""], where the caller has it; it is encoded when ``None``.
         """
         return self.encode([""]) if empty is None else empty
 
     def identity(self) -> str:
-        """Hash of everything except the prompt that decides a condition: encoders, tokenizers, class, dtypes.
+        """Hash of everything that decides a condition but the prompt: encoders, tokenizers, class, dtypes.
 
         Weight files above `SAMPLED_BEYOND` are hashed by their size and 64 KiB of every 4 MiB.
 
@@ -95,9 +95,7 @@ class PromptEncoder(ABC):
             WadiError: the pipeline has no folder, or a file cannot be read.
         """
         if self.folder is None:
-            raise WadiError(
-                "the pipeline was not loaded from a folder, so its prompts cannot be cached; name a folder"
-            )
+            raise WadiError("the pipeline was not loaded from a folder, so its prompts cannot be cached")
         clean = self.t5 is not None and cleans_captions()
         facts = [type(self.pipeline).__name__, self.dtype, self._encoder_dtypes, self.limit, clean]
         digest = hashlib.sha256(repr(facts).encode())
@@ -112,7 +110,7 @@ class PromptEncoder(ABC):
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Hold the text encoders on the device during the block. Afterwards they are released.
+        """Hold the text encoders on the device for the block; afterwards nothing holds them.
 
         Raises:
             WadiError: their weights are missing or unreadable.
@@ -147,21 +145,21 @@ class PromptEncoder(ABC):
             return concatenate([self._kept(self._encode(batch)) for batch in batches])
 
     def _kept(self, condition: Condition) -> Condition:
-        """Convert a batch for keeping: masks to bool, all other tensors to the dtype of the conditions."""
+        """What is kept of a batch: masks as truth values, all else in the dtype of the conditions."""
         dtypes = {MASK: torch.bool}
         return {name: tensor.cpu().to(dtypes.get(name, self.dtype)) for name, tensor in condition.items()}
 
     @property
     def _encoder_dtypes(self) -> dict[str, torch.dtype]:
-        """float32, but bfloat16 for a T5 with bfloat16 conditions, because T5 XXL would take 19 GB."""
-        dtypes = {"default": torch.float32}  # not float16, which overflows in a T5
+        """float32, but for a T5 with bfloat16 conditions: its XXL would take 19 GB, and fp16 overflows it."""
+        dtypes = {"default": torch.float32}
         if self.t5 is not None and self.dtype == torch.bfloat16:
             dtypes[self.t5] = torch.bfloat16
         return dtypes
 
 
 def cleans_captions() -> bool:
-    """Whether PixArt's pipelines remove mark-up from prompts, which needs two packages."""
+    """Whether PixArt's pipelines clean prompts of mark-up: they need two packages for that."""
     return is_bs4_available() and is_ftfy_available()
 
 

@@ -21,9 +21,9 @@ class DemoConfig:
     """Train a one-step student of the built-in teacher, measure it, and write a report."""
 
     out: Path = Path("demo")
-    """Run folder. It must be new or empty."""
+    """Run folder; new or empty."""
     max_train_steps: int = PRESETS["emoji-cpu"].max_train_steps
-    """Number of updates of the student."""
+    """Updates of the student."""
     seed: int = 0
     """Seed of the training."""
     samples: int = 500

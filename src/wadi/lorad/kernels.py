@@ -1,11 +1,11 @@
-"""The rotation of `wadi.lorad.rotation` after ``Theta = A B``, as fused Triton kernels for NVIDIA GPUs.
+"""The rotation of `wadi.lorad.rotation`, fused for NVIDIA GPUs (Triton): what follows ``Theta = A B``.
 
 One kernel reads ``W`` and ``Theta`` and writes the turned weight; in backward one reads the gradient too and
 writes ``dL/dTheta`` as well. Sine, cosine and the complex product stay in registers, in float32; for weights
 of half precision sine and cosine are the hardware's (absolute error 5e-7, far below the rounding of the
 weight). The product ``A B`` is left to cuBLAS.
 
-`supports` says when they are used. All other weights and devices take the eager path.
+Used where `supports` says so; everything else, and every other device, takes the eager path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LIBRARY.define("angle_gradient(Tensor turned, Tensor grad) -> Tensor")
 @torch.compiler.assume_constant_result
 @cache
 def available() -> bool:
-    """Whether there are Triton and an NVIDIA GPU of compute capability 8.0 or later."""
+    """Whether there are an NVIDIA GPU of compute capability 8.0 or later and Triton."""
     return (
         triton is not None
         and torch.version.cuda is not None
@@ -44,7 +44,7 @@ def available() -> bool:
 
 
 def supports(weight: torch.Tensor, theta_dtype: torch.dtype) -> bool:
-    """Whether the kernels can turn this weight: on a GPU, with an even fan-in, at most float32."""
+    """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32."""
     return (
         weight.is_cuda
         and weight.shape[1] % 2 == 0

@@ -35,7 +35,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
 
     Raises:
         TypeError: the base layer is quantized or already carries another kind of adapter.
-        ValueError: the fan-in is less than 2, so there is no pair to turn.
+        ValueError: the fan-in is less than 2: there is nothing to turn.
     """
 
     adapter_layer_names = ("lorad_A", "lorad_B")
@@ -64,7 +64,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, r, config)
 
     def update_layer(self, adapter_name: str, r: int, config: LoRaDConfig) -> None:
-        """Add an adapter of rank `r`. It turns nothing until it is trained or loaded (see `init_weights`)."""
+        """Add an adapter of rank `r`; it turns nothing until it is trained or loaded (see `init_weights`)."""
         out_features, fan_in = self._as_matrix(self.get_base_layer().weight).shape
         if fan_in < 2:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The mathematics of LoRaD (WaDi, arXiv 2603.08258): it turns the rows of a weight, one pair of columns each.
+"""The mathematics of LoRaD (WaDi, arXiv 2603.08258): the rows of a weight turned, pair by pair of columns.
 
 Read the columns ``2i`` and ``2i + 1`` of a weight ``W`` (out, in) as one complex number ``o + i e``. LoRaD
 turns it by the angle ``Theta = scale * A B`` with ``A`` (out, r) and ``B`` (r, in // 2):
@@ -18,8 +18,8 @@ Angles, sine, cosine and rotation are computed in float32, or in float64 if an o
 the dtypes of base and adapter and whatever `torch.autocast` says; only the finished weight is rounded to the
 compute dtype. (TF32, where the user allows it, applies to the product ``A B`` as to any other.)
 
-This is the eager implementation. On an NVIDIA GPU `rotated_weight` and `rotated_linear` use the fused kernels
-of `wadi.lorad.kernels`, which compute the same.
+This is the eager statement. On an NVIDIA GPU `rotated_weight` and `rotated_linear` use the fused kernels of
+`wadi.lorad.kernels`, which compute the same.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def rotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     wide = _wide_dtype(weight, theta)
     theta = theta.to(wide)
     turn, pairs = torch.polar(torch.ones_like(theta), theta), _as_complex(weight, wide)
-    # in place without autograd, which saves a buffer of the weight's size
+    # in place unless autograd watches: a buffer of the weight's size less
     turned = turn * pairs if torch.is_grad_enabled() else turn.mul_(pairs)
     return _as_real(turned, weight)
 
