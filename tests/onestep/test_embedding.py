@@ -95,9 +95,9 @@ def test_the_same_image_from_both_kinds_of_file(tmp_path):
         ({"w": torch.zeros(2, 16, dtype=torch.int64)}, "not one learned word"),
         ({"w": vectors(width=20)}, "w has 20 numbers and the model's words have 16"),
         ({"w": vectors() / 0}, "not finite numbers"),
-        ({"x": vectors()}, "the model already has a token 'x'"),
+        ({"x": vectors()}, "the model has 'x' already"),
         ({"<|endoftext|>": vectors()}, "already"),
-        ({" ": vectors()}, "the model already has a token ' '"),
+        ({" ": vectors()}, "the model has ' ' already"),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_line(tmp_path, tensors, message):
@@ -115,7 +115,7 @@ def test_a_word_is_not_loaded_twice(tmp_path):
     pipeline = tiny_pipeline()
     load_embedding(pipeline, tmp_path / "a.safetensors")
     for name in ("a", "b"):
-        with pytest.raises(WadiError, match="the model already has a token 'myword'"):
+        with pytest.raises(WadiError, match="the model has 'myword' already"):
             load_embedding(pipeline, tmp_path / f"{name}.safetensors")
 
 

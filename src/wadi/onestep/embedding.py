@@ -134,8 +134,8 @@ def _check_new(pipeline: DiffusionPipeline, file: Path, word: str, tokens: Seque
     vocabulary = pipeline.tokenizer.get_vocab()
     if taken := [token for token in (*tokens, f"{tokens[0]}_1") if not token or token in vocabulary]:
         raise WadiError(
-            f"{file}: the model already has a token {taken[0] or word!r}, its own or from another embedding; "
-            "rename the file, or the tensor in it"
+            f"{file}: the model has {taken[0] or word!r} already, as a token of its own or of another "
+            "embedding; rename the file, or the tensor in it"
         )
     if f"{tokens[0]}</w>" in vocabulary:
         tell(f"{file}: the model knew the word {word!r}; in prompts it now has the learned meaning")
