@@ -1,10 +1,10 @@
-"""How long a picture takes: stock diffusers in 25 guided steps and in one, and the fast path.
+"""How long an image takes: stock diffusers in 25 guided steps and in one, and the fast path.
 
     python benchmarks/sampling.py --out sampling.json           # Stable Diffusion 1.5 at 512 px, on a GPU
     python benchmarks/sampling.py --model tiny --device cpu      # does it run?
 
 The exact configuration of Stable Diffusion 1.5 with random weights: speed does not depend on what they say.
-All rows are timed from the prompt to PIL pictures on the host. "New prompt": one that was not seen before;
+All rows are timed from the prompt to PIL images on the host. "New prompt": one that was not seen before;
 else its embedding is kept by the fast path. Noise is drawn on the device.
 """
 
@@ -216,7 +216,7 @@ def table(report: dict) -> str:
     lines = [
         machine,
         "",
-        f"| | ms a picture | ms, new prompt | times faster | pictures/s, batch {batch} | warm-up, s |",
+        f"| | ms an image | ms, new prompt | times faster | images/s, batch {batch} | warm-up, s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     slowest = report["rows"][0]["batch_1"]["milliseconds"]
@@ -289,7 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--mode", choices=("eager", "default", "max-autotune-no-cudagraphs"))
-    parser.add_argument("--batch", type=int, default=16, help="pictures of the larger batch")
+    parser.add_argument("--batch", type=int, default=16, help="number of images in the larger batch")
     parser.add_argument("--repeats", type=int, default=50, help="calls of each median, at most")
     parser.add_argument("--limit", type=float, default=3.0, help="seconds of each median, about")
     parser.add_argument("--only", nargs="+", help="rows to measure; all if not given")

@@ -1,9 +1,9 @@
-"""Make the gallery: docs/gallery.md, and its pictures, each by the command lines that the page shows.
+"""Make the gallery: docs/gallery.md, and its images, each by the command lines that the page shows.
 
     python docs/gallery.py                             # all of it; two cores, about a minute
     python docs/gallery.py --only inpaint --out runs/gallery   # a part of it, elsewhere
 
-The commands run one after the other in one empty folder, so that a picture of one is there for the next.
+The commands run one after the other in one empty folder, so that an image of one is there for the next.
 Another entry is another line of `ENTRIES`. What a command says when it fails is told, and nothing is written.
 """
 
@@ -35,19 +35,19 @@ MASK = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of the gallery.
+    """An image of the gallery.
 
     Attributes:
-        name: of the picture's file, without its suffix.
+        name: of the image's file, without its suffix.
         title: heading.
         words: what there is to see, and which page has more.
-        commands: command lines; the last one writes the picture.
-        needs: names of entries whose pictures the commands read.
-        made_by: of what trains for minutes: the experiment that made the picture in docs/images. That one
-            is shown, the commands are not run, and the page says so.
-        suffix: of the picture's file.
+        commands: command lines; the last one writes the image.
+        needs: names of entries whose images the commands read.
+        made_by: for commands that train for minutes, the experiment that made the image in docs/images. The
+            image is shown, the commands are not run, and the page says so.
+        suffix: of the image's file.
         module: what the commands import beyond what wadi always needs. Where it is not installed they are not
-            run: the entry keeps the picture that is there, or is left out.
+            run: the entry keeps the image that is there, or is left out.
         package: that has the module.
     """
 
@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def file(self) -> str:
-        """Name of the picture."""
+        """Name of the image file."""
         return self.name + self.suffix
 
     @property
@@ -80,20 +80,20 @@ class Entry:
 ENTRIES = (
     Entry(
         "generate",
-        "A prompt, eight pictures, one step each",
-        "What the prompt leaves free (place, size, angle) differs from picture to picture.",
+        "Eight images of a prompt, one step each",
+        "Place, size and angle differ from image to image, because the prompt does not state them.",
         ('wadi generate "a unicorn on a yellow background" -n 8 --out generate.jpg',),
     ),
     Entry(
         "two-objects",
         "Two objects, and where they are",
-        "Training showed no picture of these two together: [prompts of several things](uses/prompts.md).",
+        "No image of the training showed these two together: [prompts of several things](uses/prompts.md).",
         ('wadi generate "a penguin left of a sunflower" -n 8 --out two-objects.jpg',),
     ),
     Entry(
         "plain-large",
-        "Twice as high and wide: as it is",
-        "A student of 64 px asked for 128: the object repeats, or grows out of shape.",
+        "Twice the height and width, without a change",
+        "A student of 64 px makes images of 128 px. The object is repeated, or loses its shape.",
         (
             'wadi generate "a rocket on a blue background" --height 128 --width 128 --no-redilate -n 4 '
             "--out plain-large.jpg",
@@ -101,24 +101,23 @@ ENTRIES = (
     ),
     Entry(
         "large",
-        "Twice as high and wide: re-dilated",
-        "The same noise, with the inner convolutions stretched, as `wadi generate` does unless told not to: "
-        "one object each, but speckled all over, and hardly to be recognised "
-        "([larger images](uses/high-resolution.md)).",
+        "Twice the height and width, with stretched convolutions",
+        "The noise is the same. By default `wadi generate` stretches the inner convolutions. Each image has "
+        "one object, but it is speckled and hardly recognisable ([larger images](uses/high-resolution.md)).",
         ('wadi generate "a rocket on a blue background" --height 128 --width 128 -n 4 --out large.jpg',),
     ),
     Entry(
         "panda",
-        "A picture to start from",
-        "It is the input of what follows.",
+        "An image to start from",
+        "The next commands start from this image.",
         ('wadi generate "a big panda on the left on a red background" --seed 3 --out panda.png',),
         suffix=".png",
     ),
     Entry(
         "image-to-image",
         "Image to image, in one step",
-        "Another object in the place of the first, on its background. It is seldom right: in 9 of 24 images "
-        "by eye ([pictures of pictures](uses/editing.md)).",
+        "The new object takes the place of the first one, on its background. By eye 9 of 24 such images are "
+        "right ([image to image](uses/editing.md)).",
         ('wadi image-to-image panda.png --prompt "a tiger" --out image-to-image.jpg',),
         ("panda",),
     ),
@@ -135,9 +134,9 @@ ENTRIES = (
     Entry(
         "inpaint",
         "Inpainting, in one step",
-        "White of the mask is repainted, all else is kept to the bit: of eight candidates the one whose edge "
-        "shows least. The edge often shows: 9 of 24 images are right by eye "
-        "([pictures of pictures](uses/editing.md)).",
+        "The white part of the mask is repainted, and the rest stays the same to the bit. Of eight "
+        "candidates, the one with the least visible edge is kept. The edge is often visible: by eye 9 of 24 "
+        "images are right ([inpainting](uses/editing.md#inpainting)).",
         (
             f'python -c "{MASK}"',
             'wadi inpaint panda.png mask.png --prompt "a panda left of a sunflower" --out inpaint.jpg',
@@ -158,8 +157,8 @@ ENTRIES = (
     Entry(
         "control",
         "A ControlNet of the teacher, on the student",
-        "The edges of the panda, and pictures that keep to them: [control](uses/control.md). Edges take "
-        "OpenCV (`pip install opencv-python-headless`); without it the command says so.",
+        "The images keep to the edges of the panda: [ControlNet](uses/control.md). The command needs OpenCV "
+        "to find edges (`pip install opencv-python-headless`).",
         ('wadi control panda.png --prompt "a panda on a green background" --out control.jpg',),
         ("panda",),
         module="cv2",
@@ -167,13 +166,13 @@ ENTRIES = (
     ),
     Entry(
         "inversion",
-        "A relation, from pictures, as a new word",
-        'One word for what pairs of objects have in common. "Side by side, in either order" is learned; '
-        "which of the two is where hardly, and what training never showed not at all: "
+        "A new word for a relation, from images",
+        'The word names what pairs of objects have in common. "Side by side, in either order" is learned. '
+        "The order of the two is hardly learned, and a relation that training never showed is not learned: "
         "[a new word](uses/inversion.md).",
         (
-            "wadi emoji relation-examples --out pictures",
-            "wadi invert pictures --out runs/word",
+            "wadi emoji relation-examples --out images",
+            "wadi invert images --out runs/word",
             'wadi generate "a panda <R> a rocket" --embedding runs/word -n 8 --out word.jpg',
         ),
         made_by="python experiments/inversion.py",
@@ -181,9 +180,9 @@ ENTRIES = (
     ),
     Entry(
         "dreambooth",
-        "A new subject, from six pictures",
-        "Emoji that the models never saw. The teacher (25 steps) learns some of them, at the places and on "
-        "the backgrounds of the prompt. The student in one step paints blots, of which none is right by eye: "
+        "A new subject, from six images",
+        "The models never saw these emoji. The teacher (25 steps) learns some of them, with the place and "
+        "the background of the prompt. The student in one step draws blots; by eye none is right: "
         "[a new subject](uses/dreambooth.md).",
         (
             "wadi emoji subject-examples --out hedgehog",
@@ -198,8 +197,8 @@ ENTRIES = (
 
 HEAD = """# Gallery
 
-Made by `python docs/gallery.py`, which runs the commands below with the models that come with wadi. All is
-made in one step unless a command says otherwise. Before and after, by `python docs/pictures.py`:
+`python docs/gallery.py` makes this page. It runs the commands below with the models that come with wadi.
+Images are made in one step unless the command says otherwise. `python docs/pictures.py` makes the first one:
 
 ![The teacher in one step, the student in one step, the teacher in 25.](images/before-after.png)
 """
@@ -210,7 +209,7 @@ class Options:
     """Make the gallery."""
 
     out: Path = Path("docs")
-    """Folder of gallery.md; the pictures go to images/gallery in it."""
+    """Folder of gallery.md; the images go to images/gallery in it."""
     only: tuple[str, ...] = ()
     """Only these entries, and those that they need."""
 
@@ -251,7 +250,7 @@ def page(entries: Sequence[Entry]) -> str:
         commands = "\n".join(entry.commands)
         words = entry.words
         if entry.made_by:
-            words += " This trains for minutes, so the gallery did not run it; the picture is by "
+            words += " The training takes minutes, so the gallery did not run it. The image is from "
             words += f"`{entry.made_by}`."
         picture = f"![{entry.title}.]({entry.picture})"
         parts.append(f"## {entry.title}\n\n{words}\n\n```sh\n{commands}\n```\n\n{picture}\n")
@@ -263,13 +262,13 @@ def told_if_left_out(entry: Entry, out: Path) -> bool:
     if entry.made_by or entry.runs:
         return True
     kept = (out / entry.picture).exists()
-    does = "its picture is left as it is" if kept else "it is left out"
+    does = "its image is left as it is" if kept else "it is left out"
     print(f"{entry.name}: needs {entry.module} (pip install {entry.package}); {does}", file=sys.stderr)
     return kept
 
 
 def main(options: Options) -> None:
-    """Run the commands, then write pictures and page."""
+    """Run the commands, then write images and page."""
     entries, out, start = chosen(options.only), options.out.resolve(), Path.cwd()
     for entry in entries:
         if entry.made_by and not (out / entry.picture).exists():
@@ -290,7 +289,7 @@ def main(options: Options) -> None:
             with replacing_file(out / entry.picture) as temporary:
                 shutil.copyfile(Path(folder) / entry.file, temporary)
     write_text(out / "gallery.md", page(entries))
-    print(f"{options.out / 'gallery.md'}: {len(entries)} pictures")
+    print(f"{options.out / 'gallery.md'}: {len(entries)} images")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the pictures of the README.
+"""Make the images of the README.
 
 python docs/pictures.py                                                   # of what comes with wadi
 python docs/pictures.py dit.png runs/dit-teacher runs/emoji-dit/adapter   # of another pair

@@ -35,7 +35,7 @@ from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.emoji.train_controlnet import open_captions, scene_boxes
 from wadi.errors import WadiError
 from wadi.files import write_json
-from wadi.onestep import check_picture_path, labelled_grid, save_picture
+from wadi.onestep import check_image_path, labelled_grid, save_image
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import load_controlnet, with_controlnets
 from wadi.tasks.control import canny, edge_agreement, layout_map
@@ -238,7 +238,7 @@ def main(options: Options) -> None:
     """Measure, print the table, write JSON and picture."""
     if options.samples < 1 or options.timed < 1 or options.batch_size < 1:
         raise WadiError("--samples, --timed, --batch-size: must be at least 1")
-    check_picture_path(options.picture, "--picture", overwrite=True)
+    check_image_path(options.picture, "--picture", overwrite=True)
     captions, scenes, real = draw(options)
     edges = edges_of(real)
     maps = [Image.fromarray(edge).convert("RGB") for edge in edges.numpy()]
@@ -295,7 +295,7 @@ def summary(rows: list[dict]) -> list[dict]:
             "time_ratio": ratio,
         }
         for key, measure in (
-            ("edge_f1", "edges of the picture are those of the condition, F1 (up)"),
+            ("edge_f1", "edges of the image are those of the condition, F1 (up)"),
             ("objects", "objects of the prompt are there (up)"),
         )
     ]
@@ -315,7 +315,7 @@ def save_pictures(
         made = [Image.fromarray(pictures[name][i].permute(1, 2, 0).numpy()) for name in names]
         scene = Image.fromarray(real[i].permute(1, 2, 0).numpy())
         rows.append((prompt, [scene, maps[i], *made]))
-    save_picture(labelled_grid(rows, ["scene", "edges", *names]), path, overwrite=True)
+    save_image(labelled_grid(rows, ["scene", "edges", *names]), path, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -595,7 +595,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     own = [r["figures"] for r in results]
     for measure, key in (("subject recognised (up)", "recognised"), ("other prompts right (up)", "others")):
         teacher, student = (statistics.mean(f[way][key] for f in own) for way in ("teacher", "student"))
-        use = "a new subject from six pictures, stacked on the student"
+        use = "a new subject from six images, stacked on the student"
         row = {"use": use, "measure": measure, "teacher": teacher, "student": student}
         rows.append(row | {"time_ratio": None})
     return rows

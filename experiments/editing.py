@@ -38,7 +38,7 @@ from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.emoji.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
-from wadi.onestep import labelled_grid, save_picture
+from wadi.onestep import labelled_grid, save_image
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.editing import CANDIDATES, Sampling, image_to_image, inpaint, seam
 
@@ -447,7 +447,7 @@ def save_pictures(
         (edit.texts[i], [shown(edit.images, i), *(shown(varied_pictures[name], i) for name in names)])
         for i in range(min(SHOWN, len(edit.texts)))
     ]
-    save_picture(labelled_grid(rows, ["picture", *names]), folder / "image-to-image.jpg", overwrite=True)
+    save_image(labelled_grid(rows, ["picture", *names]), folder / "image-to-image.jpg", overwrite=True)
     rows = []
     for kind, edit in edits.items():
         made = repainted_pictures[kind]
@@ -456,7 +456,7 @@ def save_pictures(
             cells = [shown(images, i) for images in (edit.images, masked, *made.values())]
             rows.append((edit.texts[i], cells))
     names = list(repainted_pictures["add"])
-    save_picture(labelled_grid(rows, ["picture", "mask", *names]), folder / "inpainting.jpg", overwrite=True)
+    save_image(labelled_grid(rows, ["picture", "mask", *names]), folder / "inpainting.jpg", overwrite=True)
 
 
 if __name__ == "__main__":

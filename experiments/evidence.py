@@ -448,7 +448,7 @@ def described(runs: Sequence[Run]) -> str:
     """What all runs of a table have in common, and where they ran."""
     parts = [f"{runs[0].prompts} captions".capitalize()]
     if counts := sorted({run.figures["samples"] for run in runs if run.figures is not None}):
-        parts.append(f"{spaced(counts[0])} pictures of each student")
+        parts.append(f"{spaced(counts[0])} images of each student")
     updates = sorted({run.config["max_train_steps"] for run in runs})
     batches = sorted({run.config["train_batch_size"] for run in runs})
     parts.append(f"{_span(updates)} updates of {_span(batches)} samples")
@@ -806,7 +806,7 @@ def grain_table(data: Mapping[str, Any]) -> str:
     for row in others:
         shares = (share(row["mended"], 2), share(row["kept"], 4))
         rows.append([row["name"], share(row["alignment"], 3), *shares, f"{row['background_entropy']:.2f}"])
-    headings = ("pictures", "alignment", "wrong ones mended", "right ones kept", "free background, bits")
+    headings = ("images", "alignment", "wrong ones mended", "right ones kept", "free background, bits")
     return f"{markdown(headings, rows)}\n\n{data['header']}."
 
 

@@ -30,7 +30,7 @@ from wadi.emoji.captions import Caption, sample_captions, stated
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors, write_json
-from wadi.onestep import check_picture_path, labelled_grid, save_picture
+from wadi.onestep import check_image_path, labelled_grid, save_image
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import growth, redilated
 
@@ -162,7 +162,7 @@ def main(options: Options) -> None:
     """Measure, print, write JSON and picture."""
     if options.samples < 1:
         raise WadiError("--samples: must be at least 1")
-    check_picture_path(options.picture, "--picture", overwrite=True)
+    check_image_path(options.picture, "--picture", overwrite=True)
     pipeline = load_for_steps(teacher_folder(), student_folder(), 1, device=options.device)
     pipeline.set_progress_bar_config(disable=True)
     judge = Judge.load(assets_folder() / "judge.safetensors")
@@ -253,7 +253,7 @@ def save_pictures(pipeline: DiffusionPipeline, options: Options) -> None:
             cells += pipeline.image_processor.postprocess(2 * shown - 1, output_type="pil")
         rows.append((text, cells))
     names = [f"{size} px" + (", re-dilated" if damping is not None else "") for size, damping in cases]
-    save_picture(labelled_grid(rows, names), options.picture, overwrite=True)
+    save_image(labelled_grid(rows, names), options.picture, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from wadi.emoji.glyphs import NAMES
 from wadi.emoji.judge import Judge, Reading, attributes_right
 from wadi.errors import WadiError
 from wadi.files import write_json
-from wadi.onestep import check_picture_path, labelled_grid, save_picture
+from wadi.onestep import check_image_path, labelled_grid, save_image
 from wadi.onestep.pipeline import load_for_steps
 
 STEPS, GUIDANCE = 25, 2.0
@@ -225,7 +225,7 @@ def main(options: Options) -> None:
     """Measure, print, write JSON and picture."""
     if min(options.samples, options.timed, options.batch_size) < 1:
         raise WadiError("--samples, --timed, --batch-size: must be at least 1")
-    check_picture_path(options.picture, "--picture", overwrite=True)
+    check_image_path(options.picture, "--picture", overwrite=True)
     judge = Judge.load(assets_folder() / "judge.safetensors")
     teacher = load_for_steps(teacher_folder(), None, STEPS, device=options.device)
     student = load_for_steps(teacher_folder(), student_folder(), 1, device=options.device)
@@ -253,7 +253,7 @@ def main(options: Options) -> None:
     found = {"header": header, "samples": options.samples, "seconds": seconds, "rows": rows}
     write_json(options.out, found | {"summary": summary(rows, seconds)})
     headings = (f"teacher: {STEPS} steps", "", "", "student: 1 step")
-    save_picture(labelled_grid(shown, headings), options.picture, overwrite=True)
+    save_image(labelled_grid(shown, headings), options.picture, overwrite=True)
 
 
 def summary(rows: Sequence[dict], seconds: dict[str, float]) -> list[dict]:

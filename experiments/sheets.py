@@ -37,7 +37,7 @@ from wadi.emoji.glyphs import load_atlas
 from wadi.emoji.subject import subject_captions
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json
-from wadi.onestep import save_picture
+from wadi.onestep import save_image
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import load_controlnet, with_controlnets
 from wadi.tasks.dreambooth import load_with_adapters
@@ -226,7 +226,7 @@ def write(name: str, made: Made, options: Options, found: dict[str, Any]) -> Non
     texts, images = made
     path = options.folder / f"{name}.{'jpg' if images.shape[-2] > 64 else 'png'}"
     old = Image.open(path).convert("RGB") if path.exists() else None
-    save_picture(sheet(images), path)
+    save_image(sheet(images), path)
     with Image.open(path) as new:
         # another machine rounds otherwise
         same = old is not None and old.size == new.size and np.abs(np.int16(old) - np.int16(new)).max() <= 4

@@ -33,7 +33,7 @@ USES = ("control", "inversion", "dreambooth", "high-resolution", "editing", "pro
 SHEETS = {
     "a condition, by ControlNet": "control",
     "a word for a relation that no caption names": "word",
-    "a new subject from six pictures, stacked on the student": "subject-stacked",
+    "a new subject from six images, stacked on the student": "subject-stacked",
     "images 2 times as high and wide": "larger",
     "image to image": "image-to-image",
     "inpainting, best of 8 in one step: replace": "inpaint-replace",

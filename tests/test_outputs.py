@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wadi.errors import WadiError, WadiWarning
-from wadi.onestep.pictures import KINDS, picture_output, save_picture, write_picture
+from wadi.onestep.grids import KINDS, image_output, save_image, write_image
 from wadi.outputs import MARKER, Output, remove_written
 
 
@@ -412,16 +412,16 @@ def test_an_image_says_which_command_wrote_it_and_that_may_replace_it(place, suf
         with Image.open(path) as image:
             return image.convert("RGB").getpixel((4, 4))
 
-    write_picture(red, picture_output(path, "generate"))
-    write_picture(blue, picture_output(path, "generate"))
+    write_image(red, image_output(path, "generate"))
+    write_image(blue, image_output(path, "generate"))
     assert shown()[2] > 200
     with pytest.raises(WadiError, match="exists; give --overwrite"):
-        write_picture(red, picture_output(path, "control"))
+        write_image(red, image_output(path, "control"))
     assert shown()[2] > 200
-    write_picture(red, picture_output(path, "control", overwrite=True))
+    write_image(red, image_output(path, "control", overwrite=True))
     assert shown()[0] > 200
     with pytest.raises(WadiError, match="which is read"):
-        picture_output(path, "control", inputs=(path,), overwrite=True).check()
+        image_output(path, "control", inputs=(path,), overwrite=True).check()
 
 
 @pytest.mark.parametrize("suffix", KINDS)
@@ -434,6 +434,6 @@ def test_images_of_others_stay(place, suffix, kind):
         path.write_text("mine")
     before = contents(place)
     with pytest.raises(WadiError, match="exists; give --overwrite"):
-        save_picture(Image.new("RGB", (8, 8)), path)
+        save_image(Image.new("RGB", (8, 8)), path)
     assert contents(place) == before
-    save_picture(Image.new("RGB", (8, 8)), path, overwrite=True)
+    save_image(Image.new("RGB", (8, 8)), path, overwrite=True)

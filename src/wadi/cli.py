@@ -1,4 +1,4 @@
-"""The command line: the table of commands, and which of them runs. The commands are in `wadi.commands`.
+"""The command line: the table of commands, and the choice of the one that runs. See `wadi.commands`.
 
 Options are the parameters of a command's function, or the fields of its config dataclass; tyro turns them
 into flags and help. A command is imported only when it runs, so that ``wadi --help`` is quick.
@@ -23,72 +23,90 @@ from wadi._version import __version__
 from wadi.errors import WadiError, WadiWarning
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("wadi.commands.generate:generate", "make pictures in one step"),
+    "generate": ("wadi.commands.generate:generate", "make images of a prompt in one step"),
     "control": (
         "wadi.commands.control:control",
-        "make pictures that keep to the edges of a picture, or to a condition map",
+        "make images that keep to the edges of an image, or to a condition map",
     ),
     "image-to-image": (
         "wadi.commands.image_to_image:image_to_image",
-        "make a picture of a picture, in one step",
+        "make images of a prompt that start from an image, in one step",
     ),
-    "inpaint": ("wadi.commands.inpaint:inpaint", "repaint a part of a picture, in one step"),
-    "distill": ("wadi.commands.distill:distill", "turn a diffusion model into a one-step generator"),
-    "demo": ("wadi.commands.demo:demo", "distil the built-in teacher here and now, and show the result"),
+    "inpaint": ("wadi.commands.inpaint:inpaint", "repaint a part of an image in one step"),
+    "distill": ("wadi.commands.distill:distill", "train a one-step student of a multi-step model"),
+    "demo": (
+        "wadi.commands.demo:demo",
+        "train a student of the built-in teacher in minutes, and write a report",
+    ),
     "export": ("wadi.commands.export:export", "merge a student into a folder that plain diffusers loads"),
     "average": (
         "wadi.commands.average:average",
-        "make one student of several that were trained on from the same one",
+        "write the mean of students that were trained further from the same student",
     ),
     "import": (
         "wadi.commands.import_:import_",
-        "make such a folder of the weights that the paper's authors published",
+        "convert weights that the paper's authors published to a diffusers folder",
     ),
-    "extract": ("wadi.commands.extract:extract", "find the adapter between a teacher and a one-step student"),
+    "extract": (
+        "wadi.commands.extract:extract",
+        "find the adapter that turns a teacher into its one-step student",
+    ),
     "evaluate": (
         "wadi.commands.evaluate:evaluate",
-        "score pictures of captions against real ones",
+        "make images of captions, and score them against real images",
     ),
     "directions": (
         "wadi.commands.directions:directions",
-        "tell how far lengths and directions of weights moved",
+        "measure how far the lengths and directions of weights moved",
     ),
     "directions swap": (
         "wadi.commands.directions_swap:directions_swap",
-        "write the student with its teacher's row norms, or row directions",
+        "write a student with its teacher's row norms, or row directions",
     ),
-    "dreambooth": ("wadi.commands.dreambooth:dreambooth", "teach a model a new subject from a few pictures"),
+    "dreambooth": ("wadi.commands.dreambooth:dreambooth", "teach a model a new subject from a few images"),
     "invert": (
         "wadi.commands.invert:invert",
-        "learn what pictures share as a new word: a subject, or a relation",
+        "learn a new word for what images share: a subject, or a relation",
     ),
-    "report": ("wadi.commands.report:report", "write the report of a run again"),
+    "report": ("wadi.commands.report:report", "write the report of a finished run again"),
     "prompts encode": (
         "wadi.commands.prompts_encode:prompts_encode",
         "encode training prompts once, and keep them on the disk",
     ),
     "emoji atlas": ("wadi.emoji.glyphs:save_atlas", "draw the emoji from the font"),
     "emoji train-vae": ("wadi.emoji.train_vae:train_vae", "train the autoencoder of the built-in teacher"),
-    "emoji train-teacher": ("wadi.emoji.train_teacher:train_teacher", "train its denoiser and text encoder"),
+    "emoji train-teacher": (
+        "wadi.emoji.train_teacher:train_teacher",
+        "train the denoiser and the text encoder of the built-in teacher",
+    ),
     "emoji train-controlnet": (
         "wadi.emoji.train_controlnet:train_controlnet",
-        "train a ControlNet for it",
+        "train a ControlNet for the built-in teacher",
     ),
-    "emoji train-judge": ("wadi.emoji.train_judge:train_judge", "train the network that reads pictures"),
-    "emoji prompts": ("wadi.emoji.captions:write_prompts", "write captions to distil on"),
+    "emoji train-judge": (
+        "wadi.emoji.train_judge:train_judge",
+        "train the judge, a network that reads what images show",
+    ),
+    "emoji prompts": (
+        "wadi.emoji.captions:write_prompts",
+        "write captions, as training prompts for a student",
+    ),
     "emoji relation-examples": (
         "wadi.emoji.examples:relation_examples",
-        "draw pictures of a relation that no caption names, to learn it from",
+        "draw images of a relation that no caption names, for wadi invert",
     ),
-    "emoji evaluate": ("wadi.emoji.evaluate:evaluate", "score a teacher or a student with the judge"),
+    "emoji evaluate": (
+        "wadi.emoji.evaluate:evaluate",
+        "score the built-in teacher, or its student, with the judge",
+    ),
     "emoji subject-examples": (
         "wadi.emoji.subject:subject_examples",
-        "write six pictures of an emoji that the teacher never saw",
+        "write six images of an emoji that the teacher never saw, for wadi dreambooth",
     ),
     "completion": ("wadi.cli:completion", "print a completion script for bash, zsh or tcsh"),
 }
-"""Words of a command -> its function, and one line of help. A function takes options or one config dataclass;
-a dictionary that it returns is printed."""
+"""The words of a command -> its function, and one line of help. A function takes options or one config
+dataclass. If it returns a dictionary, that is printed."""
 
 _EXAMPLES = """\
   wadi generate "a big panda on a red background" --seed 3 -n 8 --out pandas.png
@@ -100,14 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 2 after a mistake of the user (told in one line, without a traceback), or 130 after Ctrl-C.
+        0; 2 after a mistake of the user, which is reported in one line without a traceback; 130 after Ctrl-C.
     """
     try:
         try:
             return _main(list(sys.argv[1:] if arguments is None else arguments))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # as of `wadi --help | head`; what Python flushes at exit goes nowhere
+    except BrokenPipeError:  # for example `wadi --help | head`; what Python flushes at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -137,10 +155,11 @@ def _main(arguments: list[str]) -> int:
 
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> None:
-    """Print a completion script: eval "$(wadi completion bash)", or save it where your shell looks for them.
+    """Print a completion script. Run it with eval "$(wadi completion bash)", or save it where your shell
+    looks for completion scripts.
 
     Args:
-        shell: Which shell.
+        shell: Your shell.
     """
     from wadi.commands.distill import options_type
 
@@ -158,15 +177,15 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> N
         if group in tree:
             tree[group] = _with_commands(tree[group], choices)
             continue
-        # tyro has no group of one: its command stands for it
+        # tyro has no group of one command: the command stands for the group
         alone = _load(COMMANDS[_under(group)[0]][0])
         tree[group] = Union[tuple(choices)] if len(choices) > 1 else alone  # noqa: UP007
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     arguments = ["--tyro-print-completion", shell]
     try:
         tyro.extras.subcommand_cli_from_dict(tree, prog="wadi", args=arguments, config=config)
-    except ImportError as error:  # tyro writes those of bash and zsh itself
-        raise WadiError(f"completion {shell}: needs shtab; pip install shtab") from error
+    except ImportError as error:  # tyro writes the scripts for bash and zsh itself
+        raise WadiError(f"completion {shell}: needs the package shtab; pip install shtab") from error
 
 
 def _with_commands(function: Callable[..., Any], choices: Sequence[Any]) -> Callable[..., Any]:
@@ -175,7 +194,7 @@ def _with_commands(function: Callable[..., Any], choices: Sequence[Any]) -> Call
     def both(**options: Any) -> None:
         """Never called."""
 
-    # tyro wants a name for "none of them" and completes it too: -h is one that does no harm
+    # tyro needs a name for "none of the commands" and completes it too: -h does no harm
     none = Annotated[None, tyro.conf.subcommand("-h")]
     below = inspect.Parameter(
         "command",
@@ -210,25 +229,26 @@ def _overview() -> str:
     commands = _lines_of_help(COMMANDS, width)
     return (
         "usage: wadi COMMAND [OPTIONS]\n\n"
-        "One-step pictures from diffusion models, by learning how their weights turn (WaDi).\n\n"
+        "Train and use one-step diffusion models (WaDi). A teacher is a multi-step text-to-image model. Its\n"
+        "student makes an image in one step. Commands use the built-in models if you name none.\n\n"
         f"commands:\n{commands}\n\n"
-        f"options:\n  {'--help':{width}}this overview; after a command, its options\n"
-        f"  {'--version':{width}}the version\n\n"
+        f"options:\n  {'--help':{width}}show this overview; after a command, its options\n"
+        f"  {'--version':{width}}show the version\n\n"
         f"examples:\n{_EXAMPLES}"
     ).rstrip()
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Split into the words of a command and its options."""
+    """Split the arguments into the words of a command and its options."""
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
     if under := _under(arguments[0]):
-        raise WadiError(f"{arguments[0]}: name one of its commands: {', '.join(n.split()[1] for n in under)}")
+        raise WadiError(f"{arguments[0]}: add one of its commands: {', '.join(n.split()[1] for n in under)}")
     near = difflib.get_close_matches(arguments[0], [name.split()[0] for name in COMMANDS], 1)
     hint = f"did you mean {near[0]}?" if near else "see wadi --help"
-    raise WadiError(f"{arguments[0]}: no such command; {hint}")
+    raise WadiError(f"{arguments[0]}: there is no such command; {hint}")
 
 
 def _run(command: str, options: list[str]) -> Any:
@@ -242,7 +262,7 @@ def _run(command: str, options: list[str]) -> Any:
 
 
 def _check_device(options: list[str]) -> None:
-    """For all commands that have --device, before one of them loads anything."""
+    """Check --device before the command loads anything."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     look.add_argument("--device", nargs="?")
     name = look.parse_known_args(options)[0].device
@@ -253,8 +273,8 @@ def _check_device(options: list[str]) -> None:
 
 
 def _load(target: str) -> Callable[..., Any]:
-    """The function of a command, which hides the bars of the libraries when it is called, not before: they
-    take seconds to import, and help does not need them."""
+    """The function of a command. It hides the libraries' progress bars only when it is called, because the
+    libraries take seconds to import and help does not need them."""
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
     if module == __name__:
@@ -277,7 +297,7 @@ def _print_result(result: Any) -> None:
 
 
 def _be_quiet() -> None:
-    """Leave the terminal to our own lines; errors of the libraries still show."""
+    """Keep the libraries' warnings off the terminal; their errors are still shown."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", WadiWarning)
     warnings.showwarning = _show_warning
@@ -290,7 +310,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 
 
 def _hide_loading_bars() -> None:
-    """Hide the libraries' bars for files on the disk; those of downloads stay."""
+    """Hide the libraries' progress bars for files on the disk; those for downloads stay."""
     import diffusers
     import huggingface_hub
     import transformers

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and weights only as safetensors."""
+"""Write files completely or not at all, and weights only as safetensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: work on a GPU that is recorded once and replayed afterwards."""
+"""CUDA graphs: record work on a GPU once, and replay it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 WARMUP_RUNS = 3
-"""Runs before the recording. They compile, choose algorithms and allocate, which a recording may not do."""
+"""Runs before the recording. They compile, choose algorithms and allocate; a recording must not."""
 
 Result = TypeVar("Result")
 
@@ -22,14 +22,14 @@ def record(
     """Record what `work` launches on the current CUDA device.
 
     Args:
-        work: reads and writes tensors that stay where they are, and never waits for the device.
-        state: tensors that `work` changes and that must not feel the runs before the recording. They are kept
-            on the CPU meanwhile, because room on the card may be short.
-        stream: where it is recorded; a new one if None.
+        work: reads and writes tensors that stay in place, and never waits for the device.
+        state: tensors that `work` changes. They get their old values back before the recording. The
+            copies are on the CPU, because memory on the GPU may be short.
+        stream: the stream to record on; a new one if None.
         pool: memory pool that several graphs share, from `torch.cuda.graph_pool_handle`.
 
     Returns:
-        The graph, and what `work` returned; every `replay` writes the same tensors anew.
+        The graph, and the result of `work`. Every `replay` writes new values to the same tensors.
     """
     stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,6 @@
-"""What files hold, as a hash: a model is the same wherever it lies, and another at the same path is noticed.
+"""Hashes of models and inputs. They depend on the content of the files, and not on where the files are.
 
-Of JSON files what the libraries add about themselves and about paths does not count (`_UNIMPORTANT`).
+Entries of JSON files about library versions and paths do not count (`_UNIMPORTANT`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wadi.onestep.student import STUDENT_FILE
 from wadi.onestep.supported import UNUSED
 
 _COUNTED = (".json", ".safetensors", ".txt", ".model")
-"""Kinds of files that a pipeline is loaded from: configurations, weights, vocabularies."""
+"""Suffixes of the files of a pipeline: configurations, weights, vocabularies."""
 _UNIMPORTANT = (
     "_name_or_path",
     "_diffusers_version",
@@ -37,10 +37,10 @@ def model_digest(name_or_path: str | os.PathLike) -> str:
     """SHA-256 of what decides a pipeline's images: its class, the files of its parts, and `student.json`.
 
     Args:
-        name_or_path: folder or hub id, which is downloaded if need be.
+        name_or_path: folder, or hub id, which is downloaded if necessary.
 
     Raises:
-        WadiError: no such pipeline, or a file cannot be read.
+        WadiError: there is no such pipeline, or a file cannot be read.
     """
     folder = pipeline_folder(name_or_path)
     index = read_json(folder / "model_index.json")
@@ -59,10 +59,10 @@ def adapter_digest(name_or_path: str | os.PathLike) -> str:
     """SHA-256 of an adapter: its weights and configuration, `student.json`, and its text encoder's adapter.
 
     Args:
-        name_or_path: folder or hub id, which is downloaded if need be.
+        name_or_path: folder, or hub id, which is downloaded if necessary.
 
     Raises:
-        WadiError: no such adapter, or a file cannot be read.
+        WadiError: there is no such adapter, or a file cannot be read.
     """
     folder = adapter_folder(name_or_path)
     names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STUDENT_FILE)
@@ -70,7 +70,7 @@ def adapter_digest(name_or_path: str | os.PathLike) -> str:
 
 
 def files_digest(path: str | os.PathLike, below: bool = False) -> str:
-    """SHA-256 of one file, or of the images in a folder with their names in it.
+    """SHA-256 of one file, or of the names and contents of the images in a folder.
 
     Args:
         path: file or folder.
@@ -86,7 +86,7 @@ def files_digest(path: str | os.PathLike, below: bool = False) -> str:
 
 
 def texts_digest(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order."""
+    """SHA-256 of a list of texts."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
@@ -96,13 +96,13 @@ def refuse_other_inputs(
     inputs: Mapping[str, str | None],
     options: Mapping[str, str],
 ) -> None:
-    """Raise if a run that is resumed was started with other content than it is given now.
+    """Raise if a resumed run gets other inputs than it was started with.
 
     Args:
-        run: its folder, for the message.
-        started: digests that it was started with, among others.
-        inputs: digests of what it is given now.
-        options: by key of `inputs`, the option that names the files.
+        run: folder of the run, for the message.
+        started: the record of the run, with the digests of its inputs.
+        inputs: the digests of the inputs that it gets now.
+        options: by key of `inputs`, the option that names the input.
 
     Raises:
         WadiError: a digest differs; the message names the option.

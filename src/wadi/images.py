@@ -1,4 +1,4 @@
-"""Image files of a user, read alike by every command."""
+"""Read image files of a user. Every command uses these functions."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Files of a folder that are read as images, in lower or upper case."""
+"""Suffixes of the files of a folder that are read as images, in lower or upper case."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""Formats that are read, whatever a file's suffix; Pillow would run Ghostscript for some of the others."""
+"""Formats that are read, whatever the suffix. For some other formats Pillow would run Ghostscript."""
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".exr")
-"""Files of a folder that are images and are not read, which is told."""
+"""Suffixes of images that are not read. A warning names such files."""
 NEAR = 32
-"""Colours that differ by no more than this, out of 255, are alike where a mask's alpha is interpreted."""
+"""Largest difference, out of 255, of colours that count as the same in a transparent mask."""
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
-    """Read an image file: upright, RGB, 8 bits a channel, transparent parts on white.
+    """Read an image file as upright RGB with 8 bits a channel. Transparent parts become white.
 
-    Grey values of 16 bits, of 32 bits and floating-point ones are scaled to 8 bits, not clipped: from 0 to
-    65535, floating-point ones from 0 to 1, and values beyond these from the least to the greatest, which is
-    told. Of several images in one file (an animation, pages) the first is read, which is told.
+    Grey values of 16 bits, 32 bits and floating point are scaled to 8 bits and not clipped: from 0 to 65535,
+    and floating point from 0 to 1. If there are values beyond this range, they are scaled from the smallest
+    to the largest, with a warning. If a file holds several images (an animation, pages), the first is read,
+    with a warning.
 
     Raises:
-        WadiError: there is no such file, it is damaged, of another format, or too large.
+        WadiError: there is no such file, or it is damaged, of another format, or too large.
     """
     image = _open(path)
     if not _has_alpha(image):
@@ -40,16 +41,16 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
 
 
 def open_mask(path: str | os.PathLike) -> Image.Image:
-    """Read a mask: upright, 8-bit grey, where white is repainted and black is kept.
+    """Read a mask as upright 8-bit grey. White is repainted, black is kept.
 
-    An opaque image gives its luminance. Transparency means one of three things; which one is told:
+    An opaque image gives its luminance. A transparent mask is one of three cases; a warning says which one:
 
-    - what is drawn has one colour: it is drawn on an empty layer, and what is opaque is repainted;
-    - what is drawn is black and white: the luminance counts, and what is transparent is kept;
-    - what is drawn is an image: a hole is cut into it, and what is transparent is repainted.
+    - The opaque part has one colour: it was drawn on an empty layer, and the opaque part is repainted.
+    - The opaque part is black and white: the luminance counts, and the transparent part is kept.
+    - The opaque part is an image: a hole was cut into it, and the transparent part is repainted.
 
     Raises:
-        WadiError: as `open_picture`, or nothing is drawn at all.
+        WadiError: as `open_picture`, or the whole mask is transparent.
     """
     image = _open(path)
     if not _has_alpha(image):
@@ -59,14 +60,14 @@ def open_mask(path: str | os.PathLike) -> Image.Image:
     if (alpha == 255).all():
         return image.convert("RGB").convert("L")
     if not len(visible):
-        raise WadiError(f"{path}: is transparent all over; draw on it what shall be repainted")
+        raise WadiError(f"{path}: is completely transparent; draw the part that shall be repainted")
     colours = visible[:, :3].astype(int)
     extreme = (colours <= NEAR).all(1) | (colours >= 255 - NEAR).all(1)
     if (colours.max(0) - colours.min(0)).max() <= NEAR:
-        tell(f"{path}: a mask of one colour on a transparent ground; the colour is repainted")
+        tell(f"{path}: the mask has one colour on a transparent background; the coloured part is repainted")
         return Image.fromarray(alpha)
     if extreme.mean() > 0.95:
-        tell(f"{path}: a black and white mask with transparent parts; these are kept, as black is")
+        tell(f"{path}: the mask is black and white with transparent parts; these are kept, like black")
         luminance = np.asarray(image.convert("RGB").convert("L")).astype(float)
         return Image.fromarray((luminance * alpha / 255).round().astype(np.uint8))
     tell(f"{path}: the mask is an image with transparent parts; these are repainted")
@@ -74,14 +75,14 @@ def open_mask(path: str | os.PathLike) -> Image.Image:
 
 
 def image_files(folder: str | os.PathLike, below: bool = False) -> list[Path]:
-    """The image files of a folder, by name; hidden files, such as those that a Mac writes, are skipped.
+    """The image files of a folder, sorted by name. Hidden files, such as those of a Mac, are skipped.
 
     Args:
-        folder: to look in.
-        below: whether its sub-folders are searched too; hidden ones are not.
+        folder: the folder.
+        below: whether its sub-folders are searched too, except hidden ones.
 
     Raises:
-        WadiError: no such folder, or it has no images; the message says what it has instead.
+        WadiError: there is no such folder, or it has no images; the message says what it has instead.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -98,10 +99,10 @@ def image_files(folder: str | os.PathLike, below: bool = False) -> list[Path]:
     left = [path for path in (files, others)[below or len(files) == len(found)] if path not in set(found)]
     kind = "images in sub-folders" if left and left[0] in files else "images of a format that is not read"
     if not found:
-        instead = f"; it has {len(left)} {kind}, as {left[0].relative_to(folder)}" if left else ""
+        instead = f"; it has {len(left)} {kind}, such as {left[0].relative_to(folder)}" if left else ""
         raise WadiError(f"{folder}: has no images ({', '.join(SUFFIXES)}){instead}; put some there")
     if left:
-        tell(f"{folder}: {len(left)} {kind} are skipped, as {left[0].relative_to(folder)}")
+        tell(f"{folder}: {len(left)} {kind} are skipped, such as {left[0].relative_to(folder)}")
     return found
 
 
@@ -109,7 +110,7 @@ def _open(path: str | os.PathLike) -> Image.Image:
     """An upright image of a mode with 8 bits a channel."""
     try:
         if not Path(path).stat().st_size:
-            raise WadiError(f"{path}: is empty, not an image; save it again")
+            raise WadiError(f"{path}: is an empty file and not an image; save it again")
         with Image.open(path, formats=FORMATS) as image:
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
             if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
@@ -132,28 +133,28 @@ def _open(path: str | os.PathLike) -> Image.Image:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WadiError(f"{path}: could not read the image: {reason}; save it as PNG or JPEG") from error
     if frames > 1:
-        tell(f"{path}: holds {frames} images, of which the first is read")
+        tell(f"{path}: holds {frames} images; only the first is read")
     return _eight_bits(path, upright)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data say nothing about how the image stands
+    except Exception:  # damaged EXIF data do not say which side is up
         return image.copy()
 
 
 def _eight_bits(path: str | os.PathLike, image: Image.Image) -> Image.Image:
-    """Grey values of more bits scaled to 8; other modes as they are."""
+    """Scale grey values of more than 8 bits to 8. Other modes stay as they are."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise WadiError(f"{path}: has values that are not finite numbers; save it without them")
+        raise WadiError(f"{path}: has values that are not finite numbers; save it without such values")
     low, high = values.min(), values.max()
     top = 1.0 if image.mode == "F" else 65535.0
     if low < 0 or high > top:
-        tell(f"{path}: its values from {low:g} to {high:g} are scaled to black and white")
+        tell(f"{path}: its values from {low:g} to {high:g} are scaled, from black to white")
         values = (values - low) / (high - low or 1)
     else:
         if 0 < high / top < 1 / 255:

@@ -1,4 +1,4 @@
-"""Ctrl-C in long work: the step is finished and saved first."""
+"""Handle Ctrl-C in long work: finish and save the current step first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def catch_interrupt(alone: bool = True, tells: bool = True) -> Iterator[threading.Event]:
-    """Set an event on the first Ctrl-C; a second one interrupts at once. Outside the main thread, nothing.
+    """Set an event on the first Ctrl-C. A second one interrupts at once. Only the main thread can do this.
 
     Args:
-        alone: whether this is the only process. Of several none is interrupted at once: terminal and launcher
-            both send the signal, and the launcher ends those that do not stop in time.
-        tells: whether this process is the one that says so.
+        alone: whether this is the only process. With several processes a second signal does not interrupt,
+            because terminal and launcher both send one. The launcher ends those that do not stop in time.
+        tells: whether this process prints the message.
     """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,10 +1,10 @@
-"""Where a command may write: one rule for every folder and every file that a user names.
+"""The rule that says where a command may write, for every folder and file that a user names.
 
     with Output(out, "export", inputs=(adapter, model), overwrite=overwrite).writing() as folder:
-        ...  # write into `folder`, which then takes the place of `out`
+        ...  # write into `folder`, which is then renamed to `out`
 
-A folder is written if it is new or empty. `MARKER`, a file in it, then says which command wrote what. Only
-that command replaces it, only with ``--overwrite``, and only as long as nothing else is in it.
+A folder may be written if it is new or empty. The file `MARKER` in it then says which command wrote which
+files. Only that command may replace the folder, only with ``--overwrite``, and only if nothing else is in it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors, read_json, replacing_file, write_json
 
 MARKER = ".wadi.json"
-"""In every folder that a command wrote: the command, and the names of the files in the folder. Loaders of
-diffusers, transformers and PEFT do not look at it."""
+"""A file in every folder that a command wrote. It names the command and the files in the folder. diffusers,
+transformers and PEFT ignore it."""
 
 FILE_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors", ".tar", ".zip"}
     | {".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"}
     | {".csv", ".html", ".json", ".jsonl", ".parquet", ".txt", ".yaml", ".yml"}
 )
-"""Endings that nobody gives to a folder: a new folder of such a name is a mistake."""
+"""Suffixes of files. A new folder with such a suffix is refused as a mistake."""
 
 
 def unsigned(path: Path) -> str | None:
-    """The command that wrote a file of a kind that cannot say so: nobody knows."""
+    """Return ``None``, for files that cannot say which command wrote them."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Output:
 
     Args:
         path: as the user gave it. A symbolic link is followed, and stays.
-        command: who writes it, in the words of the command line: "export", "directions swap".
-        inputs: folders and files that the command reads, or hub ids; ``None`` among them is ignored.
-        overwrite: whether what this command wrote there before may be replaced; for a file, whether any file.
-        suffixes: of a file, the endings that its name may have; a folder has none.
-        resume: whether the command goes on in a folder that it wrote before. See `open`.
-        option: what the messages call it.
-        instead: what the message names beside another folder where `overwrite` is not to be had.
-        signed: returns the command that a file says it was written by, as `command` is given, or ``None``.
+        command: the words of the command on the command line: "export", "directions swap".
+        inputs: folders, files or hub ids that the command reads; ``None`` is ignored.
+        overwrite: whether a folder of the same command, or any file, may be replaced.
+        suffixes: the suffixes that a file may have; empty for a folder.
+        resume: whether the command resumes in a folder that it wrote before. See `open`.
+        option: the option that named the path, for messages.
+        instead: what a message suggests if the command has no `overwrite`.
+        signed: a function that returns the command that a file names as its writer, or ``None``.
     """
 
     path: str | os.PathLike
@@ -68,10 +68,10 @@ class Output:
         return Path(os.path.realpath(self.path))
 
     def check(self) -> None:
-        """Decide whether the command may write here. Call it before anything that takes long.
+        """Check that the command may write here. Call it before any long work.
 
         Raises:
-            WadiError: it may not; the message says why, and what to do instead.
+            WadiError: the command may not; the message says why, and what to do instead.
         """
         with explain_os_errors(self.path, "write there"):
             self._refuse_inputs()
@@ -86,12 +86,12 @@ class Output:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """Yield a temporary folder or file beside the place, which takes it when the block succeeds.
+        """Yield a temporary folder or file beside `path`. If the block succeeds, it is renamed to `path`.
 
-        If it does not, what was there before is there still.
+        If the block fails, `path` stays unchanged.
 
         Raises:
-            WadiError: as `check`, which is done before and after the block; or a file cannot be written.
+            WadiError: as `check`, which runs before and after the block, or a file cannot be written.
         """
         self.check()
         write = replacing_file(self.real) if self.suffixes else self._new_folder()
@@ -102,10 +102,10 @@ class Output:
             self.check()
 
     def open(self) -> None:
-        """Make a folder that the command fills little by little, and mark it; it is never replaced whole.
+        """Make and mark a folder that the command fills step by step. It is never replaced as a whole.
 
         Raises:
-            WadiError: as `check`, or it cannot be made.
+            WadiError: as `check`, or the folder cannot be made.
         """
         self.check()
         with explain_os_errors(self.path, "create the folder"):
@@ -114,7 +114,7 @@ class Output:
             _mark(self.real, self.command)
 
     def _refuse_protected(self) -> None:
-        """Nothing may take the place of the current folder, of the home folder, or of what holds them."""
+        """Refuse to replace the current folder, the home folder, or a folder that holds them."""
         found = {"the home folder": os.path.expanduser("~")}
         with suppress(OSError):  # a folder that was deleted
             found["the current folder"] = os.getcwd()
@@ -162,7 +162,7 @@ class Output:
             raise WadiError(f"{self.path}: {reason}")
 
     def _unreplaceable(self, folder: Path) -> str | None:
-        """Why this existing folder may not be replaced, or None if it may. `folder` is where it is now."""
+        """The reason why an existing folder may not be replaced, or None. `folder` is its present place."""
         names = set(_entries(folder))
         if not names:
             return None
@@ -196,7 +196,7 @@ class Output:
                 rmtree(temporary, ignore_errors=True)
 
     def _exchange(self, temporary: Path) -> None:
-        """Move the old folder aside, look at it again there, where nobody writes into it, and remove it."""
+        """Move the old folder aside, check it again there, where nobody writes to it, and remove it."""
         path, moved = self.real, False
         old = _sibling(path, ".old")
         try:
@@ -218,7 +218,7 @@ def remove_written(folder: Path) -> bool:
     """Remove the files that the folder's `MARKER` lists, and then the folder if nothing else is in it.
 
     Returns:
-        Whether it is gone; if not, the user is told what was kept.
+        Whether the folder was removed. If not, a warning says what was kept.
     """
     _, written = _marker(folder) or ("", set())
     with explain_os_errors(folder, "remove the old folder"):
@@ -236,9 +236,9 @@ def remove_written(folder: Path) -> bool:
 
 
 def _is_or_holds(path: Path, other: str | os.PathLike) -> bool:
-    """Whether `path` is the other file or folder or one above it, by any name that the file system knows.
+    """Whether `path` is the other file or folder, or holds it, also by another name in the file system.
 
-    Names are compared as well, because a hub id may be the name of no file yet.
+    Names are compared too, because the other name may be a hub id without a file.
     """
     other = Path(os.path.realpath(other))
     above = (other, *other.parents)
@@ -265,7 +265,7 @@ def _sibling(path: Path, suffix: str) -> Path:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """Names below `folder` of all files, links and empty folders but the folder's own marker."""
+    """Names below `folder` of all files, links and empty folders, except the folder's own marker."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -284,7 +284,7 @@ def _mark(folder: Path, command: str, files: Sequence[str] = ()) -> None:
 
 
 def _marker(folder: Path) -> tuple[str, set[str]] | None:
-    """Command and names of files of the marker, or None where there is none that can be read."""
+    """The command and the file names of the marker, or None if there is no readable marker."""
     try:
         value = read_json(folder / MARKER)
         return str(value["command"]), {str(name) for name in value["files"]}

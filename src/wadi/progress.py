@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal or in a notebook, a line now and then anywhere else."""
+"""Show the progress of long work: a bar on a terminal or in a notebook, otherwise a line now and then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tqdm import auto, std
 
 SHORTEST, LONGEST = 10.0, 60.0
-"""Seconds between two lines: a twentieth of the time so far, but no less and no more than these."""
+"""Shortest and longest time between two lines in seconds; otherwise it is a twentieth of the time so far."""
 
 _COUNTED = (
     "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {elapsed} so far, {remaining} left, {rate_fmt}{postfix}"
@@ -19,15 +19,15 @@ _SHARE = "{desc}: {percentage:.0f}%, {elapsed} so far, {remaining} left{postfix}
 
 
 def progress(*args: Any, **options: Any) -> std.tqdm:
-    """A `tqdm` that also suits log files, where a bar would leave thousands of carriage returns.
+    """A `tqdm` that also suits log files, where a bar would write thousands of carriage returns.
 
-    Where standard error is no terminal it prints whole lines: one at the start (with ``leave=False`` only
-    after `SHORTEST` seconds), then one every 10 to 60 seconds, and one at the end. Of several processes only
-    the first shows anything.
+    If standard error is not a terminal, it prints whole lines: one at the start (with ``leave=False`` only
+    after `SHORTEST` seconds), then one every 10 to 60 seconds, and one at the end. Only the first of several
+    processes prints.
 
     Args:
-        *args: as of tqdm.
-        **options: as of tqdm; a `bar_format` is for terminals, lines then show the share that is done.
+        *args: as in tqdm.
+        **options: as in tqdm. A `bar_format` is for terminals only; lines then show the share that is done.
     """
     options["disable"] = bool(options.get("disable")) or not _first_process()
     in_notebook = auto.notebook_tqdm is not std.tqdm

@@ -1,4 +1,4 @@
-"""Text of a user, one place for every command: files of lines and of tables, with a text in each row."""
+"""Read texts of a user, for every command: files with a text in each line or in each row of a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it stands: the line of a text file, or the row of a table, from 1."""
+    """A prompt and its place: the line of a text file, or the row of a table, from 1."""
 
     text: str
     line: int
@@ -31,7 +31,7 @@ def read_text(path: str | os.PathLike) -> str:
     """Read a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        WadiError: it cannot be read, is of another encoding, or holds NUL bytes.
+        WadiError: the file cannot be read, has another encoding, or holds NUL bytes.
     """
     with explain_os_errors(path, "read the file"):
         content = Path(path).read_bytes()
@@ -49,7 +49,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def text_lines(text: str) -> list[str]:
-    """Lines of a text as editors count them: U+2028, U+0085 and vertical tabs end none."""
+    """Lines of a text as editors count them. U+2028, U+0085 and vertical tabs do not end a line."""
     lines = re.split(r"\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
 
@@ -57,10 +57,10 @@ def text_lines(text: str) -> list[str]:
 def read_rows(path: str | os.PathLike) -> Rows:
     """Rows of a .jsonl, .csv or .tsv file, and of a .json file that holds a list: (line, {column: value}).
 
-    Lines and rows are counted from 1; a CSV's row has the line on which it begins. Blank lines are no rows.
+    Lines and rows are counted from 1. A CSV row has the line on which it begins. Blank lines are skipped.
 
     Raises:
-        WadiError: not such a file, or a row that is none; the message names its line.
+        WadiError: the file is of another kind, or has a wrong row; the message names its line.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -72,18 +72,18 @@ def read_rows(path: str | os.PathLike) -> Rows:
 
 
 def read_texts(path: str | os.PathLike, column: str) -> list[Prompt]:
-    """The texts of a file of any of `SUFFIXES`, without the blank ones, stripped.
+    """Read the texts of a file with one of `SUFFIXES`. Texts are stripped, and blank texts are omitted.
 
     Args:
         path: .txt, one a line; .jsonl, .csv, .tsv, .parquet, one a row; .json, a list of texts or of objects,
             or COCO's caption annotations, of which each image gives the caption with the lowest id.
         column: key or column of the text, except in .txt and COCO's annotations.
 
-    Rows without a text are skipped, and it is told how many.
+    Rows without a text are skipped, with a warning.
 
     Raises:
-        WadiError: the file cannot be read or is not of its kind, there is no such column, or a value that is
-            no text; the message names the line or row.
+        WadiError: the file cannot be read or is of another kind, there is no such column, or a value is not
+            text; the message names the line or row.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -105,10 +105,10 @@ def read_texts(path: str | os.PathLike, column: str) -> list[Prompt]:
 def with_text(
     values: Iterator[tuple[int, Any]] | enumerate, source: str, column: str, unit: str = "row"
 ) -> list[Prompt]:
-    """Numbered values as prompts, without those that are missing or blank, which is told.
+    """Convert numbered values to prompts. Missing or blank values are omitted, with a warning.
 
     Raises:
-        WadiError: a value is no text.
+        WadiError: a value is not text.
     """
     found, empty = [], 0
     for line, value in values:
@@ -152,7 +152,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
 
 
 def _csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Lines on which rows begin, and their cells; a quote that nothing closes ends with its line."""
+    """The first line of each row, and its cells. An unclosed double quote ends at the end of its line."""
     lines = io.StringIO(read_text(path), newline="").readlines()
     first, closed = 0, -1
     while first < len(lines):

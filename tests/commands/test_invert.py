@@ -7,7 +7,7 @@ from PIL import Image
 from tests.test_cli import run
 from wadi.commands import invert
 from wadi.files import load_tensors, read_json
-from wadi.onestep.pictures import READABLE
+from wadi.onestep.grids import READABLE
 from wadi.outputs import MARKER
 from wadi.tasks.inversion import Inversion
 from wadi.tasks.inversion_sheet import new_prompts

@@ -61,7 +61,7 @@ def test_what_trains_is_shown_and_not_run(gallery, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "trained.jpg")
     gallery.main(gallery.Options(out=tmp_path))
     page = (tmp_path / "gallery.md").read_text()
-    assert "the gallery did not run it; the picture is by `python benchmarks/t.py`" in page
+    assert "the gallery did not run it. The image is from `python benchmarks/t.py`" in page
     assert "![T.](images/trained.jpg)" in page
 
 
@@ -76,7 +76,7 @@ def test_without_an_optional_library_the_picture_stays_or_is_left_out(gallery, t
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"as it was")
     gallery.main(gallery.Options(out=tmp_path))
-    assert capsys.readouterr().err == told + "its picture is left as it is\n"
+    assert capsys.readouterr().err == told + "its image is left as it is\n"
     assert "![C.](images/gallery/cv.jpg)" in (tmp_path / "gallery.md").read_text()
     assert kept.read_bytes() == b"as it was"
 

@@ -267,7 +267,7 @@ def test_rates(page):
     assert page.rows("LoRA")[1] == ["LoRA", "3e-4", "2.00", "0.980", "**chosen**"]
     assert "tried: 3 of each method; chosen: the lowest Fréchet distance" in page.text
     assert (
-        "Selection captions, 10 000 pictures of each student, 1000 updates of 64 samples. Abacus" in page.text
+        "Selection captions, 10 000 images of each student, 1000 updates of 64 samples. Abacus" in page.text
     )
     assert "Prose.\n" in page.text
     assert page.text.endswith("<!-- /table -->\n\nFindings of rates.\n")

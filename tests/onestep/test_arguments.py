@@ -109,7 +109,7 @@ def test_image_to_image_takes_the_size_of_its_image(student):
     image = Image.new("RGB", (24, 8), "red")
     (made,) = other("a cat", seed=0, image=image, strength=1.0)
     assert made.size == image.size
-    with pytest.raises(WadiError, match="makes images of the size of the one it is given; omit them"):
+    with pytest.raises(WadiError, match="has the size of the image that it is given; omit them"):
         other("a cat", image=image, strength=1.0, height=16)
 
 
@@ -130,7 +130,7 @@ def test_seeds_of_any_whole_number_are_the_same_noise(student):
         ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, "seed 9223372036854775807: must be .* less than"),
         ({"seed": 1.5}, "seed 1.5: must be one whole number"),
         ({"seed": "1"}, "seed '1': must be one whole number"),
-        ({"seed": 0, "generator": torch.Generator()}, "give one of the two"),
+        ({"seed": 0, "generator": torch.Generator()}, "give only one of the two"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images; give one for each"),
         ({"generator": []}, "0 generators for 1 images"),
         ({"generator": [1]}, "must be a torch.Generator"),

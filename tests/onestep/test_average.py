@@ -56,14 +56,14 @@ def test_one_alpha_for_all(students, tmp_path, capsys):
     assert average(one, other, "--out", tmp_path / "mean") == 0
     assert Student.read(tmp_path / "mean") == Student.read(one)
     assert average(one, students[1], "--out", tmp_path / "none") == 2
-    assert f"{students[1]}: not a student like {one}" in capsys.readouterr().err
+    assert f"{students[1]}: is not a student like {one}" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "options", "line"),
     [
-        (lambda folder: (folder / "text_encoder").mkdir(), [], "a subject's adapter, with a text encoder"),
+        (lambda folder: (folder / "text_encoder").mkdir(), [], "a subject's adapter with a text encoder"),
         (lambda folder: write_student(folder, 1, r=3), [], "does not go with"),
         (lambda folder: (folder / "adapter_config.json").unlink(), [], "adapter_config.json is missing"),
         (lambda folder: None, ["--weights", "1"], "2 adapters and 1 weights"),

@@ -29,7 +29,7 @@ def encoded(pipeline, prompt):
 def test_a_tensor_that_is_no_word_takes_the_files_name(tmp_path, tensor):
     save_file({tensor: vectors(3)}, tmp_path / "MyWord.safetensors")
     pipeline = tiny_pipeline()
-    with pytest.warns(WadiWarning, match=f"names its embedding {tensor.replace('*', '.')}, .* name, MyWord"):
+    with pytest.warns(WadiWarning, match=f"name, {tensor.replace('*', '.')}, is not a word; .* name, MyWord"):
         assert load_embedding(pipeline, tmp_path / "MyWord.safetensors") == "MyWord"
     folder = tmp_path / "word of a folder"
     folder.mkdir()
@@ -64,7 +64,7 @@ def test_a_word_within_another_one_is_told_where_diffusers_would_replace_it(tmp_
     save_file({"art": vectors(2)}, tmp_path / "art.safetensors")
     pipeline = tiny_pipeline()
     load_embedding(pipeline, tmp_path / "art.safetensors")
-    with pytest.warns(WadiWarning, match="has 'art' within another word too"):
+    with pytest.warns(WadiWarning, match="has 'art' inside another word too"):
         as_learned(pipeline, ["the start of art"])
 
 
@@ -124,7 +124,7 @@ def test_a_word_is_not_loaded_twice(tmp_path):
 def test_pickles_are_refused_unread(tmp_path, name, zipped, monkeypatch):
     torch.save({"string_to_param": {"*": vectors()}}, tmp_path / name, _use_new_zipfile_serialization=zipped)
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
-    with pytest.raises(WadiError, match=r"was written by torch\.save and can run code"):
+    with pytest.raises(WadiError, match=r"is a file of torch\.save, which can run code"):
         load_embedding(tiny_pipeline(), tmp_path / name)
 
 
@@ -134,5 +134,5 @@ def test_the_command_says_which_word_and_whether_the_prompt_has_it(tmp_path, tea
     for prompt, missing in (("a myword", False), ("a cat", True)):
         assert main(["generate", prompt, *command, "--out", str(tmp_path / f"{missing}.png")]) == 0
         said = capsys.readouterr()
-        assert "word.safetensors: the word MyWord" in said.out
-        assert ("the prompt does not have the word MyWord" in said.err) == missing
+        assert "word.safetensors: learned word MyWord" in said.out
+        assert ("the prompt does not contain the word MyWord" in said.err) == missing

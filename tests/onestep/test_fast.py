@@ -216,8 +216,8 @@ def test_autoencoders_that_do_not_fit(teacher_folder, tiny_vae, tmp_path):
     weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     for name, message in [
-        (tmp_path / "channels", "16 latent channels and the model needs 4"),
-        (tmp_path / "factor", "4 pixels a latent and the model needs 2"),
+        (tmp_path / "channels", "16 latent channels, but the model needs 4"),
+        (tmp_path / "factor", "4 pixels a latent, but the model needs 2"),
         (tmp_path / "cut", "could not read the safetensors file"),
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path, "is None; use AutoencoderTiny or AutoencoderKL"),

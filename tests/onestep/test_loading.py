@@ -369,7 +369,7 @@ MISTAKES = {
     "nothing": (lambda whole, folder: folder, "no such folder"),
     "empty": (_made, "it is empty"),
     "part": (lambda whole, folder: whole / "unet", "a part of one; name"),
-    "adapter": (_holding("adapter_config.json", b"{}"), "name it with --adapter"),
+    "adapter": (_holding("adapter_config.json", b"{}"), "name it as --adapter"),
     "unfinished run": (_run, "--resume-from-checkpoint"),
     "network": (_holding("config.json", b"{}"), "of one network"),
     "checkpoint": (_file("model.safetensors"), "from_single_file"),
@@ -377,7 +377,7 @@ MISTAKES = {
     "folder of a checkpoint": (_holding("sd.safetensors"), "from_single_file"),
     "text file": (_file("notes.txt"), "is one file"),
     "other folder": (_holding("notes.txt"), "name one with a model_index.json"),
-    "parent": (lambda whole, folder: whole.parent, "name one of them"),
+    "parent": (lambda whole, folder: whole.parent, "name one, such as"),
 }
 
 

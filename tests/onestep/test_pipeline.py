@@ -26,7 +26,7 @@ from wadi.onestep import (
     export_pipeline,
     image_grid,
     labelled_grid,
-    save_picture,
+    save_image,
 )
 from wadi.onestep.pipeline import load_for_steps
 
@@ -195,7 +195,7 @@ def test_missing_and_broken_inputs_are_one_line(teacher, adapter, tmp_path):
     empty_weights = broken("other", adapter, _drop_one_weight)
     cases = [
         (tmp_path / "nowhere", None, "no such folder"),
-        (tmp_path, None, "but holds 3; name one"),
+        (tmp_path, None, "but it holds 3 of them; name one"),
         (no_vae, None, "'vae'"),
         (no_weights, None, "holds its weights only as"),
         (cut, None, "could not read"),
@@ -286,11 +286,11 @@ def test_grids_hold_every_picture_where_it_belongs():
     ("name", "kind"), [("x.png", "PNG"), ("x.JPG", "JPEG"), ("x.jpeg", "JPEG"), ("x.webp", "WEBP")]
 )
 def test_the_suffix_says_what_a_picture_is_written_as(name, kind, tmp_path):
-    save_picture(Image.new("RGB", (9, 5), (200, 30, 40)), tmp_path / name)
+    save_image(Image.new("RGB", (9, 5), (200, 30, 40)), tmp_path / name)
     with Image.open(tmp_path / name) as found:
         assert (found.format, found.size) == (kind, (9, 5))
     with pytest.raises(WadiError, match=r"x\.txt: the name of the file must end in \.png"):
-        save_picture(Image.new("RGB", (9, 5)), tmp_path / "x.txt")
+        save_image(Image.new("RGB", (9, 5)), tmp_path / "x.txt")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

@@ -1,4 +1,4 @@
-"""What training needs to know of each kind of pipeline: one file a kind.
+"""What training needs to know about each kind of pipeline, one file for each kind.
 
 | pipeline | network | what it predicts |
 | --- | --- | --- |
@@ -40,13 +40,13 @@ __all__ = [
 ]
 
 FAKE_RANK = 32
-"""Rank of a fake model's adapter where nobody says another: the paper's."""
+"""Default rank of a fake model's adapter, from the paper."""
 
 BACKBONES: dict[str, type[Backbone]] = {
     backbone.pipeline_class.__name__: backbone
     for backbone in (UNetBackbone, SDXLBackbone, PixArtBackbone, PixArtSigmaBackbone, SD3Backbone)
 }
-"""By the pipeline class in model_index.json."""
+"""Backbones by the pipeline class in model_index.json."""
 
 
 def load_backbone(
@@ -54,10 +54,10 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load whatever kind of pipeline a folder or hub id holds; see `Backbone.from_pretrained`.
+    """Load the backbone of the pipeline in a folder or hub id; see `Backbone.from_pretrained`.
 
     Raises:
-        WadiError: a class of pipeline that cannot be distilled, or as for `Backbone.from_pretrained`.
+        WadiError: this class of pipeline cannot be distilled, or as in `Backbone.from_pretrained`.
     """
     folder = pipeline_folder(name_or_path)
     return _kind(name_or_path, folder).from_pretrained(folder, dtype, device)
@@ -68,7 +68,7 @@ def load_prompt_encoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PromptEncoder:
-    """Load the tokenizers of any such pipeline, and no weights yet; see `PromptEncoder.from_pretrained`.
+    """Load the tokenizers of such a pipeline, without weights; see `PromptEncoder.from_pretrained`.
 
     Raises:
         WadiError: as `load_backbone`.
@@ -78,10 +78,10 @@ def load_prompt_encoder(
 
 
 def student_config(network: nn.Module, r: int | None = None) -> LoRaDConfig:
-    """The adapter of a student, on `Backbone.student_layers`.
+    """The configuration of a student's adapter, for the layers `Backbone.student_layers`.
 
     Args:
-        network: of one of the architectures, of any size, with or without an adapter in it.
+        network: a network of one of the architectures, of any size, with or without an adapter.
         r: rank; `Backbone.student_rank` when ``None``.
 
     Raises:
@@ -93,9 +93,9 @@ def student_config(network: nn.Module, r: int | None = None) -> LoRaDConfig:
 
 
 def fake_config(network: nn.Module, r: int | None = None) -> LoRaDConfig:
-    """The adapter of a fake model, on `Backbone.fake_layers`, by default at rank 32.
+    """The configuration of a fake model's adapter, for `Backbone.fake_layers`, by default with rank 32.
 
-    Args and errors are those of `student_config`.
+    Arguments and errors are those of `student_config`.
     """
     kind = _architecture(network)
     layers = kind.layers(network, kind.fake_pattern)
@@ -105,7 +105,9 @@ def fake_config(network: nn.Module, r: int | None = None) -> LoRaDConfig:
 def _kind(name_or_path: str | Path, folder: Path) -> type[Backbone]:
     name = pipeline_class_name(folder)
     if name not in BACKBONES:
-        raise WadiError(f"{name_or_path}: holds a {name}; name one of {', '.join(BACKBONES)}")
+        raise WadiError(
+            f"{name_or_path}: holds a {name}, which wadi cannot distil; name one of {', '.join(BACKBONES)}"
+        )
     return BACKBONES[name]
 
 

@@ -1,4 +1,4 @@
-"""A diffusion model behind one call, `predict`: what training needs to know of an architecture."""
+"""The base class of all backbones: what training needs to know about an architecture."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from wadi.onestep.loading import load_pipeline, pipeline_class_name, pipeline_fo
 
 
 class Backbone(ABC):
-    """A text-to-image pipeline of which one network is distilled.
+    """A text-to-image pipeline with the network that is distilled.
 
     Args:
-        pipeline: a stock pipeline; its network is frozen, in the compute dtype and on the training device.
-        device: where the text encoders and the VAE work while they are used; the VAE rests on the CPU.
-        folder: where the pipeline was loaded from without its text encoders, which are then loaded for as
-            long as they are used; ``None`` for a pipeline that holds them.
+        pipeline: a stock pipeline. Its network is frozen, has the compute dtype, and is on the training
+            device.
+        device: the device for the text encoders and the VAE while they are used. Otherwise the VAE is on the
+            CPU.
+        folder: the folder of a pipeline that was loaded without its text encoders. They are then loaded only
+            while they are used. ``None`` for a pipeline that holds them.
 
     Attributes:
         network: the frozen teacher.
@@ -40,13 +42,13 @@ class Backbone(ABC):
     network_class: ClassVar[type[nn.Module]]
     text_class: ClassVar[type[PromptEncoder]]
     blocks: ClassVar[tuple[str, ...]]
-    """Class names of the repeated blocks: what is compiled, and where memory is saved by recomputing."""
+    """Class names of the repeated blocks. They are compiled, and recomputed by gradient checkpointing."""
     student_pattern: ClassVar[str]
-    """Regular expression of the whole names of the linear layers that a student's adapter turns."""
+    """Regular expression for the full names of the linear layers that a student's adapter turns."""
     fake_pattern: ClassVar[str]
-    """The same for the smaller selection that a fake model may have."""
+    """The same for the smaller selection of layers that a fake model may have."""
     student_rank: ClassVar[int]
-    """Rank of a student's adapter where nobody says another."""
+    """Default rank of a student's adapter."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class Backbone(ABC):
         """Load a pipeline folder or hub id without its text encoders; safetensors only, network in `dtype`.
 
         Raises:
-            WadiError: as `load_pipeline`, or another architecture.
+            WadiError: as `load_pipeline`, or the pipeline is of another class.
         """
         folder = pipeline_folder(name_or_path)
         name = pipeline_class_name(folder)
@@ -102,7 +104,7 @@ class Backbone(ABC):
         """The noise schedule of the pipeline's scheduler, on the CPU.
 
         Raises:
-            WadiError: a kind of schedule that is not supported; see `Schedule.from_config`.
+            WadiError: this kind of schedule is not supported; see `Schedule.from_config`.
         """
         _, height, width = self.latent_shape
         patch = self.network.config.get("patch_size") or 1
@@ -113,7 +115,7 @@ class Backbone(ABC):
         return self.text.encode(prompts)
 
     def null(self) -> Condition:
-        """The condition of no prompt, first dimension 1, on the CPU; see `PromptEncoder.null`."""
+        """The condition without a prompt, with first dimension 1, on the CPU; see `PromptEncoder.null`."""
         return self.text.null()
 
     @abstractmethod
@@ -125,8 +127,8 @@ class Backbone(ABC):
         Args:
             network: the teacher, or a view of it with an adapter.
             x_t: (N, C, H, W), any float dtype.
-            t: (N,), what the network is told of the time: see `Schedule.timestep`.
-            condition: of N prompts, on the network's device.
+            t: (N,), the time as the network gets it; see `Schedule.timestep`.
+            condition: the condition of N prompts, on the network's device.
 
         Returns:
             (N, C, H, W) float32; its meaning is the schedule's `prediction_type`.
@@ -134,7 +136,7 @@ class Backbone(ABC):
 
     @classmethod
     def layers(cls, network: nn.Module, pattern: str) -> list[str]:
-        """Names of the linear layers of a network that a pattern names, with or without an adapter in it."""
+        """Names of the linear layers of a network that match a pattern. The network may have an adapter."""
         # a layer that already carries an adapter keeps its nn.Linear one level down
         names = (
             n.removesuffix(".base_layer") for n, m in network.named_modules() if isinstance(m, nn.Linear)
@@ -150,7 +152,7 @@ class Backbone(ABC):
         return self.layers(self.network, self.fake_pattern)
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the network has them, (N, C, H, W), from those that the VAE encodes to."""
+        """Scale latents (N, C, H, W) of the VAE to those of the network."""
         config = self.pipeline.vae.config
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
@@ -164,7 +166,7 @@ class Backbone(ABC):
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Clean latents (N, C, H, W) of images, float32 on the CPU: the mean of the VAE's posterior, scaled.
 
-        Images are enlarged or reduced until they cover `image_size`; what is beyond is cut off evenly.
+        Images are resized until they cover `image_size`, and then cropped equally on both sides.
         """
         vae, latents = self.pipeline.vae.to(self.device), []
         height, width = self.image_size

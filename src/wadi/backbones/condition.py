@@ -1,4 +1,4 @@
-"""What a network is told of a prompt: tensors by the name of the network's argument.
+"""The inputs of a network for a prompt: tensors by the name of the network's argument.
 
 | network | tensors |
 | --- | --- |
@@ -6,8 +6,8 @@
 | `SD3Transformer2DModel` | `encoder_hidden_states`, and `pooled_projections` (N, P) |
 | `PixArtTransformer2DModel` | `encoder_hidden_states`, and `encoder_attention_mask` (N, L), true at tokens |
 
-Only `PER_TOKEN` tensors have a place for each token. All others, the mask too, are of one length for every
-prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or filled up.
+Only `PER_TOKEN` tensors have an entry for each token. All others, and the mask, have the same length for
+every prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or padded.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 import torch
 
 Condition = dict[str, torch.Tensor]
-"""Tensors of the same first dimension, N prompts."""
+"""Tensors with the same first dimension: N prompts."""
 
 STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 PER_TOKEN = frozenset({STATES})
-"""Tensors (N, L, D) whose second dimension is that of the mask (N, L), if there is one: they may be cut
-behind the longest prompt, and are filled up with zeros, where the mask lets nobody look."""
+"""Tensors (N, L, D) with the second dimension of the mask (N, L), if there is one. They may be cut after the
+longest prompt and are padded with zeros, which the mask hides."""
 
 
 def used_tokens(mask: torch.Tensor) -> int:
-    """Tokens of the longest prompt of a mask (N, L)."""
+    """Number of tokens of the longest prompt, from a mask (N, L)."""
     used = mask.bool().any(0).nonzero()
     return int(used[-1]) + 1 if len(used) else 0
 
 
 def without_padding(condition: Condition) -> Condition:
-    """A condition whose tensors `PER_TOKEN` end with its longest prompt, if there is a mask to tell."""
+    """The condition with tensors `PER_TOKEN` cut after its longest prompt, if it has a mask."""
     if MASK not in condition:
         return condition
     length = used_tokens(condition[MASK])
@@ -41,7 +41,7 @@ def without_padding(condition: Condition) -> Condition:
 
 
 def whole_shape(condition: Condition, name: str) -> tuple[int, ...]:
-    """Shape of one prompt of a tensor, without the first dimension, as it was before `without_padding`."""
+    """Shape of a tensor for one prompt (without the first dimension), before `without_padding`."""
     shape = tuple(condition[name].shape[1:])
     return (condition[MASK].shape[1], *shape[1:]) if name in PER_TOKEN and MASK in condition else shape
 
@@ -52,15 +52,15 @@ def pick(condition: Condition, index: Any) -> Condition:
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
-    """Prompts of several conditions, one after the other."""
+    """Join the prompts of several conditions in order."""
     return {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}
 
 
 def repeat(condition: Condition, count: int) -> Condition:
-    """One prompt (1, ...) as `count` equal ones, without a copy."""
+    """Repeat one prompt (1, ...) `count` times, without a copy."""
     return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in condition.items()}
 
 
 def choose(flag: torch.Tensor, yes: Condition, no: Condition) -> Condition:
-    """`yes` where the 0-dimensional `flag` is true, else `no`; no host branch. `yes` may be one prompt."""
+    """`yes` if the 0-dimensional `flag` is true, else `no`, chosen on the device. `yes` may be one prompt."""
     return {name: torch.where(flag, yes[name], no[name]) for name in no}

@@ -1,4 +1,4 @@
-"""`wadi average`: make one student of several."""
+"""`wadi average`: write the mean of several students."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def average(
 ) -> None:
     """Write the mean of several students' adapters, as an adapter of the same size.
 
-    The students must have been trained on from one student (--student-adapter), with other seeds or options:
-    the mean is then often better than each of them. Students without such an ancestor have other factors for
-    like angles, and the mean of those means nothing.
+    All students must have been trained further from the same student (wadi distill --student-adapter), with
+    different seeds or options. Their mean is then often better than each of them. Students that were trained
+    separately may have the same angles with different factors, and then the mean of the factors is useless.
 
     Args:
-        adapters: Folders or hub ids of two or more students' adapters of one teacher.
-        out: Adapter folder to write; new or empty.
-        weights: One for each adapter, divided by their sum; all equal if not given.
-        dtype: Of the written adapter.
+        adapters: Folders or hub ids of the adapters of two or more students of the same teacher.
+        out: Adapter folder to write. It must be new or empty.
+        weights: One number for each adapter; they are divided by their sum. If omitted, all are equal.
+        dtype: Precision of the written adapter.
         overwrite: Replace the folder if wadi average wrote it and nothing else is in it.
     """
     import torch
@@ -33,4 +33,4 @@ def average(
     from wadi.onestep.average import average_students
 
     average_students(adapters, out, weights, getattr(torch, dtype), overwrite)
-    print(f"{out}: wadi generate --adapter {out}")
+    print(f"{out}: use it with wadi generate --adapter {out}")

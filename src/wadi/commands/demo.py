@@ -1,4 +1,4 @@
-"""`wadi demo`: from the built-in teacher to a one-step student and a report, in minutes."""
+"""`wadi demo`: train a one-step student of the built-in teacher in minutes, and write a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wadi.onestep import OneStepPipeline, load_pipeline
 
 @dataclass
 class DemoConfig:
-    """Distil the built-in teacher here and now, measure, and write a report."""
+    """Train a one-step student of the built-in teacher, measure it, and write a report."""
 
     out: Path = Path("demo")
     """Run folder; new or empty."""
@@ -26,19 +26,19 @@ class DemoConfig:
     seed: int = 0
     """Seed of the training."""
     samples: int = 500
-    """Pictures that the judge reads, of teacher and student in one step."""
+    """Number of one-step images that the judge (a network) reads, from the teacher and from the student."""
     teacher_samples: int = 60
-    """Pictures that the judge reads of the teacher in 25 steps, each as dear as 50 one-step pictures."""
+    """Number of 25-step images of the teacher that the judge reads; each takes as long as 50 in one step."""
 
 
 def demo(config: DemoConfig) -> None:
-    """Distil, measure, write the report and print where it is.
+    """Train a one-step student of the built-in teacher, measure it, and print the path of the report.
 
     Raises:
         WadiError: the folder is in use or cannot be written.
     """
     if config.samples < 256 or config.teacher_samples < 1:
-        raise WadiError("--samples, --teacher-samples: must be at least 256 and 1")
+        raise WadiError("--samples must be at least 256, and --teacher-samples at least 1")
     run = distill(
         PRESETS["emoji-cpu"].replace(
             pretrained_model_name_or_path=str(emoji.teacher_folder()),

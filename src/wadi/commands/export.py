@@ -16,14 +16,14 @@ def export(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Merge a student's adapter into its teacher; plain diffusers loads the folder, without wadi.
+    """Merge a student's adapter into its teacher. Plain diffusers loads the folder, without wadi.
 
     Args:
         adapter: Folder or hub id of the student's adapter.
-        out: Folder to write; new or empty.
-        model: Folder or hub id of the teacher; the one that comes with wadi if not given.
+        out: Folder to write. It must be new or empty.
+        model: Folder or hub id of the teacher. If omitted, the built-in teacher.
         subject_adapter: Adapter of wadi dreambooth, merged too; may be given several times.
-        dtype: Of the written weights.
+        dtype: Precision of the written weights.
         overwrite: Replace the folder if wadi export wrote it and nothing else is in it.
     """
     import torch

@@ -25,33 +25,33 @@ class GenerateConfig(ImageOptions):
     command = "generate"
 
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
-    """What the pictures show."""
+    """What the images show."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """How many pictures."""
+    """Number of images."""
     out: Path = Path("wadi.png")
-    """A .png or .jpg file, which shows several pictures as a grid; or a folder, for a file each."""
+    """A .png or .jpg file, where several images form a grid; or a folder, with one file for each image."""
     num_inference_steps: int = 1
-    """Only 1; it is here to say so."""
+    """Must be 1: a one-step student knows no other number."""
     guidance_scale: float = 1.0
-    """Only 1; guidance was built into a one-step student by distillation."""
+    """Must be 1: distillation has built the guidance into a one-step student."""
     negative_prompt: str | None = None
-    """None, for the same reason."""
+    """Must be omitted, for the same reason."""
     subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Adapter of wadi dreambooth, stacked on the student; may be given several times."""
+    """Adapter of wadi dreambooth, merged after the student's; may be given several times."""
     embedding: tuple[Path, ...] = ()
-    """Files, or folders of wadi invert, of learned words that the prompt uses."""
+    """Learned words that the prompt uses: .safetensors files, or folders that wadi invert wrote."""
     redilate: bool = True
-    """Stretch the inner convolutions of a U-Net for pictures larger than the model's own, so that objects do
-    not repeat (ScaleCrafter)."""
+    """If images are larger than the model's own size, stretch the inner convolutions of its U-Net, so that
+    objects do not repeat (ScaleCrafter)."""
     fast: bool = False
-    """On a GPU, compile the networks and replay them as one CUDA graph; compiling may take minutes, so it
-    pays for many pictures. Elsewhere nothing is compiled."""
+    """On a GPU, compile the networks and replay them as one CUDA graph. Compiling may take minutes, so use it
+    for many images. Without a GPU nothing is compiled."""
     vae: str | None = None
-    """Another autoencoder, folder or hub id, such as the small and quick madebyollin/taesd."""
+    """Folder or hub id of another autoencoder, such as the small and fast madebyollin/taesd."""
 
 
 def generate(config: GenerateConfig) -> None:
-    """Make pictures in one step; without --model and --adapter, with the student that comes with wadi."""
+    """Make images of a prompt in one step. Without --model and --adapter, the built-in student makes them."""
     refuse_guidance(config.num_inference_steps, config.guidance_scale, config.negative_prompt)
     config.check()
     pipeline, batch_size, images = _student(config), config.batch_size, []
@@ -71,7 +71,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _student(config: GenerateConfig) -> OneStepPipeline:
-    """What the options name, or the student that comes with wadi, with what is stacked on it."""
+    """The student that the options name, or the built-in one, with the subject adapters and learned words."""
     adapter = config.adapter
     if config.model is None and adapter is None:
         adapter = str(emoji.student_folder())
@@ -84,7 +84,9 @@ def _student(config: GenerateConfig) -> OneStepPipeline:
     )
     for path in config.embedding:
         word = pipeline.load_embedding(path)
-        print(f"{path}: the word {word}")
+        print(f"{path}: learned word {word}")
         if not holds_word(pipeline.pipeline, config.prompt, word):
-            tell(f"--embedding {path}: the prompt does not have the word {word}, so it changes nothing")
+            tell(
+                f"--embedding {path}: the prompt does not contain the word {word}, so the word has no effect"
+            )
     return pipeline

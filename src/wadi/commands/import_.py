@@ -1,4 +1,4 @@
-"""`wadi import`: make a one-step folder of weights that the paper's authors published."""
+"""`wadi import`: convert weights that the paper's authors published to a one-step folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ def import_(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Make a one-step folder that plain diffusers loads of weights that the paper's authors published.
+    """Convert weights that the paper's authors published to a one-step folder that plain diffusers loads.
 
-    The file holds a whole U-Net (SD 1.5, SD 2.1-base) or PixArt transformer, or the angles that the authors'
-    training script saves (theta_a, theta_b); of angles an adapter folder is made. Every key is accounted for.
+    The file holds a whole U-Net (SD 1.5 or SD 2.1-base), a whole PixArt transformer, or the angles that the
+    authors' training script saves (theta_a, theta_b). Angles become an adapter folder. A file with a missing
+    or an unknown key is refused.
 
     Args:
-        weights: A .safetensors file, or one of torch.save (.pt, .bin), which is read without running code.
-        model: The base model that the student was distilled from: folder or hub id.
-        out: Folder to write; new or empty.
-        alpha_T_squared: Of the student, 0.0047 for all that were published; None for the base model's own.
-        dtype: Of the written weights.
+        weights: A .safetensors file, or a file of torch.save (.pt, .bin), which is read without running code.
+        model: Folder or hub id of the base model that the student was distilled from.
+        out: Folder to write. It must be new or empty.
+        alpha_T_squared: The image's share of the variance at the last timestep, with which the student was
+            trained. It is 0.0047 for all published students. None keeps the base model's own.
+        dtype: Precision of the written weights.
         overwrite: Replace the folder if wadi import wrote it and nothing else is in it.
     """
     import torch

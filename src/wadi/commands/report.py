@@ -11,9 +11,10 @@ def report(run: tyro.conf.Positional[Path], steps: int = 25, guidance_scale: flo
     """Write the report of a finished run again.
 
     Args:
-        run: Run folder of wadi distill.
-        steps: Of the teacher's pictures.
-        guidance_scale: Of the teacher's pictures, throughout; that of the distillation's end if not given.
+        run: Run folder that wadi distill wrote.
+        steps: Number of steps of the teacher's images.
+        guidance_scale: Guidance scale of the teacher's images, the same in all steps. If omitted, the
+            last one of the distillation.
     """
     from wadi.distill.report import report as write
 

@@ -1,4 +1,4 @@
-"""LoRaD, low-rank rotation of weights, as a PEFT tuner: importing this package registers it."""
+"""LoRaD, low-rank rotation of weights, as a PEFT tuner. Importing this package registers it with PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _add_peft_type(name: str) -> None:
     member._name_ = member._value_ = name
     member._sort_order_ = len(PeftType._member_names_)
     member.__objclass__ = PeftType
-    setattr(PeftType, name, member)  # before it is known as a member: members cannot be assigned
+    setattr(PeftType, name, member)  # before the enum knows the member, because members cannot be assigned
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

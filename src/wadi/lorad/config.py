@@ -19,11 +19,11 @@ class LoRaDConfig(PeftConfig):
             parameters.
         target_modules (`list[str] | str | None`):
             Names of the modules to adapt: a list of names or name endings, a regular expression that matches
-            the whole name, or `"all-linear"`. Without it, PEFT's usual choice for the model's architecture.
+            the whole name, or `"all-linear"`. If omitted, PEFT's usual choice for the model's architecture.
             `torch.nn.Linear`, `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, and transformers' `Conv1D` are
             supported. Embeddings are not turned.
         exclude_modules (`list[str] | str | None`):
-            Names of modules to leave out, as a list of names or name endings, or as a regular expression.
+            Names of modules to omit, as a list of names or name endings, or as a regular expression.
         rank_pattern (`dict[str, int]`):
             Ranks other than `r`, by name or regular expression, for example `{"^down_blocks.*.to_q": 16}`.
         layers_to_transform (`list[int] | int | None`):
@@ -31,7 +31,7 @@ class LoRaDConfig(PeftConfig):
         layers_pattern (`list[str] | str | None`):
             Name of the `nn.ModuleList` that `layers_to_transform` counts in, for example `"layers"` or `"h"`.
         modules_to_save (`list[str] | None`):
-            Modules beside the adapter that are trained and saved in full.
+            Other modules that are trained and saved in full.
         bias (`Literal["none", "all", "lorad_only"]`):
             Which biases are trained: none, all of the model, or those of the adapted layers. Trained biases
             belong to the base model: they stay when the adapter is disabled.
@@ -49,7 +49,7 @@ class LoRaDConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Modules to leave out: names or name endings, or a regular expression."},
+        metadata={"help": "Modules to omit: names or name endings, or a regular expression."},
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks other than r, by module name or regular expression."}
@@ -61,7 +61,7 @@ class LoRaDConfig(PeftConfig):
         default=None, metadata={"help": "Name of the nn.ModuleList in which layers_to_transform counts."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules beside the adapter that are trained and saved in full."}
+        default=None, metadata={"help": "Other modules that are trained and saved in full."}
     )
     bias: Literal["none", "all", "lorad_only"] = field(
         default="none",

@@ -1,4 +1,4 @@
-"""Adapter folders of models that carry their adapter without a `PeftModel` around them, as in diffusers.
+"""Adapter folders for models that have an adapter without a `PeftModel` around them, as in diffusers.
 
 The folder is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. `PeftModel.from_pretrained` loads
 what `save_adapter` writes, and `load_adapter` what `PeftModel.save_pretrained` writes.
@@ -39,16 +39,16 @@ def save_adapter(
     base_model: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write one adapter of `model` as a folder, whole or not at all.
+    """Write one adapter of `model` as a folder. A failure writes nothing.
 
     Args:
         model: the adapted model, inside a `PeftModel` or not.
         folder: new or empty.
-        adapter_name: which adapter.
-        state_dict: values to write in place of the model's own (an average of weights, say), with the keys of
-            `model.state_dict()`; entries beside the adapter are ignored.
-        base_model: hub id or folder of the model without the adapter, which PEFT keeps in the configuration
-            as `base_model_name_or_path`; ``None`` keeps what is there.
+        adapter_name: name of the adapter.
+        state_dict: values to write instead of the model's own (for example an average of weights), with the
+            keys of `model.state_dict()`; entries of other layers are ignored.
+        base_model: hub id or folder of the model without the adapter. PEFT keeps it in the configuration as
+            `base_model_name_or_path`. ``None`` keeps the old value.
         overwrite: replace the folder if this function wrote it and nothing else is in it.
 
     Raises:
@@ -66,7 +66,7 @@ def save_adapter(
     missing = own.keys() - tensors.keys()
     if missing:
         raise ValueError(
-            f"state_dict lacks {len(missing)} tensors of adapter {adapter_name!r}: {_some(missing)}."
+            f"state_dict lacks {len(missing)} tensors of adapter {adapter_name!r}: {min(missing)}."
         )
     if base_model is not None:
         config = dataclasses.replace(config, base_model_name_or_path=os.fspath(base_model))
@@ -84,7 +84,8 @@ def _adapter_state(
 def _write(output: Output, config: LoRaDConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     config = copy.copy(config)
     config.inference_mode = True
-    for field in ("target_modules", "exclude_modules"):  # sets: sorted, the same adapter is the same file
+    # sets are sorted, so that the same adapter gives the same file
+    for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), set):
             setattr(config, field, sorted(getattr(config, field)))
 
@@ -138,18 +139,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
 
 def copy_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Give the adapter that `model` already has the angles of the one in `folder`.
+    """Copy the angles of the adapter in `folder` to an adapter that `model` already has.
 
-    Where the ranks differ, the angles are those that are nearest in the least squares' sense (`fit_rank`).
-    Layers that the folder's adapter lacks keep what they have.
+    If the ranks differ, the nearest angles in the sense of least squares are taken (`fit_rank`). Layers that
+    the folder's adapter lacks are not changed.
 
     Args:
-        model: a module that carries LoRaD on the same layers at least, not inside a `PeftModel`.
+        model: a module with LoRaD on at least the same layers, not inside a `PeftModel`.
         folder: holds `adapter_model.safetensors`.
-        adapter_name: which adapter of `model`.
+        adapter_name: name of the adapter of `model`.
 
     Raises:
-        ValueError: the file is missing or unreadable, or does not fit; `model` is then as it was.
+        ValueError: the file is missing or unreadable, or does not fit. Then `model` is unchanged.
     """
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     own, found = _adapter_state(model, adapter_name), _read_tensors(file)
@@ -166,7 +167,7 @@ def copy_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
 
 def _partner(key: str) -> str:
-    """The key of a layer's other factor."""
+    """The key of the other factor of the same layer."""
     return key[:-1] + {"A": "B", "B": "A"}.get(key[-1], key[-1])
 
 
@@ -175,12 +176,12 @@ def fit_rank(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of the rank of `own` whose angles are those of `found`, as nearly as that rank allows.
 
-    Theta = A B (out, in/2) loses its smallest singular values (Eckart and Young) where the rank falls; where
-    it rises, the directions that are new keep B and have A = 0. B's rows are as long as they were on average.
+    For a lower rank, Theta = A B (out, in/2) loses its smallest singular values (Eckart and Young). For a
+    higher rank, the new directions keep B of `own` and have A = 0. The rows of B keep their mean length.
 
     Args:
-        found, own: A (out, r) and B (r, in/2), each of its own rank r. Of equal shapes `found` is returned as
-            it is, and of other layers too.
+        found, own: A (out, r) and B (r, in/2), each with its own rank r. If the ranks are equal, or the
+            shapes belong to different layers, `found` is returned unchanged.
     """
     A, B = found
     r, r_own = B.shape[0], own[1].shape[0]
@@ -202,16 +203,18 @@ def average_adapters(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the mean of several adapters' factors, formed in float64 (model soups, arXiv 2203.05482).
+    """Write the mean of several adapters' factors, computed in float64 (model soups, arXiv 2203.05482).
 
-    It is the mean of their angles only to first order: A and B are averaged each by itself, as the average of
-    weights along a training is. So the adapters should have one ancestor that they were trained on from.
+    A and B are averaged separately, like the average of weights along a training. This is the mean of the
+    angles only to first order. So all adapters should have been trained further from the same adapter.
 
     Args:
-        folders: of LoRaD adapters on the same layers at the same ranks. The configuration is the first one's.
+        folders: folders of LoRaD adapters with the same layers and ranks. The first one's configuration is
+            kept.
         out_folder: new or empty.
-        weights: of each adapter, zero or more; they are divided by their sum. Equal ones when ``None``.
-        dtype: of the written factors; those of the first when ``None``.
+        weights: one number for each adapter, zero or more; they are divided by their sum. ``None``: all
+            equal.
+        dtype: dtype of the written factors; that of the first adapter when ``None``.
         overwrite: replace the folder if this function wrote it and nothing else is in it.
 
     Raises:
@@ -259,7 +262,7 @@ def _read_config(file: Path) -> LoRaDConfig:
 
 
 def check_finite(file: str | os.PathLike) -> None:
-    """Raise if a tensor of an adapter file has a number that is not finite: merged, it would spoil its layer.
+    """Raise if a tensor of an adapter file has a number that is not finite, which would spoil its layer.
 
     Raises:
         ValueError: there is such a tensor, or the file is missing or unreadable; the message names the file.
@@ -298,17 +301,13 @@ def _explained(file: Path) -> Iterator[None]:
 def _mismatch(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str | None:
     """Say in one line why `found` is not exactly the tensors that `expected` names, or None if it is."""
     if missing := expected.keys() - found.keys():
-        return f"{len(missing)} of {len(expected)} tensors are missing, such as {_some(missing)}"
+        return f"{len(missing)} of {len(expected)} tensors are missing, such as {min(missing)}"
     if unexpected := found.keys() - expected.keys():
-        return f"{len(unexpected)} of {len(found)} tensors have no layer, such as {_some(unexpected)}"
+        return f"{len(unexpected)} of {len(found)} tensors have no layer, such as {min(unexpected)}"
     for key, tensor in expected.items():
         if tensor.shape != found[key].shape:
             return f"{key} has shape {tuple(found[key].shape)}, not {tuple(tensor.shape)}"
     return None
-
-
-def _some(keys: set[str]) -> str:
-    return min(keys)
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -14,7 +14,7 @@ from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.rotation import Factors, rotated_linear, rotated_weight
 
 SHARED = "shared_by_views"
-"""Attribute of a Parameter that several networks hold, set by who shares it: it must not be merged into."""
+"""Attribute of a Parameter that several networks share. Whoever shares it sets this; it forbids merging."""
 
 
 class LoRaDLayer(nn.Module, BaseTunerLayer):
@@ -24,11 +24,11 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     (sequential CPU offload, layerwise casting) do not run then. A trainable base weight gets its gradient,
     a frozen one costs nothing.
 
-    Merging writes into the base's `nn.Parameter` and keeps a copy of the original weight (twice the memory
-    of the adapted weights), so unmerging restores the original bit for bit. What another tuner adds to the
-    weight meanwhile, as a LoRA around this layer does, stays in it: the two may be unmerged in any order.
-    Merge LoRaD first: it turns all that it finds in the weight. Other modules that hold the same Parameter
-    (tied weights) see the merged weight too, as with PEFT's LoRA.
+    Merging writes into the base's `nn.Parameter` and keeps a copy of the original weight (twice the memory of
+    the adapted weights), so unmerging restores the original bit for bit. If another tuner adds to the weight
+    meanwhile, as a LoRA around this layer does, its part stays. So the two may be unmerged in any order.
+    Merge LoRaD first, because it turns everything that is in the weight. Other modules with the same
+    Parameter (tied weights) see the merged weight too, as with PEFT's LoRA.
 
     Attributes:
         in_features, out_features: of the base layer; for convolutions its input and output channels.
@@ -87,7 +87,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         nn.init.xavier_uniform_(self.lorad_B[adapter_name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Let `adapter` turn by `scale` times its angles: 0 is the base, 0.5 half the angle."""
+        """Make `adapter` turn by `scale` times its angles: 0 gives the base, 0.5 half the angles."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
@@ -139,7 +139,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit, plus what others have added to it since.
+        """Restore the original weight bit for bit, plus what others have added to it since the merge.
 
         Raises:
             ValueError: as `merge`, for a weight that cannot be written to.
@@ -175,7 +175,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         return self._rotated_forward(x, factors)
 
     def _mixed_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """Apply to each sample its own adapter: one forward for each adapter of the batch."""
+        """Apply to each sample its own adapter, with one forward for each adapter in the batch."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -225,14 +225,14 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _turned(self, weight: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
-        """Turn `weight` by copies of factors, which did not move with the model."""
+        """Turn `weight` by copies of factors, which are moved to its device."""
         device = weight.device
         return self._rotated(weight, [Factors(A.to(device), B.to(device), scale) for A, B, scale in factors])
 
     def _added_by_others(self) -> torch.Tensor | None:
         """Return what others have added to the merged weight, in float32 or wider; None if nothing."""
         weight = self.get_base_layer().weight.detach()
-        # the checksum and not a comparison: turning anew may round otherwise (threads, TF32, another device)
+        # a checksum, because turning again may round differently (threads, TF32, another device)
         if not self.merged or _checksum(weight) == self._written:
             return None
         turned = self._turned(self._unmerged_weight(), self._merged_factors)
@@ -242,7 +242,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     def _write(self, values: torch.Tensor, added: torch.Tensor | None) -> None:
         weight = self.get_base_layer().weight
         weight.copy_(values if added is None else _wide(values) + added)
-        self._written = _checksum(values)  # without what others added: it is theirs to take away again
+        self._written = _checksum(values)  # without what others added, because they remove it themselves
 
     def _broken(self, names: list[str], original: torch.Tensor) -> str:
         """Return the first adapter that spoils the weight alone, or the last one."""
@@ -250,7 +250,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         return next((name for name, turned in alone if not torch.isfinite(turned).all()), names[-1])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoRaDLayer:
-        """Let the kept original follow where the model is moved or cast to."""
+        """Move or cast the kept original together with the model."""
         untouched = self.merged and _checksum(self.weight) == self._written
         super()._apply(fn, recurse)
         if self._original is not None:

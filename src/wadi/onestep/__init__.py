@@ -1,12 +1,12 @@
-"""The result: one-step scheduler, pipeline and export that any diffusers user can load."""
+"""The one-step student: scheduler, pipeline, and export to a folder that any diffusers user can load."""
 
 from wadi.onestep.average import average_students
 from wadi.onestep.embedding import load_embedding
 from wadi.onestep.export import export_pipeline
 from wadi.onestep.fast import FastPath
+from wadi.onestep.grids import check_image_path, image_grid, labelled_grid, save_image
 from wadi.onestep.importing import import_weights
 from wadi.onestep.loading import load_pipeline
-from wadi.onestep.pictures import check_picture_path, image_grid, labelled_grid, save_picture
 from wadi.onestep.pipeline import OneStepPipeline, refuse_guidance
 from wadi.onestep.scheduler import one_step_scheduler
 from wadi.onestep.student import Student
@@ -16,7 +16,7 @@ __all__ = [
     "OneStepPipeline",
     "Student",
     "average_students",
-    "check_picture_path",
+    "check_image_path",
     "export_pipeline",
     "image_grid",
     "import_weights",
@@ -25,5 +25,5 @@ __all__ = [
     "load_pipeline",
     "one_step_scheduler",
     "refuse_guidance",
-    "save_picture",
+    "save_image",
 ]

@@ -1,4 +1,4 @@
-"""Adapters of a student and of subjects: found, read and merged into a pipeline."""
+"""Find, read and merge the adapters of students and subjects."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from wadi.onestep.loading import check_hub_id, run_part
 from wadi.onestep.student import Student, network_of, student_of
 
 TEXT_ENCODER_FOLDER = "text_encoder"
-"""Sub-folder of an adapter folder that holds the adapter of the text encoder, where there is one."""
+"""Sub-folder of an adapter folder with the adapter of the text encoder, if there is one."""
 Adapters = str | os.PathLike | Sequence[str | os.PathLike] | None
 """No adapter, one, or several: folders or hub ids."""
 
 
 def merge_adapters(pipeline: DiffusionPipeline, adapters: Adapters) -> Student | None:
-    """Merge PEFT adapters into a pipeline's U-Net or transformer, and text encoder where one has that too.
+    """Merge PEFT adapters into a pipeline's U-Net or transformer, and text encoder if they have one for it.
 
-    They are merged one after the other, each into what the ones before left. Of LoRaD adapters the order does
-    not matter, because angles add; of others it does.
+    They are merged one after the other. The order of LoRaD adapters does not matter, because their angles
+    add. The order of other adapters does matter.
 
     Args:
         pipeline: a stock pipeline; its modules are changed in place.
-        adapters: folder or hub id, or several; at most one of them a student's, and none a student's where
-            the pipeline is a student already. Others, such as a subject's, go with both.
+        adapters: folder or hub id, or several. At most one may be a student's, and none if the pipeline is a
+            student already. Adapters of subjects are always allowed.
 
     Returns:
-        The student that the pipeline then is; ``None`` where neither it nor an adapter is a student.
+        The student that the pipeline then is, or ``None`` if neither pipeline nor an adapter is a student.
 
     Raises:
-        WadiError: no such adapter, it has numbers that are not finite, it is of another base, or it would
-            turn a student into a student once more.
+        WadiError: there is no such adapter, it has numbers that are not finite, it is for another base model,
+            or the pipeline is a student already.
     """
     folders = [adapter_folder(one) for one in as_list(adapters)]
     student = student_with(pipeline, folders)
@@ -55,10 +55,10 @@ def merge_adapters(pipeline: DiffusionPipeline, adapters: Adapters) -> Student |
 
 
 def student_with(pipeline: DiffusionPipeline, folders: Sequence[Path]) -> Student | None:
-    """What a pipeline is with adapters on it, before any is merged; see `merge_adapters`.
+    """The student that a pipeline becomes when these adapters are merged; see `merge_adapters`.
 
     Raises:
-        WadiError: a student's adapter is of another base, or there is a student already.
+        WadiError: a student's adapter is for another base model, or there is a student already.
     """
     student, whose = student_of(pipeline), pipeline.name_or_path or "the pipeline"
     for folder in folders:
@@ -67,8 +67,8 @@ def student_with(pipeline: DiffusionPipeline, folders: Sequence[Path]) -> Studen
             continue
         if student is not None:
             raise WadiError(
-                f"{folder}: is a student's adapter, and {whose} is a one-step student already, which would "
-                "be turned twice; omit one of the two"
+                f"{folder}: is a student's adapter, but {whose} is a one-step student already; omit one of "
+                "the two"
             )
         own.check_fits(folder, network_of(pipeline), pipeline.scheduler, whose)
         student, whose = own, folder
@@ -76,18 +76,18 @@ def student_with(pipeline: DiffusionPipeline, folders: Sequence[Path]) -> Studen
 
 
 def as_list(adapters: Adapters) -> list[str | os.PathLike]:
-    """Names of adapters, none, one or several, as a list."""
+    """No adapter, one or several, as a list."""
     if adapters is None:
         return []
     return [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
 
 
 def adapter_folder(adapter: str | os.PathLike) -> Path:
-    """Folder of a PEFT adapter: itself, or a hub id's in the hub's cache, downloaded if need be.
+    """Folder of a PEFT adapter. An adapter on the hub is downloaded to the hub's cache.
 
     Raises:
-        WadiError: no such folder or hub id, one of its two files is missing, or it holds numbers that are not
-            finite.
+        WadiError: there is no such folder or hub id, one of its two files is missing, or it holds numbers
+            that are not finite.
     """
     folder = Path(adapter)
     if not folder.exists():
@@ -101,7 +101,9 @@ def adapter_folder(adapter: str | os.PathLike) -> Path:
     folder = run_part(folder, "adapter", CONFIG_NAME)
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
-            raise WadiError(f"{folder}: not a PEFT adapter folder, {file} is missing")
+            raise WadiError(
+                f"{folder}: is not the folder of a PEFT adapter, {file} is missing; name another folder"
+            )
     try:
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     except ValueError as error:
@@ -120,7 +122,7 @@ def _merge(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if wrong := own ^ load_tensors(folder / SAFETENSORS_WEIGHTS_NAME).keys():
         raise WadiError(
-            f"{folder}: the adapter does not fit the model: {len(wrong)} weights differ, as {min(wrong)}; "
-            "name the model that it was made for"
+            f"{folder}: the adapter does not fit the model: {len(wrong)} names of weights differ, such as "
+            f"{min(wrong)}; name the model that it was made for"
         )
     return adapted.merge_and_unload()

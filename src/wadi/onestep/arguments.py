@@ -1,4 +1,4 @@
-"""Arguments of a call that makes images; what is not possible is told before anything is made."""
+"""Checks of the arguments of a call that makes images, before any image is made."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from wadi.errors import WadiError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST = 16
-"""Times the model's own side: images with a larger side are refused before they fill the memory."""
+"""Largest side of an image, as a multiple of the model's own. Larger images would fill the memory."""
 STOCK_STEP = 8
-"""Pixels that diffusers' pipelines ask the sides to be multiples of, whatever their VAE."""
+"""Sides in pixels must be multiples of this in diffusers' pipelines, whatever their VAE."""
 SEEDS = 2**63
-"""Seeds are below this, as `torch.Generator` takes them."""
+"""Seeds must be below this, for `torch.Generator`."""
 _ANY_SIZE = {"UpBlock2D", "CrossAttnUpBlock2D"}
-"""Blocks of a U-Net that are told the size to grow to. The others double it, whatever was rounded."""
+"""Up blocks of a U-Net that can grow to any size. Other up blocks always double the size."""
 
 
 def image_size(
     pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None
 ) -> tuple[int, int]:
-    """Height and width of a pipeline's images in pixels; the model's own where ``None``.
+    """Height and width of a pipeline's images in pixels. ``None`` means the model's own.
 
     Args:
         pipeline: one with a `unet` or a `transformer`, and a VAE.
@@ -54,8 +54,8 @@ def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def size_step(pipeline: DiffusionPipeline) -> int:
     """Pixels that both sides of an image must be multiples of.
 
-    That is `STOCK_STEP`, and the VAE's pixels a latent times the latents of a transformer's patch, or those
-    that a U-Net shrinks to one where it cannot grow to any size again.
+    This is a multiple of `STOCK_STEP` and of the pixels of a latent. A transformer also needs whole patches.
+    A U-Net whose up blocks always double the size also needs sides that its down blocks can halve exactly.
     """
     network, latents = _network(pipeline), 1
     if not isinstance(network, UNet2DConditionModel):
@@ -66,10 +66,10 @@ def size_step(pipeline: DiffusionPipeline) -> int:
 
 
 def whole_number(name: str, value: Any, low: int, below: int | None = None) -> int:
-    """A whole number of Python, numpy or torch as an ``int``.
+    """Return a whole number of Python, numpy or torch as an ``int``.
 
     Raises:
-        WadiError: it is of another type, less than `low`, or not less than `below`.
+        WadiError: the value is of another type, less than `low`, or not less than `below`.
     """
     try:
         if isinstance(value, bool):
@@ -84,10 +84,10 @@ def whole_number(name: str, value: Any, low: int, below: int | None = None) -> i
 
 
 def finite_number(name: str, value: Any, low: float = -math.inf) -> float:
-    """A finite number as a ``float``.
+    """Return a finite number as a ``float``.
 
     Raises:
-        WadiError: it is no number, not finite, or less than `low`.
+        WadiError: the value is not a number, not finite, or less than `low`.
     """
     try:
         number = math.nan if isinstance(value, (str, bool)) else float(value)
@@ -100,15 +100,15 @@ def finite_number(name: str, value: Any, low: float = -math.inf) -> float:
 
 
 def check_seed(seed: Any, images: int = 1, name: str = "seed") -> int:
-    """The seed of the first of several images, of which each next one has the next seed.
+    """Check the seed of the first of several images. Image i has this seed + i.
 
     Raises:
         WadiError: it is not one whole number, is negative, or the last image's is not less than `SEEDS`.
     """
     if isinstance(seed, (list, tuple)):
         raise WadiError(
-            f"{name} {seed!r}: must be one whole number, image i starts from {name} + i; for seeds of your "
-            "own give `generator`, one torch.Generator for each image"
+            f"{name} {seed!r}: must be one whole number, because image i starts from {name} + i; for other "
+            "seeds give `generator`, one torch.Generator for each image"
         )
     return whole_number(name, seed, 0, SEEDS - images + 1)
 
@@ -124,10 +124,10 @@ def seeded(seed: int, images: int) -> list[torch.Generator]:
 
 
 def prompt_list(prompt: Any) -> list[str]:
-    """One prompt or several as a list.
+    """Return one prompt or several as a list.
 
     Raises:
-        WadiError: there is none, or one is not text.
+        WadiError: the list is empty, or one of its entries is not text.
     """
     if isinstance(prompt, str):
         return [prompt]
@@ -144,10 +144,10 @@ def prompt_list(prompt: Any) -> list[str]:
 
 
 def output_kind(output_type: Any) -> str:
-    """What a call returns.
+    """Check the output type of a call.
 
     Raises:
-        WadiError: it is none of `OUTPUT_TYPES`.
+        WadiError: the type is none of `OUTPUT_TYPES`.
     """
     if output_type not in OUTPUT_TYPES:
         raise WadiError(f"output_type: {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
@@ -157,14 +157,14 @@ def output_kind(output_type: Any) -> str:
 def generators_of(
     seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None, images: int
 ) -> torch.Generator | list[torch.Generator] | None:
-    """What a call's `seed` and `generator` mean: for a seed, a generator on the CPU for each image.
+    """The generators for a call's `seed` or `generator`. A seed gives a CPU generator for each image.
 
     Raises:
         WadiError: both are given, the seed is not possible, or the number of generators is not `images`.
     """
     if seed is not None:
         if generator is not None:
-            raise WadiError("seed, generator: give one of the two")
+            raise WadiError("seed, generator: give only one of the two")
         return seeded(seed, images)
     if generator is None or isinstance(generator, torch.Generator):
         return generator
@@ -179,23 +179,23 @@ def generators_of(
 def size_arguments(
     pipeline: DiffusionPipeline, height: int | None, width: int | None, from_image: bool
 ) -> dict[str, int]:
-    """The arguments of a stock pipeline's call that give its images this size, both sides.
+    """The arguments of a stock pipeline's call that set the size of its images.
 
     Args:
-        pipeline: which is called.
+        pipeline: the pipeline that is called.
         height: pixels, or ``None``.
         width: pixels, or ``None``.
-        from_image: whether the call has an `image`, whose size is then the usual one.
+        from_image: whether the call has an `image`. The default size is then that of the image.
 
     Raises:
-        WadiError: as `image_size`, or the pipeline's images always have the size of the one it is given.
+        WadiError: as `image_size`, or the pipeline's results always have the size of the given image.
     """
     if from_image and height is None and width is None:
         return {}
     if "height" not in inspect.signature(pipeline.__call__).parameters:
         raise WadiError(
-            f"height, width: a {type(pipeline).__name__} makes images of the size of the one it is given; "
-            "omit them, and resize the image"
+            f"height, width: the result of a {type(pipeline).__name__} has the size of the image that it is "
+            "given; omit them, and resize the image"
         )
     return dict(zip(("height", "width"), image_size(pipeline, height, width), strict=True))
 

@@ -1,4 +1,4 @@
-"""The networks of a pipeline: their files, and loading one with every weight accounted for."""
+"""Find the weight files of a pipeline's networks, and load a network with a check of every weight."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """First part of the names of weight files, by the library of the network's class."""
 
 PREFERRED_VARIANTS = ("fp32", "fp16", "bf16")
-"""Which variant is taken where there are several and no plain files."""
+"""Order in which variants are tried if there are no plain files."""
 
 HARMLESS = re.compile(
     r"(^|\.)position_ids$"  # a buffer that older libraries saved
     r"|^caption_projection\.y_embedding$"  # of PixArt until diffusers 0.24, used by no forward
 )
-"""Keys that a file may have and its network does not."""
+"""Keys that a file may have although its network does not."""
 
 OTHER_HALF = re.compile(
     r"^(vision_model|visual_projection|text_projection|logit_scale|decoder|lm_head)(\.|$)"
 )
-"""The same for a text encoder: what a whole CLIP or T5 has beside it."""
+"""The same for a text encoder: keys of the other parts of a whole CLIP or T5."""
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names of the attention layers of autoencoders until diffusers 0.17, and their names today."""
+"""Names of the attention layers of autoencoders until diffusers 0.17 -> their names today."""
 
 _LEGACY_CLASSES = {"Transformer2DModel"}  # diffusers knows what they are called now
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -44,7 +44,7 @@ _CLIP_PREFIX = "text_model."
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies."""
+    """The place of a tensor in a file, with its shape and dtype."""
 
     file: Path
     key: str
@@ -69,10 +69,10 @@ class WeightFiles(NamedTuple):
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """What safetensors files hold, by key; no tensor is read.
+    """List the tensors of safetensors files by key, without reading them.
 
     Raises:
-        WadiError: a file is missing, empty, cut off or not safetensors, or none holds a tensor.
+        WadiError: a file is missing, empty, incomplete or not safetensors, or no file holds a tensor.
     """
     entries, files = {}, list(files)
     for file in files:
@@ -86,20 +86,20 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:
-    """The tensor of an entry, on the CPU, as the file has it."""
+    """Read the tensor of an entry, unchanged, to the CPU."""
     with explain_os_errors(entry.file, "read the safetensors file"), safe_open(entry.file, "pt") as opened:
         return opened.get_tensor(entry.key)
 
 
 def find_weights(folder: Path, library: str = "diffusers") -> WeightFiles | None:
-    """The weight files of a network's folder: plain ones, else those of a variant such as fp16.
+    """Find the weight files in the folder of a network: plain ones, or else those of a variant such as fp16.
 
     Args:
-        folder: of one network, such as `unet/` of a pipeline.
-        library: "diffusers" or "transformers", whose names differ.
+        folder: the folder of one network, such as `unet/` of a pipeline.
+        library: "diffusers" or "transformers", which use different file names.
 
     Returns:
-        ``None`` where there are no safetensors files of these names.
+        The files, or ``None`` if there are no safetensors files with these names.
 
     Raises:
         WadiError: a file cannot be read, a shard is missing, or shards lack what their index names.
@@ -138,21 +138,22 @@ def _sharded(index: Path, variant: str | None) -> WeightFiles:
 
 
 def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torch.dtype) -> Module:
-    """Load one network of diffusers or transformers, safetensors only, with every weight accounted for.
+    """Load one network of diffusers or transformers from safetensors, and check that every weight is there.
 
-    The libraries make up what a file lacks and skip what they do not know; here both are mistakes, but for
+    The libraries initialise missing weights at random and skip unknown ones. Here both are errors, except for
     `HARMLESS` keys.
 
     Args:
-        kind: its class.
-        folder: holds config.json and the weights, of plain names or of a variant such as fp16.
-        torch_dtype: of the weights.
+        kind: the class of the network.
+        folder: holds config.json and the weights, with plain names or those of a variant such as fp16.
+        torch_dtype: dtype of the loaded weights.
 
     Returns:
         The network on the CPU, in evaluation mode.
 
     Raises:
-        WadiError: the folder, a file or a weight is missing, unexpected, of another shape, or not finite.
+        WadiError: the folder or a file is missing, or a weight is missing, unknown, of another shape or not
+            finite.
     """
     folder = Path(folder)
     library = kind.__module__.partition(".")[0]
@@ -161,7 +162,7 @@ def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torc
     if weights is None:
         raise WadiError(_without_weights(kind, folder, library))
     if weights.variant not in (None, *PREFERRED_VARIANTS):
-        tell(f"{folder}: holds no plain weights; those of the variant {weights.variant!r} are used")
+        tell(f"{folder}: has no plain weights; wadi loads the variant {weights.variant!r}")
     try:
         with quiet():
             module, info = kind.from_pretrained(
@@ -185,14 +186,14 @@ def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torc
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what the libraries say of `torch_dtype`, the name that all their versions know."""
+    """Hide the libraries' warning about `torch_dtype`, the only name that all their versions know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         yield
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message, or its class where it has none."""
+    """First line of an error's message, or the name of its class if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -207,10 +208,10 @@ def _check_config(kind: type[torch.nn.Module], folder: Path) -> None:
         )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise WadiError(f"{folder / 'config.json'}: not a configuration; fetch the file again")
+        raise WadiError(f"{folder / 'config.json'}: is not a configuration; fetch the file again")
     own = config.get("_class_name", kind.__name__)
     if own != kind.__name__ and own not in _LEGACY_CLASSES:
-        raise WadiError(f"{folder}: holds a {own}, where a {kind.__name__} is needed; name another folder")
+        raise WadiError(f"{folder}: holds a {own}, but a {kind.__name__} is needed; name another folder")
 
 
 def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) -> str:
@@ -227,14 +228,14 @@ def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) ->
 
 
 def _reshaped(kind: type[torch.nn.Module], folder: Path, weights: WeightFiles) -> list[str]:
-    """Keys whose tensors have another shape than those of the network that config.json describes."""
+    """Keys of tensors whose shape differs from that in the network that config.json describes."""
     try:
         with torch.device("meta"):
             if hasattr(kind, "from_config"):
                 module = kind.from_config(read_json(folder / "config.json"))
             else:
                 module = kind(kind.config_class.from_pretrained(folder))
-    except Exception:  # the configuration is at fault, as the library has said
+    except Exception:  # the configuration is wrong, and the library's own error says so
         return []
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return sorted(
@@ -264,18 +265,18 @@ def _check_finite(module: torch.nn.Module, folder: Path) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
             continue
-        # reads once and keeps nothing; NaN is passed on
+        # this reads once and allocates nothing; NaN becomes a bound
         if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
             raise WadiError(
                 f"{folder}: its weights are not all finite in {tensor.dtype}, such as {name}; fetch the "
-                "folder again, or take another dtype"
+                "folder again, or choose another dtype"
             )
 
 
 def name_in_module(key: str, names: Iterable[str]) -> str | None:
-    """What a network calls the weight that a file calls `key`; ``None`` where it has no such weight.
+    """The network's name for the weight `key` of a file, or ``None`` if the network has no such weight.
 
-    Names differ by the prefix of CLIP, which transformers 5 dropped, and in old autoencoders.
+    Names differ in the prefix of CLIP, which transformers 5 dropped, and in old autoencoders.
     """
     renamed = re.sub(rf"\.({'|'.join(OLD_NAMES)})\.", lambda match: f".{OLD_NAMES[match[1]]}.", key)
     for name in (key, key.removeprefix(_CLIP_PREFIX), f"{_CLIP_PREFIX}{key}", renamed):

@@ -1,4 +1,4 @@
-"""From teacher and adapter to a folder that stock diffusers loads."""
+"""Merge teacher and adapter into a folder that stock diffusers loads."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def export_pipeline(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Merge a student into its teacher and write a diffusers folder of stock classes, whole or not at all.
+    """Merge a student into its teacher and write a diffusers folder of stock classes, or nothing on failure.
 
     The folder needs neither wadi nor peft:
 
         pipeline = StableDiffusionPipeline.from_pretrained(out_folder)
         pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 
-    In float32 its pictures are `OneStepPipeline`'s bit for bit. A half-precision folder must be loaded with
-    that dtype (``torch_dtype=torch.float16``); the stock scheduler then forms x0 in half precision too.
+    In float32 its images equal those of `OneStepPipeline` bit for bit. A half-precision folder must be loaded
+    with its dtype (``torch_dtype=torch.float16``); then the stock scheduler computes x0 in it too.
 
     Args:
         teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.
-        adapter: folder or hub id of the student's adapter, or of it and others to stack on it.
+        adapter: folder or hub id of the student's adapter, or several, of which the others are stacked on it.
         out_folder: where to write; new or empty.
         dtype: dtype of the written weights; float32 when ``None``.
         overwrite: replace the folder if the same function wrote it and nothing else is in it.

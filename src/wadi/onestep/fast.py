@@ -1,7 +1,7 @@
-"""The fast path: U-Net, x0, VAE and 8-bit picture, compiled, and on CUDA replayed as one graph.
+"""The fast path: U-Net, x0, VAE and 8-bit image are compiled, and on CUDA replayed as one graph.
 
-What a picture costs beyond the graph: its noise (drawn on the CPU for a seed, so that every device and the
-plain pipeline get the same), two small copies to the device, one copy of the bytes back, one wait for them.
+Outside the graph, an image takes only: its noise (with a seed it is drawn on the CPU, to be the same on every
+device and in the plain pipeline), two small copies to the device, one copy of the bytes back, and one wait.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from wadi.onestep.arguments import generators_of, image_size, output_kind
 from wadi.onestep.output import tell_odd_images
 
 MODES = ("eager", "default", "max-autotune-no-cudagraphs")
-"""How U-Net and VAE are compiled: not at all, or a mode of `torch.compile`."""
+"""How U-Net and VAE are compiled: not at all ("eager"), or by a mode of `torch.compile`."""
 
 MAX_PROMPTS = 256
-"""Embeddings that are kept; 118 kB each for Stable Diffusion 1.5 in half precision."""
+"""Number of embeddings that are kept. One takes 118 kB for Stable Diffusion 1.5 in half precision."""
 
 MAX_SHAPES = 8
-"""Graphs that are kept: one for each number of pictures, height and width."""
+"""Number of graphs that are kept: one for each number of images, height and width."""
 
 
 class FastPath:
-    """Makes the pictures of a one-step pipeline with as little work on the host as possible.
+    """Makes the images of a one-step pipeline with as little work on the host as possible.
 
-    - U-Net and VAE decoder are compiled, with projections of attention fused; channels last on CUDA.
-    - On CUDA all from noise to bytes is captured, one graph for each shape; elsewhere it runs as usual.
-    - The embedding of a prompt is computed once and kept; a prompt that repeats in a batch is encoded once.
-    - x0 is formed in float32, as in `Float32Step`.
+    - U-Net and VAE decoder are compiled, with fused projections of attention, and channels last on CUDA.
+    - On CUDA one graph for each shape holds all work from the noise to the bytes. Elsewhere it runs as usual.
+    - The embedding of a prompt is computed once and kept.
+    - x0 is computed in float32, as in `Float32Step`.
 
     Args:
         pipeline: a `StableDiffusionPipeline` with a one-step scheduler and no adapter left to merge. Its
             U-Net and VAE are changed in place: layout and fused projections, not what they compute.
-        mode: one of `MODES`. ``None``: "default" on CUDA; "eager" elsewhere, where compiling takes longer
-            than most people's pictures (and needs a C++ compiler).
-        batch_size: pictures of one graph: more are made in several batches, the last one is padded. ``None``:
-            as many as a call asks for, with a graph for each such number.
+        mode: one of `MODES`. ``None`` means "default" on CUDA and "eager" elsewhere, where compiling needs a
+            C++ compiler and takes longer than a few images.
+        batch_size: number of images in one graph. More images are made in several batches, and the last
+            batch is padded. ``None`` takes the number that a call asks for, with a graph for each number.
 
     Attributes:
-        warmup_seconds: (batch, height, width) -> what compiling and capturing took.
+        warmup_seconds: (batch, height, width) -> seconds for compiling and capturing.
 
     Raises:
-        WadiError: another kind of pipeline, an unmerged adapter, an unknown mode or a wrong batch size.
+        WadiError: the pipeline is of another kind or has an unmerged adapter, or mode or batch size is wrong.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FastPath:
         if self.mode not in MODES:
             raise WadiError(f"mode: {mode!r} is unknown; use one of {', '.join(MODES)}")
         if batch_size is not None and batch_size < 1:
-            raise WadiError(f"batch_size: {batch_size} is less than 1")
+            raise WadiError(f"batch_size: {batch_size} is less than 1; use 1 or more")
         self.batch_size = batch_size
         self.warmup_seconds: dict[tuple[int, int, int], float] = {}
         self._prepare_modules()
@@ -88,20 +88,20 @@ class FastPath:
         width: int | None = None,
         output_type: str = "pil",
     ) -> Any:
-        """Make one picture of every entry of `prompts`, N in all.
+        """Make one image of every entry of `prompts`, N in all.
 
         Args:
-            prompts: one for each picture; they may repeat.
-            generator: as in diffusers: one, or one for each picture. The noise is drawn on the generators'
-                device, on the pipeline's where there are none: CUDA generators spare a copy.
+            prompts: one for each image; they may repeat.
+            generator: as in diffusers, one, or one for each image. The noise is drawn on the device of the
+                generators, or on the pipeline's if there are none. CUDA generators avoid a copy.
             height: pixels; the model's own when ``None``.
             width: pixels; the model's own when ``None``.
-            output_type: "pil", "np" (N, height, width, 3 in [0, 1]) and "pt" (N, 3, height, width, on the
-                device, not waited for, so that only flagged images are told of), all float32 multiples of
-                1/255; or "latent", x0 in the VAE's dtype.
+            output_type: "pil"; "np", float32 (N, height, width, 3) in [0, 1]; "pt", the same values as
+                (N, 3, height, width) on the device; or "latent", x0 in the VAE's dtype. The call does not
+                wait for "pt", so it then warns only about images that the safety checker flagged.
 
         Raises:
-            WadiError: a size or an output type that the model cannot make, or a wrong number of generators.
+            WadiError: a size or an output type is not possible, or the number of generators is wrong.
         """
         output_type = output_kind(output_type)
         height, width = image_size(self.pipeline, height, width)
@@ -116,20 +116,20 @@ class FastPath:
             return self._finish(result, output_type)
 
     def warm_up(self, num_images: int = 1, height: int | None = None, width: int | None = None) -> float:
-        """Compile and capture what pictures of this shape need.
+        """Compile and capture the graph for images of this shape.
 
         Returns:
-            Seconds that it took, 0.0 if it was done already.
+            The seconds that it took, or 0.0 if the graph was there already.
         """
         height, width = image_size(self.pipeline, height, width)
         shape = (self.batch_size or num_images, height, width)
         if shape in self._graphs:
             return 0.0
-        self(["a picture"] * num_images, torch.Generator().manual_seed(0), height, width, "latent")
+        self(["an image"] * num_images, torch.Generator().manual_seed(0), height, width, "latent")
         return self.warmup_seconds[shape]
 
     def new_prompts(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts whose embeddings are not known yet, each once."""
+        """The prompts whose embeddings are not kept yet, without repetitions."""
         return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeds]
 
     def _prepare_modules(self) -> None:
@@ -138,12 +138,12 @@ class FastPath:
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
         processors = {type(processor).__name__ for processor in unet.attn_processors.values()}
-        if processors == {"AttnProcessor2_0"}:  # not anybody's own, and not fused already
+        if processors == {"AttnProcessor2_0"}:  # not a user's own processor, and not fused yet
             with torch.no_grad():
                 unet.fuse_qkv_projections()
 
     def _encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        """Embeddings (1, tokens, width) of all pictures, from the text encoder only where they are new."""
+        """Embeddings (1, tokens, width) of all images. The text encoder runs only for new prompts."""
         if new := self.new_prompts(prompts):
             embeds, _ = self.pipeline.encode_prompt(new, self.device, 1, False)
             self._embeds.update(zip(new, embeds.split(1), strict=True))
@@ -153,7 +153,7 @@ class FastPath:
         return result
 
     def _noise(self, count: int, generator: Any, height: int, width: int) -> torch.Tensor:
-        """The plain pipeline's noise, dtype included; drawn on the CPU it is in pinned memory."""
+        """The same noise as in the plain pipeline, in pinned memory if it is drawn on the CPU."""
         generator = generators_of(None, generator, count)
         first = generator[0] if isinstance(generator, list) else generator
         where = self.device if first is None else first.device
@@ -165,7 +165,7 @@ class FastPath:
     def _batches(
         self, noise: torch.Tensor, embeds: list[torch.Tensor], height: int, width: int, output_type: str
     ) -> Iterator[torch.Tensor]:
-        """x0 or pictures of each batch, copied out of the graph: the next replay overwrites its own."""
+        """x0 or images of each batch, copied out of the graph, because the next replay overwrites them."""
         batch_size = self.batch_size or len(embeds)
         to_host = output_type in ("pil", "np") and self.device.type == "cuda"
         for first in range(0, len(embeds), batch_size):
@@ -174,10 +174,10 @@ class FastPath:
             size = count if self.mode == "eager" and self._pool is None else batch_size
             graph = self._graph((size, height, width), noise, embeds[0])
             graph.z[:count].copy_(noise[some], non_blocking=True)
-            # a padded place repeats the last prompt on the noise that is there
+            # padding repeats the last prompt with the old noise
             torch.cat(embeds[some] + [embeds[some.stop - 1]] * (size - count), out=graph.embeds)
-            x0, pictures = graph.run()
-            made = (x0 if output_type == "latent" else pictures)[:count]
+            x0, images = graph.run()
+            made = (x0 if output_type == "latent" else images)[:count]
             if to_host:
                 host = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
                 yield host.copy_(made, non_blocking=True)
@@ -205,7 +205,7 @@ class FastPath:
         flagged = None
         if self.pipeline.safety_checker is not None:
             result, flagged = self._censor(result)
-        if output_type != "pt" or flagged is not None:  # "pt" alone is not waited for
+        if output_type != "pt" or flagged is not None:  # "pt" must not wait for the device
             tell_odd_images(result.cpu().numpy(), flagged)
         if output_type == "pt":
             return result.permute(0, 3, 1, 2).float() / 255
@@ -215,7 +215,7 @@ class FastPath:
         return [Image.fromarray(image) for image in array]
 
     def _censor(self, made: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-        """Blacken what the pipeline's safety checker flags, as the plain pipeline does, and say which."""
+        """Blacken images that the safety checker flags, as the plain pipeline does, and return the flags."""
         array = made.cpu().numpy()
         images = [Image.fromarray(image) for image in array]
         features = self.pipeline.feature_extractor(images, return_tensors="pt").pixel_values
@@ -233,7 +233,7 @@ class _OneStep:
         self.schedule = schedule.to(device)
         self.timestep = self.schedule.last.view(1)
         self.vae = pipeline.vae
-        # apart, so that a U-Net is compiled once however many autoencoders it serves
+        # separate, so that a U-Net is compiled only once for several autoencoders
         self.predict, self.show = pipeline.unet, self._show
         if mode != "eager":
             self.predict = torch.compile(pipeline.unet, mode=mode, dynamic=False)
@@ -250,7 +250,7 @@ class _OneStep:
 
 
 def to_bytes(image: torch.Tensor) -> torch.Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1], any dtype, to uint8 (N, H, W, 3), as `VaeImageProcessor` does."""
+    """Convert images (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3), as `VaeImageProcessor` does."""
     image = (image.float() * 0.5 + 0.5).clamp(0, 1)
     return (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -266,14 +266,14 @@ class _Graph:
     outputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """x0 and pictures; valid until the next run."""
+        """x0 and images; valid until the next run."""
         if self.graph is None:
             return self.one_step(self.z, self.embeds)
         self.graph.replay()
         return self.outputs
 
     def prepare(self, pool: Any, compiled: bool) -> None:
-        """Compile; where there is a memory pool (CUDA), capture into it."""
+        """Compile, and capture into the memory pool if there is one (CUDA)."""
         if pool is None:
             if compiled:
                 with _many_shapes():
@@ -285,7 +285,7 @@ class _Graph:
 
 @contextlib.contextmanager
 def _choose_convolutions() -> Iterator[None]:
-    """Let cuDNN time its algorithms in the warm-up; the capture then holds the winners."""
+    """Let cuDNN time its algorithms in the warm-up, so that the capture has the fastest ones."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -295,7 +295,7 @@ def _choose_convolutions() -> Iterator[None]:
 
 
 def _many_shapes() -> contextlib.AbstractContextManager:
-    """Every shape is compiled for itself; torch would stop after 8, of all pipelines together."""
+    """Let torch compile every shape separately. Its limit is 8 shapes for all pipelines together."""
     import torch._dynamo.config as config
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch < 2.7
@@ -310,7 +310,9 @@ def _explain_compiler() -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WadiError(f"compile: torch.compile does not work here ({reason}); use mode='eager'") from error
+        raise WadiError(
+            f"compile: torch.compile fails on this machine ({reason}); use mode='eager'"
+        ) from error
 
 
 def _check_pipeline(pipeline: DiffusionPipeline) -> None:
@@ -319,4 +321,6 @@ def _check_pipeline(pipeline: DiffusionPipeline) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in pipeline.unet.modules()):
         raise WadiError("fast: the U-Net has an adapter that is not merged; merge it first (wadi export)")
     if pipeline.unet.config.time_cond_proj_dim is not None:
-        raise WadiError("fast: a U-Net that is told its guidance (time_cond_proj_dim) is not supported")
+        raise WadiError(
+            "fast: a U-Net with the guidance scale as input (time_cond_proj_dim) is not supported; omit it"
+        )

@@ -1,10 +1,10 @@
-"""From the weights that the authors of WaDi published, one file, to folders that diffusers and PEFT load.
+"""Convert a file of weights that the authors of WaDi published to a folder that diffusers or PEFT loads.
 
 A file holds a whole network, with the keys of diffusers' `UNet2DConditionModel` or `PixArtTransformer2DModel`
-(before diffusers 0.26 `Transformer2DModel`, whose keys were the same), or the angles that the authors'
-training script saves, ``<layer>.theta_a`` (out, r) and ``<layer>.theta_b`` (r, in // 2). No file of either
-kind was at hand: names and shapes are checked, that their angles pair columns and turn as the paper's
-equations do is taken for granted.
+(before diffusers 0.26 `Transformer2DModel`, with the same keys), or the angles that the authors' training
+script saves, ``<layer>.theta_a`` (out, r) and ``<layer>.theta_b`` (r, in // 2). No published file was
+available for a test. Names and shapes are checked. That the angles turn pairs of columns as in the paper's
+equations is an assumption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from wadi.onestep.student import Student, check_teacher, network_of
 from wadi.outputs import Output
 
 RELEASED_ALPHA_T_SQUARED = 0.0047
-"""alpha_T^2 that the released students were trained with, PixArt's too, whose own schedule has 4.04e-5."""
+"""alpha_T^2 of the published students. PixArt's have it too, although PixArt's own schedule has 4.04e-5."""
 
 UNET, PIXART, ANGLES = "UNet2DConditionModel", "PixArtTransformer2DModel", "angles of an adapter"
 
@@ -38,17 +38,17 @@ _WRAPPERS = ("state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.", "unet.", "transformer.")  # DDP, torch.compile, the part of a pipeline
 _OBSOLETE = ("caption_projection.y_embedding",)  # saved until diffusers 0.24, used by no forward
 _ANGLE_NAMES = {"theta_a": "lorad_A", "theta_b": "lorad_B"}
-_NAMED = 3  # keys that a message names
+_NAMED = 3  # number of keys that a message names
 
 
 @dataclass(frozen=True)
 class Released:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
         kind: `UNET`, `PIXART` or `ANGLES`.
-        tensors: by the key that diffusers has for them, without any prefix.
-        ignored: names of what the file holds beside them: obsolete weights, entries beside a state dict.
+        tensors: the tensors by diffusers' key, without a prefix.
+        ignored: names of other entries of the file: obsolete weights, or entries beside the state dict.
     """
 
     kind: str
@@ -64,24 +64,24 @@ def import_weights(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Released:
-    """Write released weights as a folder, whole or not at all, every key and shape accounted for.
+    """Write published weights as a folder, or nothing on failure. Every key and every shape is checked.
 
-    Whole networks become a merged pipeline as `export_pipeline` writes it; angles become an adapter folder,
+    A whole network becomes a merged pipeline as `export_pipeline` writes it. Angles become an adapter folder
     for `OneStepPipeline.from_pretrained` or `wadi generate --adapter`.
 
     Args:
-        weights: a file, safetensors or of `torch.save`; the latter is read with ``weights_only=True``.
+        weights: a safetensors file, or a file of `torch.save`, which is read with ``weights_only=True``.
         model: folder or hub id of the base model's pipeline; its other parts are written unchanged.
         out_folder: where to write; new or empty.
-        alpha_T_squared: of the student; ``None`` keeps the value of the base model's schedule.
+        alpha_T_squared: alpha_T^2 of the student; ``None`` keeps that of the base model's schedule.
         dtype: dtype of a pipeline's written weights; float32 when ``None``.
         overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Returns:
-        What the file held.
+        The content of the file.
 
     Raises:
-        WadiError: a file cannot be read, the weights are not finite or not those of the base model's network,
+        WadiError: a file cannot be read, the weights are not finite or do not fit the base model's network,
             or the folder may not or cannot be written.
     """
     output = Output(out_folder, "import", inputs=(weights, model), overwrite=overwrite)
@@ -103,21 +103,25 @@ def import_weights(
 
 
 def read_released(path: str | os.PathLike) -> Released:
-    """Read a file of weights and tell what it holds, without prefixes and wrapping.
+    """Read a file of weights, and remove prefixes and wrappers.
 
     Raises:
-        WadiError: it cannot be read, holds anything but finite floating-point tensors, or its keys are
-            neither a U-Net's, nor PixArt's, nor angles.
+        WadiError: the file cannot be read, holds anything except finite floating-point tensors, or its keys
+            are not those of a U-Net, of PixArt or of angles.
     """
     state, beside = _unwrapped(_read(Path(path)), path)
     state = without_prefixes(state)
     obsolete = [key for key in _OBSOLETE if state.pop(key, None) is not None]
-    if wrong := [key for key, value in state.items() if not _is_weight(value)]:
-        raise WadiError(f"{path}: {_some(wrong)}: not floating-point tensors; name a file of weights alone")
+    if wrong := [
+        key for key, value in state.items() if not torch.is_tensor(value) or not value.is_floating_point()
+    ]:
+        raise WadiError(
+            f"{path}: has entries that are not floating-point tensors ({_some(wrong)}); name another file"
+        )
     kind = _kind(state)
     if kind is None:
         raise WadiError(
-            f"{path}: the keys ({_some(state)}) are neither of diffusers' {UNET} or {PIXART} nor "
+            f"{path}: the keys ({_some(state)}) are not those of diffusers' {UNET} or {PIXART}, nor of "
             "angles (theta_a, theta_b); name a state dict in the format of diffusers"
         )
     _check_finite(state, path)
@@ -126,7 +130,7 @@ def read_released(path: str | os.PathLike) -> Released:
 
 def _read(path: Path) -> Any:
     if path.is_dir():
-        raise WadiError(f"{path}: a folder; name the file of weights")
+        raise WadiError(f"{path}: is a folder; name the file of weights")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     with explain_os_errors(path, "read the file"):
@@ -136,13 +140,13 @@ def _read(path: Path) -> Any:
             raise
         except Exception as error:  # a file of another format fails in many ways
             raise WadiError(
-                f"{path}: not a .safetensors file, nor one that torch.load reads as weights alone "
+                f"{path}: is neither a .safetensors file nor a file of torch.save with weights only "
                 f"({type(error).__name__}); name another file"
             ) from error
 
 
 def _unwrapped(content: Any, path: str | os.PathLike) -> tuple[dict[str, Any], list[str]]:
-    """Return the state dict, and the names of what lay beside it."""
+    """Return the state dict, and the names of the entries beside it."""
     beside: list[str] = []
     while isinstance(content, Mapping):
         wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -156,14 +160,10 @@ def _unwrapped(content: Any, path: str | os.PathLike) -> tuple[dict[str, Any], l
 
 
 def without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
-    """Strip prefixes that every key has: of DDP, of torch.compile, of the part of a pipeline."""
+    """Remove prefixes that all keys have: from DDP, from torch.compile, or the name of a pipeline's part."""
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _kind(keys: Iterable[str]) -> str | None:
@@ -183,13 +183,9 @@ def _check_kind(
 ) -> None:
     if type(network).__name__ != released.kind:
         raise WadiError(
-            f"{weights}: holds a {released.kind}, and {model} has {_class_name(network)}; "
+            f"{weights}: holds a {released.kind}, but {model} has a {type(network).__name__}; "
             "name the base model that the student was distilled from"
         )
-
-
-def _class_name(network: nn.Module | None) -> str:
-    return "neither U-Net nor transformer" if network is None else f"a {type(network).__name__}"
 
 
 def _check_keys(
@@ -198,7 +194,7 @@ def _check_keys(
     weights: str | os.PathLike,
     whose: str,
 ) -> None:
-    """Every key on both sides, every shape the same; else one line with all that is wrong."""
+    """Raise unless keys and shapes are the same on both sides; the message lists all differences."""
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     reshaped = [
@@ -217,7 +213,9 @@ def _check_keys(
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], weights: str | os.PathLike, where: str = "") -> None:
     if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise WadiError(f"{weights}: {len(broken)} weights are not finite{where} ({_some(broken)})")
+        raise WadiError(
+            f"{weights}: {len(broken)} weights are not finite{where} ({_some(broken)}); fetch the file again"
+        )
 
 
 def _import_angles(
@@ -231,14 +229,15 @@ def _import_angles(
     check_teacher(model, scheduler, network)
     modules = dict(network.named_modules())
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in released.tensors))
-    fan = {name: modules[name].weight.flatten(1).shape for name in names if _is_adaptable(modules.get(name))}
+    layers = {name: modules[name] for name in names if isinstance(modules.get(name), (nn.Linear, nn.Conv2d))}
+    fan = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
     ranks = {name: _rank(released.tensors.get(f"{name}.theta_a")) for name in names}
     expected = {}
     for name, (out_features, fan_in) in fan.items():
         expected[f"{name}.theta_a"] = torch.Size((out_features, ranks[name]))
         expected[f"{name}.theta_b"] = torch.Size((ranks[name], fan_in // 2))
     _check_keys(released.tensors, expected, weights, f"the layers of {model}")
-    one_step_scheduler(scheduler, alpha_T_squared)  # raises what is wrong with either
+    one_step_scheduler(scheduler, alpha_T_squared)  # raises if the scheduler or alpha_T^2 is wrong
     r = max(ranks.values())
     config = LoRaDConfig(
         r=r,
@@ -258,12 +257,8 @@ def _import_angles(
 
 
 def _rank(theta_a: torch.Tensor | None) -> int:
-    """At least 1, so that `_check_keys` tells what is wrong with a tensor of another shape."""
+    """The rank, but at least 1, so that `_check_keys` reports a tensor of another shape."""
     return max(1, theta_a.shape[1]) if theta_a is not None and theta_a.ndim == 2 else 1
-
-
-def _is_adaptable(module: nn.Module | None) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def _some(keys: Iterable[str]) -> str:

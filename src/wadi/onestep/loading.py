@@ -1,4 +1,4 @@
-"""Pipelines and their parts, read from a folder or from the hub."""
+"""Load pipelines and their parts from a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from wadi.onestep.components import first_line, load_module
 from wadi.onestep.supported import UNUSED, check_parts, networks
 
 PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
-"""Files of a network alone, on the hub."""
+"""Files to fetch from the hub for a single network."""
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-"""Names that pipelines have for them; each belongs to the text encoder of the same number."""
+"""Names of tokenizers in pipelines. Each belongs to the text encoder of the same number."""
 
 
 def load_pipeline(
@@ -31,16 +31,16 @@ def load_pipeline(
     torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     without: Sequence[str] = (),
 ) -> DiffusionPipeline:
-    """Load a diffusers pipeline from a folder or the hub, safetensors only, every weight accounted for.
+    """Load a diffusers pipeline from a folder or the hub, from safetensors, and check every weight.
 
-    Files of a variant such as fp16 are taken where there are no plain ones. A safety checker and what belongs
-    to it are not loaded. No tokenizer makes longer prompts than its text encoder has positions.
+    Files of a variant such as fp16 are taken if there are no plain ones. A safety checker and its parts are
+    not loaded. Tokenizers are limited to the number of positions of their text encoder.
 
     Args:
-        pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (its pipeline).
-        torch_dtype: of all modules; float32 when ``None`` (diffusers' own default mixes dtypes if files hold
-            half precision). A dict gives each module its own, by name and "default".
-        without: modules that are not loaded; names that the pipeline does not have are ignored.
+        pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (for its pipeline).
+        torch_dtype: dtype of all modules, or a dict of dtypes by module name and "default"; float32 when
+            ``None``. (diffusers' own default mixes dtypes if some files hold half precision.)
+        without: modules that are not loaded; unknown names are ignored.
 
     Raises:
         WadiError: there is no such folder or hub id, wadi cannot use the model (see `check_parts`), or a file
@@ -63,19 +63,19 @@ def load_pipeline(
     for name in TOKENIZERS:
         encoder = folder / name.replace("tokenizer", "text_encoder")
         _bound_tokenizer(getattr(pipeline, name, None), encoder)
-    if hasattr(pipeline, "tokenizer_max_length"):  # which Stable Diffusion 3 has copied already
+    if hasattr(pipeline, "tokenizer_max_length"):  # Stable Diffusion 3 keeps a copy
         pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
     return pipeline
 
 
 def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Load the U-Net or transformer of a diffusers pipeline alone, in float32, safetensors only.
+    """Load only the U-Net or transformer of a diffusers pipeline, in float32, from safetensors only.
 
     Args:
-        pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (its pipeline).
+        pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (for its pipeline).
 
     Returns:
-        The network, on the CPU, and the configuration of the pipeline's scheduler.
+        The network on the CPU, and the configuration of the pipeline's scheduler.
 
     Raises:
         WadiError: as `load_pipeline`.
@@ -85,7 +85,7 @@ def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[tor
     part = "unet" if "unet" in index else "transformer"
     kind = networks(folder, index).get(part)
     if kind is None:
-        raise WadiError(f"{folder}: has neither a U-Net nor a transformer of diffusers")
+        raise WadiError(f"{folder}: has neither a U-Net nor a transformer of diffusers; name another model")
     try:
         name = index["scheduler"][1]
         scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
@@ -95,11 +95,11 @@ def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[tor
 
 
 def pipeline_folder(name_or_path: str | os.PathLike) -> Path:
-    """Folder of a pipeline: `name_or_path` itself, a run's `pipeline/`, or a hub id's in the hub's cache.
+    """Folder of a pipeline: `name_or_path` itself, a run's `pipeline/`, or the download of a hub id.
 
     Raises:
-        WadiError: no such folder or hub id, not a pipeline folder (the message says what it is, and what to
-            do), or a pipeline that wadi cannot use (see `check_parts`).
+        WadiError: there is no such folder or hub id, it is not a pipeline folder (the message says what it is
+            and what to do), or wadi cannot use the pipeline (see `check_parts`).
     """
     name = os.fspath(name_or_path)
     path = Path(name)
@@ -118,12 +118,12 @@ def pipeline_folder(name_or_path: str | os.PathLike) -> Path:
 
 
 def run_part(folder: Path, part: str, file: str) -> Path:
-    """What is meant by the folder of a run: its `pipeline` or its `adapter`, which is told; else `folder`.
+    """The `pipeline` or the `adapter` of a run, if `folder` is the folder of a run; otherwise `folder`.
 
     Args:
-        folder: what the user named.
-        part: the sub-folder that is wanted.
-        file: what this sub-folder holds if the run has come so far.
+        folder: the folder that the user named.
+        part: the sub-folder of a run.
+        file: a file that this sub-folder has when it is complete.
     """
     if (folder / file).exists() or not (folder / part / file).is_file():
         return folder
@@ -132,46 +132,45 @@ def run_part(folder: Path, part: str, file: str) -> Path:
 
 
 def pipeline_class_name(folder: Path) -> str:
-    """Class of the pipeline in a folder, as its model_index.json has it."""
+    """Class name of the pipeline in a folder, from its model_index.json."""
     return str(read_json(folder / "model_index.json").get("_class_name"))
 
 
 def prompt_limit(pipeline: DiffusionPipeline) -> int:
-    """Most tokens of a prompt: of the shortest tokenizer, and never more than the pipeline itself pads to."""
-    limits = [getattr(pipeline, name).model_max_length for name in TOKENIZERS if _has(pipeline, name)]
+    """The largest number of tokens of a prompt, for all tokenizers and for the pipeline's padding."""
+    tokenizers = [
+        tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None
+    ]
+    limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     own = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     return min(limits if own is None else [*limits, own.default])
 
 
-def _has(pipeline: DiffusionPipeline, part: str) -> bool:
-    return getattr(pipeline, part, None) is not None
-
-
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Arguments of a call that make a stock pipeline draw the size that it is asked for."""
+    """Arguments that make a stock pipeline keep the size that a call asks for."""
     binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
     return {"use_resolution_binning": False} if binned else {}
 
 
 def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:
-    """Load another autoencoder for a pipeline, as `AutoencoderTiny` ("madebyollin/taesd").
+    """Load another autoencoder for a pipeline, such as the `AutoencoderTiny` "madebyollin/taesd".
 
-    Its own scaling factor says how latents are scaled before it decodes them, as in diffusers' pipelines.
+    Latents are scaled by its own scaling factor before it decodes them, as in diffusers' pipelines.
 
     Args:
         name: folder or hub id of an `AutoencoderTiny` or `AutoencoderKL`.
-        pipeline: whose latents it is to decode.
-        torch_dtype: of its weights.
+        pipeline: the pipeline whose latents it decodes.
+        torch_dtype: dtype of its weights.
 
     Raises:
-        WadiError: it cannot be loaded, is of another class, or its latents have another shape.
+        WadiError: the autoencoder cannot be loaded, is of another class, or has latents of another shape.
     """
     folder = part_folder(name, "autoencoder")
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in ("AutoencoderTiny", "AutoencoderKL"):
-        raise WadiError(f"--vae {name}: is {kind}; use AutoencoderTiny or AutoencoderKL")
+        raise WadiError(f"--vae {name}: its class is {kind}; use AutoencoderTiny or AutoencoderKL")
     vae = load_module(getattr(diffusers, kind), folder, torch_dtype)
     channels = vae.config.latent_channels
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -182,17 +181,17 @@ def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -
         ("pixels a latent", pipeline.vae_scale_factor, pixels),
     ):
         if own != other:
-            raise WadiError(f"--vae {name}: has {other} {what} and the model needs {own}; name another")
+            raise WadiError(f"--vae {name}: has {other} {what}, but the model needs {own}; name another")
     return vae
 
 
 def part_folder(name: str | os.PathLike, what: str, patterns: Sequence[str] = PART_FILES) -> Path:
-    """Folder of a network alone, such as a ControlNet: itself, or a hub id's in the hub's cache.
+    """Folder of a single network, such as a ControlNet: `name` itself, or the download of a hub id.
 
     Args:
         name: folder or hub id.
-        what: it is, for messages.
-        patterns: of the files that are fetched from the hub.
+        what: the kind of network, for messages.
+        patterns: patterns of the files that are fetched from the hub.
 
     Raises:
         WadiError: there is no such folder or hub id.
@@ -213,9 +212,11 @@ def part_folder(name: str | os.PathLike, what: str, patterns: Sequence[str] = PA
 
 
 def check_hub_id(name: str) -> None:
-    """Raise a WadiError if `name`, which is no folder, does not have the form of a hub id either."""
+    """Raise a WadiError unless `name` has the form of a hub id. Call it for a name that is not a folder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise WadiError(f"{name}: no such folder, and not a hub id of the form owner/name")
+        raise WadiError(
+            f"{name}: no such folder, and not a hub id of the form owner/name; name one of the two"
+        )
 
 
 def _download(name: str) -> Path:
@@ -242,39 +243,39 @@ def _not_fetched(name: str, error: Exception) -> str:
 def _of_one_file(path: Path) -> str:
     trust = "" if path.suffix == ".safetensors" else " (if you trust it: reading this format can run code)"
     return (
-        f"{path}: is one file, and a model is a folder; convert a checkpoint once{trust}: python -c "
+        f"{path}: is one file, but a model is a folder; convert a checkpoint once{trust}: python -c "
         f"\"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}')"
         ".save_pretrained('FOLDER')\""
     )
 
 
 def _no_pipeline(folder: Path) -> str:
-    """What a folder without a model_index.json is, and what to do."""
-    said = f"{folder}: not a diffusers pipeline folder"
+    """The message about a folder without a model_index.json: what it is, and what to do."""
+    said = f"{folder}: is not a diffusers pipeline folder"
     if not any(folder.iterdir()):
-        return f"{said}, it is empty; name one with a model_index.json"
+        return f"{said}, because it is empty; name one with a model_index.json"
     if (folder / "adapter_config.json").is_file():
-        return f"{said} but an adapter's; name it with --adapter, and its pipeline as the model"
+        return f"{said}, but the folder of an adapter; name it as --adapter, and its pipeline as --model"
     if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
         return (
-            f"{said} but a run without pipeline/ yet; go on with "
+            f"{said}, but a run that has no pipeline/ yet; resume it with "
             f"wadi distill --resume-from-checkpoint {folder}"
         )
     parent = folder.absolute().parent
     if (parent / "model_index.json").is_file():
-        return f"{said} but a part of one; name {parent}"
+        return f"{said}, but a part of one; name {parent}"
     if below := sorted(folder.glob("*/model_index.json")):
-        return f"{said}, but holds {len(below)}; name one of them, such as {below[0].parent}"
+        return f"{said}, but it holds {len(below)} of them; name one, such as {below[0].parent}"
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt", ".bin"))
     if (folder / "config.json").is_file():
-        return f"{said} but that of one network; name one with a model_index.json"
+        return f"{said}, but the folder of one network; name one with a model_index.json"
     if files:
         return f"{said}. {_of_one_file(files[0])}"
     return f"{said}; name one with a model_index.json"
 
 
 def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
-    """A tokenizer without its vocabulary would be made up; one of sentencepiece needs two packages."""
+    """Refuse a tokenizer without vocabulary (transformers would invent one) or without its packages."""
     for part in (name for name in TOKENIZERS if name in index):
         names = {path.name for path in (folder / part).iterdir()}
         whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
@@ -295,18 +296,18 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _bound_tokenizer(tokenizer: Any, encoder: Path) -> None:
-    """Prompts are padded to the tokenizer's length, which files may lack; the encoder has no more."""
+    """Limit the tokenizer to the positions of its text encoder, because its own files may have no limit."""
     file = encoder / "config.json"
     config = read_json(file) if tokenizer is not None and file.is_file() else {}
     if positions := config.get("max_position_embeddings"):
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     if (words := config.get("vocab_size")) and len(tokenizer) > words:
         raise WadiError(
-            f"{encoder}: has embeddings of {words} tokens, and the tokenizer beside it knows "
-            f"{len(tokenizer)}; the two are of different models"
+            f"{encoder}: has embeddings of {words} tokens, but its tokenizer knows {len(tokenizer)}; the two "
+            "are from different models, so fetch the folder again"
         )

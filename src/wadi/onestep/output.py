@@ -1,4 +1,4 @@
-"""What came out: images that are flagged, not numbers, or of one colour are told."""
+"""Warn about images that are flagged, not finite, or of one colour."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _HALF = "half precision overflows in some autoencoders; use float32 or bfloat16"
 
 
 def tell_odd_images(images: Any, flagged: Sequence[bool] | None = None, names: Sequence[str] = ()) -> None:
-    """Tell of images that are hardly what was asked for: one line for each reason, with the images' names.
+    """Warn about images that are probably wrong, in one line for each reason with the images' names.
 
     Args:
-        images: N images: PIL images, an array (N, H, W, C), or a tensor (N, C, H, W). Of a tensor on a GPU
-            this waits.
+        images: N images: PIL images, an array (N, H, W, C), or a tensor (N, C, H, W). For a tensor on a GPU
+            this waits for the device.
         flagged: for each image, whether the pipeline's safety checker flagged it, which makes it black.
-        names: of the images, "image 1" and so on if there are none.
+        names: names of the images; "image 1 of N" and so on if empty.
     """
     names = names or [f"image {i + 1} of {len(images)}" for i in range(len(images))]
     found: dict[str, list[str]] = {}
@@ -33,7 +33,7 @@ def tell_odd_images(images: Any, flagged: Sequence[bool] | None = None, names: S
 
 
 def tell_odd_output(output: Any, names: Sequence[str] = ()) -> None:
-    """`tell_odd_images` of what a stock pipeline returned: its `images`, and its safety checker's flags."""
+    """`tell_odd_images` for the output of a stock pipeline, with its safety checker's flags."""
     tell_odd_images(output.images, getattr(output, "nsfw_content_detected", None), names)
 
 

@@ -1,4 +1,4 @@
-"""Pipelines written as folders of stock classes, with the files of untouched parts as they were."""
+"""Write pipelines as folders of stock classes, and copy the files of unchanged parts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _WEIGHTS = ("*.safetensors*", "*.bin", "*.bin.index*", "*.msgpack", "*.onnx*", "
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline into an existing, empty folder; stock diffusers loads it.
+    """Write a pipeline into an existing, empty folder. Stock diffusers loads it.
 
-    A part that is as in the folder that `load_pipeline` read is copied file by file, bit for bit, under the
-    plain names where it was a variant's: programs of other versions read these files. Of a changed part the
-    weights keep the names that the old file gave them. The origin's path is not written.
+    A part that is unchanged since `load_pipeline` read it is copied file by file, so that programs of other
+    versions read it too. Files of a variant get the plain names. In a changed part the weights keep the names
+    that they had in the old file. The path of the teacher is not written.
     """
     source = Path(getattr(pipeline, "name_or_path", None) or ".")
     for name, part in pipeline.components.items():
@@ -49,7 +49,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def copy_part(source: Path, folder: Path) -> None:
-    """Copy a part of a pipeline folder: safetensors under the plain names, and no weights of other kinds."""
+    """Copy a part of a pipeline folder. Only safetensors weights are copied, with plain names."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_WEIGHTS))
     for library in STEMS:
         if (weights := find_weights(source, library)) is not None:
@@ -92,7 +92,7 @@ def _save_module(module: torch.nn.Module, source: Path, folder: Path) -> None:
 
 
 def _names(entries: Mapping[str, Entry], state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """By the key of a file, the name in the module; empty if the file is not of this module."""
+    """The module's name for each key of a file, or nothing if the file is for another module."""
     names = {}
     for key in entries:
         name = name_in_module(key, state)
@@ -115,7 +115,7 @@ def _unchanged(weights: WeightFiles, names: dict[str, str], state: Mapping[str, 
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:
-    """Write a tokenizer, as its old files if it knows the same words; its length may be bound."""
+    """Write a tokenizer; its old files are copied if it knows the same words. Only its limit may change."""
     if not source.is_dir():
         tokenizer.save_pretrained(folder)
         return

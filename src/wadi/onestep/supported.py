@@ -1,4 +1,4 @@
-"""What a pipeline must be, told from its configurations before weights are read."""
+"""Check from its configurations that wadi can use a pipeline, before weights are read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from wadi.errors import WadiError
 from wadi.files import read_json
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that making an image of a prompt does not need; they are not loaded."""
+"""Parts that are not needed to make an image of a prompt; they are not loaded."""
 
 NEEDED = (
     *("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
     *("unet", "transformer", "scheduler"),
 )
-"""Parts that a pipeline which lists them must have."""
+"""Parts that must be there if the pipeline lists them."""
 
 _USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
 _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
@@ -36,10 +36,10 @@ _CONDITIONS = {
 
 
 def parts(folder: Path, index: Mapping[str, Any]) -> Iterator[tuple[str, type | None]]:
-    """Names and classes of the parts that a model_index.json lists; ``None`` for classes of a pipeline's own.
+    """Names and classes of the parts that a model_index.json lists; ``None`` for a class of another library.
 
     Raises:
-        WadiError: a library that is known does not have the class.
+        WadiError: diffusers or transformers does not have the class.
     """
     for name, value in index.items():
         if not isinstance(value, list) or len(value) != 2 or value[0] is None or name in UNUSED:
@@ -51,7 +51,7 @@ def parts(folder: Path, index: Mapping[str, Any]) -> Iterator[tuple[str, type | 
         found = getattr(_LIBRARIES[library], str(kind), None)
         if not isinstance(found, type):
             raise WadiError(
-                f"{folder / 'model_index.json'}: lists {name} as {kind}, and {library} "
+                f"{folder / 'model_index.json'}: lists {name} as {kind}, but {library} "
                 f"{_LIBRARIES[library].__version__} has no such class; update {library} or name another model"
             )
         yield name, found
@@ -63,16 +63,16 @@ def networks(folder: Path, index: Mapping[str, Any]) -> dict[str, type[torch.nn.
 
 
 def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
-    """Tell from the configurations of a pipeline folder that wadi cannot use it, before weights are read.
+    """Check from the configurations of a pipeline folder that wadi can use it, before weights are read.
 
     Raises:
-        WadiError: a part is missing, the parts do not fit each other, or the network takes something else
-            than noisy latents, a timestep and text embeddings.
+        WadiError: a part is missing, the parts do not fit each other, or the network needs other inputs than
+            noisy latents, a timestep and text embeddings.
     """
     name = str(index.get("_class_name"))
     if not isinstance(getattr(diffusers, name, None), type):
         raise WadiError(
-            f"{folder}: holds a {name}, and diffusers {diffusers.__version__} has no such class; {_USABLE}"
+            f"{folder}: holds a {name}, but diffusers {diffusers.__version__} has no such class; {_USABLE}"
         )
     for part in NEEDED:
         if part in index and (not isinstance(index[part], list) or index[part][:1] == [None]):
@@ -89,11 +89,11 @@ def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _config(part: Path) -> dict[str, Any]:
-    """The part's configuration; an empty one where there is none, which loading the part tells."""
+    """The part's configuration, empty if it has none. Loading the part then raises."""
     file = part / "config.json"
     config = read_json(file) if file.is_file() else {}
     if not isinstance(config, dict):
-        raise WadiError(f"{file}: not a configuration; fetch the file again")
+        raise WadiError(f"{file}: is not a configuration; fetch the file again")
     return config
 
 
@@ -110,13 +110,13 @@ def _check_unet(folder: Path, config: dict[str, Any], pipeline: str) -> None:
     added = config.get("addition_embed_type")
     if pipeline == _SDXL and added != "text_time":
         raise WadiError(
-            f"{where}: the U-Net has addition_embed_type {added!r}, and a {pipeline} needs one with "
-            "'text_time', which is told a pooled embedding and sizes; the two are of different models"
+            f"{where}: the U-Net has addition_embed_type {added!r}, and a {pipeline} needs 'text_time' (a "
+            "pooled embedding and sizes); the two are from different models, so fetch the folder again"
         )
     if added is not None and pipeline == _SD:
         raise WadiError(
-            f"{where}: the U-Net takes further conditions (addition_embed_type {added!r}), as that of "
-            "Stable Diffusion XL does, which a StableDiffusionPipeline does not give; name another model"
+            f"{where}: the U-Net needs more inputs than a StableDiffusionPipeline gives (addition_embed_type "
+            f"{added!r}, as in Stable Diffusion XL); name another model"
         )
     _check_size(where, config)
     _check_latents(folder, where, channels)
@@ -155,25 +155,25 @@ def _check_latents(folder: Path, where: Path, channels: int) -> None:
     latents = _config(folder / "vae").get("latent_channels", channels)
     if latents != channels:
         raise WadiError(
-            f"{where}: takes latents of {channels} channels, and the autoencoder in {folder / 'vae'} gives "
-            f"{latents}; the two are of different models"
+            f"{where}: takes latents of {channels} channels, but the autoencoder in {folder / 'vae'} gives "
+            f"{latents}; the two are from different models, so fetch the folder again"
         )
 
 
 def _check_text(folder: Path, where: Path, network: dict[str, Any], pipeline: str) -> None:
-    """Raise where the network takes embeddings of another width than the text encoders give."""
+    """Raise if the network takes embeddings of another width than the text encoders give."""
     encoders = [_config(folder / f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
     for field, gives in _widths(pipeline, network, encoders).items():
         width = network.get(field)
         if isinstance(width, int) and gives is not None and width != gives:
             raise WadiError(
-                f"{where}: takes text embeddings of width {width} ({field}), and the text encoders in "
-                f"{folder} give {gives}; they are of different models"
+                f"{where}: takes text embeddings of width {width} ({field}), but the text encoders in "
+                f"{folder} give {gives}; they are from different models, so fetch the folder again"
             )
 
 
 def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Fields of the network's configuration, and what the text encoders give for each; ``None``: unknown."""
+    """For fields of the network's configuration, the width from the text encoders; ``None`` if unknown."""
     states = [encoder.get("hidden_size", encoder.get("d_model")) for encoder in encoders]
     pooled = [encoder.get("projection_dim") for encoder in encoders]
     if pipeline == _SDXL:

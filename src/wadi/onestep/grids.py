@@ -1,4 +1,4 @@
-"""Grids of pictures, with words where words help."""
+"""Images written to files, and laid out in grids with labels."""
 
 from __future__ import annotations
 
@@ -19,64 +19,63 @@ KINDS = {
     ".jpeg": ("JPEG", {"quality": 85}),
     ".webp": ("WEBP", {"quality": 85}),
 }
-"""Suffix of a picture's file -> Pillow's name of its format, and how it is written."""
+"""Suffix of an image file -> Pillow's name of its format, and the options to write it with."""
 
 READABLE = 128
-"""Pixels: smaller pictures are enlarged by the smallest whole factor that reaches this width."""
+"""Width in pixels. Smaller images are enlarged by the smallest whole factor that reaches it."""
 
 _GAP = 6
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
-
-
 _SOFTWARE = 0x0131
 """EXIF's number of the tag that PNG calls Software."""
 
 
-def picture_output(
+def image_output(
     path: str | os.PathLike,
     command: str,
     inputs: Sequence[str | os.PathLike | None] = (),
     overwrite: bool = False,
     option: str = "--out",
 ) -> Output:
-    """The rule for an image file: new, or written by the same command before, or `overwrite`.
+    """The `Output` of an image file that is new, or was written by the same command, or may be overwritten.
 
-    Images say which command wrote them (Software, of PNG or of EXIF), so it may replace its own.
+    An image file says which command wrote it (the tag Software of PNG or EXIF), so a command may replace its
+    own images.
     """
     return Output(path, command, inputs, overwrite, suffixes=tuple(KINDS), option=option, signed=_written_by)
 
 
-def check_picture_path(path: str | os.PathLike, option: str = "--out", overwrite: bool = False) -> None:
-    """Raise unless `save_picture` can write under this name; ask before making what takes long.
+def check_image_path(path: str | os.PathLike, option: str = "--out", overwrite: bool = False) -> None:
+    """Raise unless `save_image` can write this file. Call it before long work whose result is the image.
 
     Args:
-        path: of the file.
-        option: what the message calls it.
-        overwrite: whether a file that is there may be replaced.
+        path: the file.
+        option: the option that named the file, for the message.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        WadiError: the suffix is none of `KINDS`, or there is such a file, which `save_picture` did not write.
+        WadiError: the suffix is none of `KINDS`, or the file exists and `save_image` did not write it.
     """
-    picture_output(path, "save_picture", overwrite=overwrite, option=option).check()
+    image_output(path, "save_image", overwrite=overwrite, option=option).check()
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Write an image, whole or not at all, in the format that the suffix of `path` names.
+def save_image(image: Image.Image, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Write an image in the format that the suffix of `path` names. A failed write leaves no file.
 
     Args:
-        image: what to write.
-        path: of the file.
-        overwrite: replace a file that is there; one that this function wrote is replaced always.
+        image: the image, of any mode that the format can hold.
+        path: the file.
+        overwrite: replace an existing file. A file that this function wrote is always replaced.
 
     Raises:
-        WadiError: as `check_picture_path`, or the file could not be written.
+        WadiError: as `check_image_path`, or the file could not be written.
     """
-    write_picture(image, picture_output(path, "save_picture", overwrite=overwrite, option="picture"))
+    write_image(image, image_output(path, "save_image", overwrite=overwrite, option="image file"))
 
 
-def write_picture(image: Image.Image, output: Output) -> None:
-    """`save_picture` for a command that has an `Output` of its own."""
+def write_image(image: Image.Image, output: Output) -> None:
+    """`save_image` for a command that has an `Output` of its own."""
     software = f"wadi {output.command}"
     with output.writing() as temporary:
         kind, options = KINDS[Path(output.path).suffix.lower()]
@@ -90,24 +89,24 @@ def write_picture(image: Image.Image, output: Output) -> None:
             image.save(temporary, kind, exif=exif, **options)
 
 
-def save_pictures(images: Sequence[Image.Image], seed: int, output: Output) -> None:
-    """Write images as one file, several as a grid; or as files of a new folder, named by their seeds.
+def save_images(images: Sequence[Image.Image], seed: int, output: Output) -> None:
+    """Write images to one file, where several form a grid, or to a new folder as files named by their seeds.
 
     Args:
         images: one or more.
-        seed: of the first one; the next ones follow.
-        output: of one file (`picture_output`), or of a folder.
+        seed: the seed of the first image. Image i has seed + i.
+        output: one file (see `image_output`) or a folder.
     """
     if output.suffixes:
-        write_picture(images[0] if len(images) == 1 else image_grid(images), output)
+        write_image(images[0] if len(images) == 1 else image_grid(images), output)
         return
     with output.writing() as folder:
         for i, image in enumerate(images):
-            write_picture(image, picture_output(folder / f"seed-{seed + i:06d}.png", output.command))
+            write_image(image, image_output(folder / f"seed-{seed + i:06d}.png", output.command))
 
 
 def _written_by(path: Path) -> str | None:
-    """The command of ours that an image file says it was written by."""
+    """The wadi command that an image file names as its writer, if any."""
     try:
         with Image.open(path) as image:
             software = image.info.get("Software") or image.getexif().get(_SOFTWARE)
@@ -117,15 +116,15 @@ def _written_by(path: Path) -> str | None:
     return found.removeprefix("wadi ") if found.startswith("wadi ") else None
 
 
-def enlarge(image: Image.Image, width: int = READABLE) -> Image.Image:
-    """Scale a small picture up by a whole factor until it is at least `width` pixels wide; RGB."""
-    factor = max(1, math.ceil(width / image.width))
+def enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge a small image by a whole factor until it is `READABLE`. The result is RGB."""
+    factor = max(1, math.ceil(READABLE / image.width))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Lay equally sized pictures out row by row; as square as possible when `columns` is ``None``."""
+    """Lay out images of equal size row by row, nearly as a square when `columns` is ``None``."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = [("", images[start : start + columns]) for start in range(0, len(images), columns)]
     return labelled_grid(rows)
@@ -134,15 +133,14 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
 def labelled_grid(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], headings: Sequence[str] = ()
 ) -> Image.Image:
-    """Lay rows of equally sized pictures out, each with its label (a prompt, a method) on the left.
+    """Lay out rows of images of equal size, each row with its label (a prompt, a method) on the left.
 
     Args:
-        rows: label and pictures of each row; an empty label everywhere leaves the column of labels away.
-        headings: words above the columns, on several lines where they are wide; they may be fewer than the
-            columns.
+        rows: label and images of each row. If all labels are empty, there is no column of labels.
+        headings: words above the columns, wrapped to their width. There may be fewer than columns.
 
     Returns:
-        An RGB picture on white.
+        An RGB image on white.
     """
     rows = [(label, [enlarge(image) for image in images]) for label, images in rows]
     width, height = rows[0][1][0].size
