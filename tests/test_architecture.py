@@ -19,7 +19,7 @@ KNOWS = {
     "backbones": {"diffusion", "lorad", "onestep"},
     "metrics": {"onestep"},
     "distill": {"backbones", "diffusion", "lorad", "onestep", "metrics"},
-    "directions": {"backbones", "lorad", "onestep", "distill"},
+    "directions": {"backbones", "diffusion", "lorad", "onestep", "distill"},
     "tasks": {"backbones", "diffusion", "lorad", "onestep", "distill"},
     "emoji": {"backbones", "diffusion", "metrics", "onestep", "distill", "tasks"},
     "commands": {"backbones", "directions", "distill", "emoji", "metrics", "onestep", "tasks"},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline
 from PIL import Image
 
 from tests.onestep.test_pipeline import tiny_pixart
@@ -43,9 +43,7 @@ def stock_images(pipeline, prompts, seed, **options):
 
 def one_step(pipeline):
     """The stock pipeline with the scheduler that its one-step student ships with."""
-    flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
-    own = FlowMatchEulerDiscreteScheduler(shift=1.0) if flow else one_step_scheduler(pipeline.scheduler)
-    pipeline.scheduler = own
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
     return pipeline
 
 

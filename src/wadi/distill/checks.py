@@ -10,11 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from wadi.diffusion.schedule import prediction_type
 from wadi.distill.config import FITS, DistillConfig, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
-from wadi.onestep.scheduler import prediction_type
-from wadi.onestep.student import network_of
+from wadi.onestep.arguments import own_size
+from wadi.onestep.scheduler import one_step_scheduler
 
 
 def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
@@ -25,9 +26,11 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
         pipeline: the teacher's, of which the network and the scheduler are looked at.
 
     Raises:
-        WadiError: the preset is for another class of pipeline or another prediction type.
+        WadiError: the preset is for another class of pipeline or another prediction type, or the teacher has
+            no one-step form with the student's alpha_T^2.
     """
     name, prediction = config.pretrained_model_name_or_path, prediction_type(pipeline.scheduler)
+    one_step_scheduler(pipeline.scheduler, config.alpha_T_squared)  # raises what is wrong with either
     if prediction == "v_prediction" and config.alpha_T_squared is not None:
         tell(
             f"--alpha-T-squared {config.alpha_T_squared}: is unusual for {name}, which predicts v and needs "
@@ -35,18 +38,20 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
         )
     if config.preset == "none":
         return
-    size = network_of(pipeline).config.sample_size
-    side = (size if isinstance(size, int) else max(size)) * pipeline.vae_scale_factor
-    found, wanted = Fit(type(pipeline).__name__, prediction, side), FITS[config.preset]
+    found = Fit(type(pipeline).__name__, prediction, max(own_size(pipeline)))
+    wanted = FITS[config.preset]
     if (found.pipeline, found.prediction) != (wanted.pipeline, wanted.prediction):
         raise WadiError(
             f"--preset {config.preset}: is for a {wanted.pipeline} that predicts {wanted.prediction}, and "
             f"{name} is a {found.pipeline} that predicts {found.prediction}; use {_right_preset(found)}"
         )
     if found.resolution != wanted.resolution:
+        nearest = _right_preset(found)
+        better = FITS[nearest.split()[-1]].resolution != wanted.resolution
         tell(
             f"--preset {config.preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
-            f"{found.resolution}; the preset for that would be {_right_preset(found)}"
+            f"{found.resolution}; "
+            + (f"the preset for that would be {nearest}" if better else "no preset is nearer")
         )
 
 

@@ -26,6 +26,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 _SD, _SDXL, _PIXART = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline"
+_SD3 = "StableDiffusion3Pipeline"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ FITS: dict[str, Fit] = {
     **dict.fromkeys(("sd15", "sd21-base", "sd15-paper", "sd21-base-paper"), Fit(_SD, "epsilon", 512)),
     **dict.fromkeys(("sd21", "sd21-paper"), Fit(_SD, "v_prediction", 768)),
     "sdxl": Fit(_SDXL, "epsilon", 1024),
+    **dict.fromkeys(("sd3-medium", "sd35-medium", "sd35-large"), Fit(_SD3, "flow_prediction", 1024)),
     **{
         f"pixart-{side}{whose}": Fit(_PIXART, "epsilon", side)
         for side in (256, 512, 1024)
@@ -90,7 +92,7 @@ class DistillConfig:
     """Key of `PRESETS` that the options started from, which is compared with the teacher."""
 
     pretrained_model_name_or_path: str | None = _often("model", None)
-    """Teacher: a folder of a diffusers pipeline (Stable Diffusion, SDXL, PixArt), or a hub id."""
+    """Teacher: a folder of a diffusers pipeline (Stable Diffusion 1 to 3.5, SDXL, PixArt), or a hub id."""
 
     prompts: str | None = _often("model", None)
     """Prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet; or a `datasets` id."""
@@ -579,10 +581,33 @@ _PRESETS: dict[str, DistillConfig] = {
         fake_updates=2,
         fake_learning_rate=1e-3,
     ),
+    **{
+        name: dataclasses.replace(
+            # Nothing was trained at this size. As for SDXL; beside that, what public code for flows of this
+            # kind has: guidance around 4.5, DMD's weight, and a fake model that learns v itself.
+            DistillConfig(mixed_precision="bf16", gradient_checkpointing=True, train_batch_size=1),
+            pretrained_model_name_or_path=f"stabilityai/{model}",
+            output_dir=f"runs/{name}",
+            gradient_accumulation_steps=4,
+            student_rank=64,
+            fake_rank=64,
+            fake_layers="student",
+            fake_updates=2,
+            fake_learning_rate=1e-3,
+            guidance_scale=4.5,
+            weighting="normalized",
+            fake_weighting="none",
+        )
+        for name, model in (
+            ("sd3-medium", "stable-diffusion-3-medium-diffusers"),
+            ("sd35-medium", "stable-diffusion-3.5-medium"),
+            ("sd35-large", "stable-diffusion-3.5-large"),
+        )
+    },
 }
 PRESETS = {name: dataclasses.replace(config, preset=name) for name, config in _PRESETS.items()}
 """Starting points by name: the emoji teacher (the first part of how its shipped student was made on a GPU, in
 minutes on a CPU, and in the paper's proportions), the emoji transformer (train its teacher first), Stable
 Diffusion and PixArt-alpha with the fake model that kept the emoji student diverse (and as NAME-paper with the
-authors' settings), and Stable Diffusion XL. Only the emoji presets were trained: no published weights were
-available."""
+authors' settings), Stable Diffusion XL, and Stable Diffusion 3 and 3.5. Only the emoji presets were trained:
+no published weights were available."""

@@ -45,8 +45,13 @@ def image_size(
 
 
 def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels that a pipeline's network was trained on."""
-    size = _network(pipeline).config.sample_size
+    """Height and width in pixels that a pipeline's network was trained on.
+
+    Networks that do not say it (FLUX.1, Z-Image) are taken for 1024 pixels, as by their stock pipelines.
+    """
+    size = _network(pipeline).config.get("sample_size")
+    if size is None:
+        return 1024, 1024
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows * pipeline.vae_scale_factor, columns * pipeline.vae_scale_factor
 
@@ -54,15 +59,19 @@ def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def size_step(pipeline: DiffusionPipeline) -> int:
     """Pixels that both sides of an image must be multiples of.
 
-    That is `STOCK_STEP`, and the VAE's pixels a latent times the latents of a transformer's patch, or those
-    that a U-Net shrinks to one where it cannot grow to any size again.
+    That is `STOCK_STEP`, what the pipeline's image processor rounds to, and the VAE's pixels a latent times
+    the latents of a transformer's patch, or those that a U-Net shrinks to one where it cannot grow to any
+    size again.
     """
     network, latents = _network(pipeline), 1
     if not isinstance(network, UNet2DConditionModel):
         latents = network.config.get("patch_size") or 1
     elif not {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
         latents = 2**network.num_upsamplers
-    return math.lcm(STOCK_STEP, pipeline.vae_scale_factor * latents)
+    processor = getattr(pipeline, "image_processor", None)
+    # FLUX.1 packs patches outside its network
+    rounded = 1 if processor is None else processor.config.vae_scale_factor
+    return math.lcm(STOCK_STEP, rounded, pipeline.vae_scale_factor * latents)
 
 
 def whole_number(name: str, value: Any, low: int, below: int | None = None) -> int:
