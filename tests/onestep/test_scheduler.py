@@ -212,7 +212,9 @@ def test_a_flow_is_one_stock_step_from_sigma_1(kind, dtype, tmp_path):
 @pytest.mark.parametrize("kind", FLOWS)
 def test_a_flow_has_no_alpha_to_choose(kind):
     name, options = FLOWS[kind]
-    with pytest.raises(WadiError, match=r"alpha_T_squared 0\.0047: the model is a rectified flow.*; omit it"):
+    with pytest.raises(
+        WadiError, match=r"--alpha-T-squared 0\.0047: the model is a rectified flow.*; omit it"
+    ):
         one_step_scheduler(getattr(diffusers, name)(**options), 0.0047)
 
 

@@ -30,16 +30,19 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
             no one-step form with the student's alpha_T^2.
     """
     name, prediction = config.pretrained_model_name_or_path, prediction_type(pipeline.scheduler)
-    one_step_scheduler(pipeline.scheduler, config.alpha_T_squared)  # raises what is wrong with either
     if prediction == "v_prediction" and config.alpha_T_squared is not None:
         tell(
             f"--alpha-T-squared {config.alpha_T_squared}: is unusual for {name}, which predicts v and needs "
             "none; omit it unless you know that the student needs this value"
         )
-    if config.preset == "none":
-        return
-    found = Fit(type(pipeline).__name__, prediction, max(own_size(pipeline)))
-    wanted = FITS[config.preset]
+    if config.preset != "none":
+        _compare(config, Fit(type(pipeline).__name__, prediction, max(own_size(pipeline))))
+    one_step_scheduler(pipeline.scheduler, config.alpha_T_squared)  # raises what is wrong with either
+
+
+def _compare(config: DistillConfig, found: Fit) -> None:
+    """Raise where a preset is for another kind of model, and tell where it is for another resolution."""
+    name, wanted = config.pretrained_model_name_or_path, FITS[config.preset]
     if (found.pipeline, found.prediction) != (wanted.pipeline, wanted.prediction):
         raise WadiError(
             f"--preset {config.preset}: is for a {wanted.pipeline} that predicts {wanted.prediction}, and "

@@ -60,8 +60,8 @@ def one_step_scheduler(
     if kind is RectifiedFlow:
         if alpha_T_squared is not None:
             raise WadiError(
-                f"alpha_T_squared {alpha_T_squared}: the model is a rectified flow, whose last alpha is 0; "
-                "omit it"
+                f"--alpha-T-squared {alpha_T_squared}: the model is a rectified flow, whose last alpha is 0; "
+                "omit it (None)"
             )
         return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=1.0)
     one_step = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, predicted)
@@ -73,7 +73,7 @@ def one_step_scheduler(
     if predicted == "epsilon" and own <= 0:
         raise WadiError(
             "scheduler: alpha_T is zero (zero terminal SNR), so epsilon says nothing about the image at T; "
-            "use a v_prediction teacher or set alpha_T_squared"
+            "use a v_prediction teacher or set --alpha-T-squared"
         )
     return one_step
 
