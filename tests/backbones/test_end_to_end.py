@@ -15,6 +15,7 @@ from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_sd3, tiny_sdxl
 from wadi import cli
 from wadi.distill import DistillConfig, distill
+from wadi.distill.report import report
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import load_tensors
 from wadi.onestep import OneStepPipeline, Student, load_pipeline
@@ -137,6 +138,15 @@ def test_half_precision_rounds_x0_once(case, dtype):
     ((output, z),) = given
     x0 = scheduler.step(output.float(), scheduler.timesteps[0], z.float()).prev_sample
     assert torch.equal(latents, x0.to(dtype))
+
+
+def test_the_report_is_written(case):
+    """The teacher makes its images by DDIM, or by its own scheduler if it is a flow; the script is stock."""
+    html = report(case.run, steps=2).read_text()
+    flow = TINY[case.name][2][0] == "flow_prediction"
+    sampler = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+    assert f"steps are of {sampler} with guidance" in html
+    assert "num_inference_steps=1, guidance_scale=1.0" in html
 
 
 def test_prompts_are_encoded_ahead(case, tmp_path):

@@ -11,6 +11,7 @@ from wadi.backbones import SD3Backbone, load_backbone, load_prompt_encoder, stud
 from wadi.diffusion import RectifiedFlow
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
 from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline
 from wadi.onestep.loading import load_pipeline
 
 NEWER = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}  # of SD 3.5
@@ -64,6 +65,17 @@ def test_no_prompt_is_the_empty_one():
     _, states, _, pooled = pipeline.encode_prompt("a cat", None, None, device="cpu")
     assert torch.equal(null["encoder_hidden_states"], states)
     assert torch.equal(null["pooled_projections"], pooled)
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_sides_end_where_the_network_has_no_places(side):
+    """16 patches of 2 latents of 2 pixels."""
+    pipeline = OneStepPipeline(tiny_sd3())
+    assert (
+        pipeline("a cat", seed=0, output_type="pt", **{side: 64}).shape[-1 if side == "width" else -2] == 64
+    )
+    with pytest.raises(WadiError, match=f"--{side} 72: this model makes at most 64 pixels a side"):
+        pipeline("a cat", seed=0, **{side: 72})
 
 
 def edit(file, **fields):

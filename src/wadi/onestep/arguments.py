@@ -35,13 +35,15 @@ def image_size(
         width: pixels, or ``None``.
 
     Raises:
-        WadiError: a side is not a whole number, is less than 1 or more than `LARGEST` times the model's own,
-            or is not a multiple of what the model takes (`size_step`).
+        WadiError: a side is not a whole number, is less than 1, more than `LARGEST` times the model's own or
+            more than the network has places for, or is not a multiple of what the model takes (`size_step`).
     """
-    own, step = own_size(pipeline), size_step(pipeline)
+    own, step, places = own_size(pipeline), size_step(pipeline), _places(pipeline)
     asked = {"--height": height, "--width": width}
     sides = zip(asked.items(), own, strict=True)
-    return tuple(usual if side is None else _side(name, side, usual, step) for (name, side), usual in sides)
+    return tuple(
+        usual if side is None else _side(name, side, usual, step, places) for (name, side), usual in sides
+    )
 
 
 def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
@@ -213,8 +215,17 @@ def _network(pipeline: DiffusionPipeline) -> torch.nn.Module:
     return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
 
 
-def _side(name: str, side: Any, usual: int, step: int) -> int:
+def _places(pipeline: DiffusionPipeline) -> int | None:
+    """Most pixels of a side for which the network has embeddings of places; ``None`` where it makes any."""
+    config = _network(pipeline).config
+    patches = config.get("pos_embed_max_size")  # of Stable Diffusion 3
+    return patches and patches * config.patch_size * pipeline.vae_scale_factor
+
+
+def _side(name: str, side: Any, usual: int, step: int, places: int | None) -> int:
     side, largest = whole_number(name, side, 1), LARGEST * usual
+    if places is not None and side > places:
+        raise WadiError(f"{name} {side}: this model makes at most {places} pixels a side; use that or less")
     if side > largest:
         raise WadiError(
             f"{name} {side}: is more than {LARGEST} times the model's own {usual} pixels; use at most "
