@@ -20,7 +20,7 @@ KNOWS = {
     "prompts": {"backbones"},
     "metrics": {"onestep"},
     "distill": {"backbones", "diffusion", "lorad", "onestep", "metrics", "prompts"},
-    "directions": {"backbones", "lorad", "onestep", "distill"},
+    "directions": {"backbones", "diffusion", "lorad", "onestep", "distill"},
     "tasks": {"backbones", "diffusion", "lorad", "onestep", "distill", "prompts"},
     "emoji": {"backbones", "diffusion", "metrics", "onestep", "distill", "tasks"},
     "commands": {"backbones", "directions", "distill", "emoji", "metrics", "onestep", "prompts", "tasks"},

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline
 from PIL import Image
+from wadi.distill.prompts import Prompt, check_length
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi.backbones import BACKBONES, Backbone, load_backbone, load_prompt_encoder
 from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline
 from wadi.onestep.loading import stock_arguments
 from wadi.onestep.scheduler import one_step_scheduler
 
@@ -43,9 +45,7 @@ def stock_images(pipeline, prompts, seed, **options):
 
 def one_step(pipeline):
     """The stock pipeline with the scheduler that its one-step student ships with."""
-    flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
-    own = FlowMatchEulerDiscreteScheduler(shift=1.0) if flow else one_step_scheduler(pipeline.scheduler)
-    pipeline.scheduler = own
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
     return pipeline
 
 
@@ -114,6 +114,34 @@ def test_one_step_is_the_stock_pipelines_bit_for_bit(kind):
         options = {"guidance_scale": 1.0, "output_type": "latent", **stock_arguments(pipeline)}
         stock = pipeline(prompts, num_inference_steps=1, latents=z, **options).images
     assert torch.equal(schedule.x0(prediction, z, t), stock)
+
+
+TOKENS = {
+    "StableDiffusionPipeline": 32,
+    "StableDiffusionXLPipeline": 32,
+    "PixArtAlphaPipeline": 120,
+    "PixArtSigmaPipeline": 300,
+    "StableDiffusion3Pipeline": 256,  # of T5; what its CLIPs cut is still read
+}
+"""Most tokens of a prompt of the tiny pipelines."""
+
+
+@every
+def test_a_prompt_may_be_as_long_as_the_pipeline_reads(kind):
+    backbone = make(kind)
+    encoder, pipeline = backbone.text, OneStepPipeline(backbone.pipeline)
+    assert encoder.limit == TOKENS[kind]
+    usual = len(encoder.tokenizer("").input_ids)
+    words = ["a"] * (encoder.limit - usual)
+    while len(encoder.tokenizer(" ".join(words)).input_ids) > encoder.limit:
+        words.pop()
+    check_length([Prompt(" ".join(words), 1)], encoder.tokenizer, "prompts", limit=encoder.limit)
+    assert len(pipeline(" ".join(words), seed=0, output_type="latent")) == 1
+    longer = " ".join([*words, "a", "a"])
+    with pytest.raises(WadiError, match=f"longer than the {encoder.limit} tokens"):
+        check_length([Prompt(longer, 1)], encoder.tokenizer, "prompts", limit=encoder.limit)
+    with pytest.raises(WadiError, match=f"tokens and the model takes {encoder.limit}; shorten it"):
+        pipeline(longer, seed=0)
 
 
 @pytest.mark.parametrize("loader", [load_backbone, load_prompt_encoder])

@@ -2,15 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import ControlNetModel, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
-from tests.tiny import tiny_sd3
+from tests.tiny import tiny_pipeline, tiny_sd3
+from wadi import cli
 from wadi.backbones import SD3Backbone, load_backbone, load_prompt_encoder, student_config
 from wadi.diffusion import RectifiedFlow
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
 from wadi.errors import WadiError
+from wadi.onestep import OneStepPipeline
 from wadi.onestep.loading import load_pipeline
 
 NEWER = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}  # of SD 3.5
@@ -64,6 +68,75 @@ def test_no_prompt_is_the_empty_one():
     _, states, _, pooled = pipeline.encode_prompt("a cat", None, None, device="cpu")
     assert torch.equal(null["encoder_hidden_states"], states)
     assert torch.equal(null["pooled_projections"], pooled)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher, its student, an image, a mask, a folder of images, and a ControlNet of Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("sd3")
+    tiny_sd3().save_pretrained(folder / "teacher")
+    OneStepPipeline(tiny_sd3()).save_pretrained(folder / "student")
+    ControlNetModel.from_unet(tiny_pipeline().unet).save_pretrained(folder / "controlnet")
+    (folder / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "images" / "image.png")
+    Image.fromarray(pixels[..., 0]).save(folder / "mask.png")
+    return folder
+
+
+COMMANDS = {
+    "image-to-image": (
+        "images/image.png --prompt cat",
+        "pictures of pictures with a StableDiffusionPipeline",
+    ),
+    "inpaint": (
+        "images/image.png mask.png --prompt cat",
+        "pictures with a StableDiffusionPipeline; name one",
+    ),
+    "control": (
+        "images/image.png --prompt cat --condition map --controlnet controlnet",
+        "steer the U-Net of a StableDiffusionPipeline",
+    ),
+    "invert": ("images --device cpu", "can be learned on a StableDiffusionPipeline"),
+}
+"""Commands for Stable Diffusion 1 and 2 alone: their arguments, and what they say."""
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_for_other_models_say_so_in_one_line(command, model, folders, monkeypatch, capsys):
+    arguments, message = COMMANDS[command]
+    if (command, model) == ("invert", "student"):
+        message = "is a one-step student already"
+    out = "word" if command == "invert" else "out.png"
+    monkeypatch.chdir(folders)
+    assert cli.main([command, *arguments.split(), "--model", model, "--out", out]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wadi: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (folders / out).exists()
+
+
+def test_a_subject_is_learned_and_goes_on_the_student(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders)
+    options = "--max-train-steps 1 --class-prompt dog --num-class-images 1 --num-inference-steps 1 --rank 2"
+    command = ["dreambooth", "images", *options.split(), "--device", "cpu", "--learning-rate", "0.1"]
+    command += ["--pretrained-model-name-or-path", "teacher", "--output-dir", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    plain = OneStepPipeline.from_pretrained("student")("a zwx", seed=0, output_type="np")
+    with_subject = OneStepPipeline.from_pretrained("student", tmp_path / "run" / "adapter")
+    assert not np.array_equal(with_subject("a zwx", seed=0, output_type="np"), plain)
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_sides_end_where_the_network_has_no_places(side):
+    """16 patches of 2 latents of 2 pixels."""
+    pipeline = OneStepPipeline(tiny_sd3())
+    assert (
+        pipeline("a cat", seed=0, output_type="pt", **{side: 64}).shape[-1 if side == "width" else -2] == 64
+    )
+    with pytest.raises(WadiError, match=f"--{side} 72: this model makes at most 64 pixels a side"):
+        pipeline("a cat", seed=0, **{side: 72})
 
 
 def edit(file, **fields):

@@ -1,22 +1,16 @@
-"""Stable Diffusion XL through every command: two encoders, a pooled embedding, sizes, the zeroed prompt."""
+"""Stable Diffusion XL: two encoders, a pooled embedding, sizes, the zeroed prompt."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
-from PIL import Image
 
-from tests.distill.test_resume import config
 from tests.tiny import tiny_sdxl
-from wadi import cli
 from wadi.backbones import SDXLBackbone, load_backbone, load_prompt_encoder
-from wadi.distill import DistillConfig, distill
 from wadi.distill.presets import FITS, PRESETS
 from wadi.errors import WadiError
-from wadi.files import load_tensors
-from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.onestep import load_pipeline
 from wadi.prompts import EmbeddingCache, encode_prompts
 
 
@@ -25,14 +19,6 @@ def sdxl_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "sdxl"
     tiny_sdxl().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(sdxl_folder, tmp_path_factory):
-    """A run of 4 updates with the preset's kinds of layers, guided, which needs the null condition."""
-    folder = tmp_path_factory.mktemp("run")
-    options = config(sdxl_folder, folder, "run", fake_layers="student")
-    return distill(options.replace(max_train_steps=4, lr_decay_fraction=0, guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("force_zeros", [True, False])
@@ -82,66 +68,6 @@ def test_latents_of_a_vae_with_statistics_are_decoded_as_by_the_stock_pipeline()
     image = pipeline("a cat", num_inference_steps=1, latents=latents).images[0]
     assert np.array_equal(backbone.decode(stock)[0], image)
     torch.testing.assert_close(backbone.scaled(backbone.unscaled(latents)), latents)
-
-
-def test_a_resumed_run_has_the_same_bits(sdxl_folder, run, tmp_path):
-    half = DistillConfig.load(run / "config.yaml")
-    half = distill(half.replace(output_dir=str(tmp_path / "half"), max_train_steps=2))
-    distill(DistillConfig.of(resume_from_checkpoint=str(half), max_train_steps=4))
-    for name in ("student", "fake", "ema"):
-        file = f"checkpoints/step-000004/{name}.safetensors"
-        first, second = load_tensors(run / file), load_tensors(half / file)
-        assert all(torch.equal(first[key], second[key]) for key in first)
-        assert any(bool(tensor.any()) for key, tensor in first.items() if "lorad_A" in key)
-
-
-@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
-def test_trains_in_bfloat16_and_with_checkpointing(sdxl_folder, tmp_path, changes):
-    options = config(sdxl_folder, tmp_path, "run")
-    made = distill(options.replace(max_train_steps=2, **changes))
-    weights = load_tensors(made / "adapter" / "adapter_model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
-
-
-def test_student_is_the_stock_pipelines_bit_for_bit(sdxl_folder, run, tmp_path):
-    """From the run's pipeline, from teacher and adapter, exported again, and by the command."""
-    stock = StableDiffusionXLPipeline.from_pretrained(run / "pipeline")
-    assert stock.config.force_zeros_for_empty_prompt
-    assert Student.read(run / "adapter") == Student.read(run / "pipeline")
-
-    def made(pipeline, **size):
-        generator = [torch.Generator().manual_seed(3)]
-        options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np", **size}
-        return pipeline("a red cat", generator=generator, **options).images
-
-    expected = made(stock)
-    student = OneStepPipeline.from_pretrained(sdxl_folder, run / "adapter")
-    assert np.array_equal(student("a red cat", seed=3, output_type="np"), expected)
-    wide = {"height": 16, "width": 32}
-    assert np.array_equal(student("a red cat", seed=3, output_type="np", **wide), made(stock, **wide))
-    command = ["export", run / "adapter", "--model", sdxl_folder, "--out", tmp_path / "out"]
-    assert cli.main([*map(str, command)]) == 0
-    again = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
-    assert np.array_equal(made(again), expected)
-    command = ["generate", "a red cat", "--model", run / "pipeline", "--seed", 3]
-    assert cli.main([*map(str, command), "--out", str(tmp_path / "image.png")]) == 0
-    image = np.asarray(Image.open(tmp_path / "image.png"))
-    assert np.array_equal(image, (expected[0] * 255).round().astype(np.uint8))
-
-
-def test_prompts_are_encoded_ahead(sdxl_folder, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    command = ["prompts", "encode", "--teacher", sdxl_folder, "--prompts", tmp_path / "prompts.txt"]
-    command += ["--embeddings-dir", tmp_path / "cache", "--device", "cpu", "--mixed-precision", "no"]
-    assert cli.main([*map(str, command)]) == 0
-    shards = [load_tensors(file) for file in (tmp_path / "cache").glob("*/shard-000000.safetensors")]
-    assert sorted(len(tensors["text_embeds"]) for tensors in shards) == [1, 2]
-    assert all(tensors["encoder_hidden_states"].shape[1:] == (32, 40) for tensors in shards)
-
-
-def test_the_fast_path_is_refused_in_one_line():
-    with pytest.raises(WadiError, match=r"fast: takes a StableDiffusionPipeline, not a .*XL.*; omit it"):
-        OneStepPipeline(tiny_sdxl()).compile()
 
 
 def edit(file, **fields):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline, tiny_sdxl
+from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi import cli
 from wadi.backbones import fake_config, student_config
 from wadi.distill import PRESETS, DistillConfig
@@ -29,6 +29,7 @@ TEACHERS = {
     ("StableDiffusionPipeline", "v_prediction"): lambda: tiny_pipeline("v_prediction"),
     ("StableDiffusionXLPipeline", "epsilon"): tiny_sdxl,
     ("PixArtAlphaPipeline", "epsilon"): tiny_pixart,
+    ("StableDiffusion3Pipeline", "flow_prediction"): tiny_sd3,
 }
 
 
@@ -70,6 +71,13 @@ def test_alpha_for_a_v_model_is_told():
     config = DistillConfig.of(pretrained_model_name_or_path="mine", alpha_T_squared=0.0047)
     with pytest.warns(WadiWarning, match="--alpha-T-squared 0.0047: is unusual for mine"):
         check_preset(config, tiny_pipeline("v_prediction"))
+
+
+@pytest.mark.parametrize("preset", ["none", "sd35-medium"])
+def test_a_flow_takes_no_alpha(preset):
+    config = DistillConfig(preset=preset, pretrained_model_name_or_path="mine", alpha_T_squared=0.0047)
+    with pytest.raises(WadiError, match="the model is a rectified flow, whose last alpha is 0; omit it"):
+        check_preset(config, tiny_sd3())
 
 
 @pytest.mark.parametrize("preset", ["pixart-512", "sd21"])

@@ -1,10 +1,12 @@
 """Broken, half and unusual models, in every place that loads: the model, or one line about it."""
 
+import inspect
 import json
 import shutil
 import warnings
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderTiny, ControlNetModel, StableDiffusionPipeline
@@ -15,7 +17,7 @@ from wadi.backbones import load_backbone, load_prompt_encoder
 from wadi.device import chosen_device
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep import OneStepPipeline, load_pipeline
-from wadi.onestep.loading import load_denoiser, load_vae
+from wadi.onestep.loading import load_denoiser, load_vae, unguided_arguments
 from wadi.tasks import load_controlnet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -421,3 +423,23 @@ def test_a_device_that_is_not_there(name):
 def test_a_device_that_is_there():
     assert chosen_device("cpu") == "cpu"
     assert chosen_device() in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "Sana", "ZImage"])
+def test_no_guidance_is_said_as_each_pipeline_understands_it(name):
+    """The next larger value is guidance: 1 is none for most, and w = 2 for Z-Image."""
+    kind = getattr(diffusers, f"{name}Pipeline")
+    pipeline = object.__new__(kind)
+    (scale,) = unguided_arguments(pipeline).values()
+    for value, guided in ((scale, False), (scale + 0.1, True)):
+        vars(pipeline)["_guidance_scale"] = value
+        assert pipeline.do_classifier_free_guidance == guided
+
+
+@pytest.mark.parametrize("name", ["Flux", "QwenImage"])
+def test_a_pipeline_with_a_true_guidance_keeps_the_other(name):
+    """There guidance_scale is an input of the network, as it was trained with it."""
+    kind = getattr(diffusers, f"{name}Pipeline")
+    parameters = inspect.signature(kind.__call__).parameters
+    assert unguided_arguments(object.__new__(kind)) == {"true_cfg_scale": 1.0}
+    assert {"true_cfg_scale", "guidance_scale"} <= parameters.keys()

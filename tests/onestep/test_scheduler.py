@@ -4,10 +4,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from wadi.errors import WadiError
-from wadi.onestep.scheduler import Float32Step, one_step_scheduler
+from wadi.onestep.scheduler import (
+    Float32Step,
+    last_alpha_squared,
+    one_step_scheduler,
+    stepping_in_float32,
+)
 
 SD = {
     "num_train_timesteps": 1000,
@@ -110,7 +115,7 @@ def test_takes_any_scheduler_of_stable_diffusion(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_once(dtype):
     z, output = noise(dtype)
-    scheduler = Float32Step.from_config(one_step_scheduler(SD).config)
+    scheduler = stepping_in_float32(one_step_scheduler(SD))
     x0 = run(scheduler, z, output)[1]
     assert x0.dtype == dtype
     expected = formula(z, output, alpha_T_squared_float64(SD), "epsilon")
@@ -153,26 +158,72 @@ def test_zero_terminal_snr_is_fine_for_v():
     assert torch.allclose(x0, -output, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", {}),
-        ("FlowMatchHeunDiscreteScheduler", {}),
-        ("EDMEulerScheduler", {}),
-        ("EDMDPMSolverMultistepScheduler", {}),
-        ("IPNDMScheduler", {}),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
-    ],
-)
-def test_schedules_without_betas_are_refused(name, options, tmp_path):
-    scheduler = getattr(diffusers, name)(**options)
-    scheduler.save_pretrained(tmp_path)
-    config = LCMScheduler.load_config(tmp_path)
-    for given in (scheduler, scheduler.config, config):
-        with pytest.raises(WadiError, match="has no one-step form"):
+def forms(scheduler, folder):
+    """A scheduler, its configuration, and what a folder says of it."""
+    scheduler.save_pretrained(folder)
+    return scheduler, scheduler.config, LCMScheduler.load_config(folder)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler"])
+def test_schedules_of_another_kind_are_refused(name, tmp_path):
+    for given in forms(getattr(diffusers, name)(), tmp_path):
+        with pytest.raises(WadiError, match="is neither a schedule of betas nor a rectified flow"):
             one_step_scheduler(given)
+
+
+SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOWS = {
+    "static": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "dynamic": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    "linear": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    ),
+    "terminal": ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.02}),
+    "stochastic": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    "few timesteps": ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 37}),
+    "Heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    "LCM": ("FlowMatchLCMScheduler", {"shift": 3.0}),
+    "UniPC": ("UniPCMultistepScheduler", {**SOLVER, "flow_shift": 3.0}),
+    "DPM": ("DPMSolverMultistepScheduler", {**SOLVER, "flow_shift": 3.0}),
+}
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flow_is_one_stock_step_from_sigma_1(kind, dtype, tmp_path):
+    """x0 = z - v, formed in float32 and rounded once, whatever the teacher's scheduler does."""
+    name, options = FLOWS[kind]
+    teacher = getattr(diffusers, name)(**options)
+    steps = teacher.config.num_train_timesteps
+    z, v = noise(dtype)
+    for given in forms(teacher, tmp_path):
+        made = one_step_scheduler(given)
+        expected = FlowMatchEulerDiscreteScheduler(steps, shift=1.0)
+        assert type(made) is FlowMatchEulerDiscreteScheduler
+        assert dict(made.config) == dict(expected.config)
+        assert last_alpha_squared(given) is None
+        timestep, x0 = run(stepping_in_float32(made), z, v)
+        assert timestep == steps
+        assert torch.equal(x0, (z.float() - v.float()).to(dtype))
+        assert torch.equal(x0, run(expected, z, v)[1])
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_a_flow_has_no_alpha_to_choose(kind):
+    name, options = FLOWS[kind]
+    with pytest.raises(
+        WadiError, match=r"--alpha-T-squared 0\.0047: the model is a rectified flow.*; omit it"
+    ):
+        one_step_scheduler(getattr(diffusers, name)(**options), 0.0047)
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("predicted", ["epsilon", "sample"])
+def test_a_flow_that_predicts_something_else_is_refused(name, predicted):
+    scheduler = getattr(diffusers, name)(use_flow_sigmas=True, prediction_type=predicted)
+    with pytest.raises(WadiError, match=f"'{predicted}' cannot be distilled; .* 'flow_prediction'"):
+        one_step_scheduler(scheduler)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "flow_prediction", "nonsense"])

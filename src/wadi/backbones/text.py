@@ -18,7 +18,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from wadi.backbones.condition import MASK, STATES, Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
-from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_limit
+from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_reader
 
 NETWORKS = ("unet", "transformer")
 SAMPLED_BEYOND = 2**30
@@ -37,7 +37,7 @@ class PromptEncoder(ABC):
             pipeline that holds them, where they then rest on the CPU.
 
     Attributes:
-        tokenizer: the first one, by which the length of a prompt is measured.
+        tokenizer: by which the length of a prompt is measured; see `prompt_reader`.
         limit: most tokens of a prompt.
     """
 
@@ -56,7 +56,7 @@ class PromptEncoder(ABC):
         folder: Path | None = None,
     ) -> None:
         self.pipeline, self.dtype, self.device, self.folder = pipeline, dtype, torch.device(device), folder
-        self.tokenizer, self.limit = pipeline.tokenizer, prompt_limit(pipeline)
+        self.tokenizer, self.limit = prompt_reader(pipeline)
 
     @classmethod
     def from_pretrained(

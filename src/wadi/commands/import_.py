@@ -32,18 +32,19 @@ def import_(
         overwrite: Replace the folder if wadi import wrote it and nothing else is in it.
     """
     import torch
-    from diffusers import LCMScheduler
 
-    from wadi.onestep import import_weights
+    from wadi.files import read_json
+    from wadi.onestep import Student, import_weights
+    from wadi.onestep.scheduler import last_alpha_squared
 
     released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype), overwrite)
     print(f"{weights}: {released.kind}, {len(released.tensors)} tensors")
     if released.ignored:
         print(f"not used: {', '.join(released.ignored)}")
     if (out / "model_index.json").exists():
-        schedule = LCMScheduler.from_pretrained(out, subfolder="scheduler")
-        alpha_T_squared = float(schedule.alphas_cumprod[-1])
-        print(f"one step: {schedule.config.prediction_type} prediction, alpha_T^2 = {alpha_T_squared:.4g}")
+        own = last_alpha_squared(read_json(out / "scheduler" / "scheduler_config.json"))
+        alpha = "" if own is None else f", alpha_T^2 = {own:.4g}"
+        print(f"one step: the network predicts {Student.read(out).prediction}{alpha}")
         print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
     else:
         print(f"{out}: an adapter; wadi generate --model {model} --adapter {out}")

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -49,6 +49,57 @@ PREDICTIONS = {
 """What networks of each kind of schedule predict, by the names that diffusers' schedulers have."""
 
 
+def is_flow(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler, or its configuration, is for a rectified flow."""
+    config, name = _config_and_name(scheduler)
+    # a scheduler's own `config` does not hold the name of its class
+    nameless = name == "scheduler" and "shift" in config and "beta_schedule" not in config
+    return bool(config.get("use_flow_sigmas")) or name.startswith("FlowMatch") or nameless
+
+
+def schedule_class(scheduler: SchedulerMixin | Mapping[str, Any]) -> type[Schedule]:
+    """Which kind of schedule a diffusers scheduler, or its configuration, has.
+
+    Raises:
+        WadiError: neither a schedule of betas nor a rectified flow (EDM, inverted sigmas); the message names
+            the scheduler's class.
+    """
+    config, name = _config_and_name(scheduler)
+    if is_flow(scheduler):
+        if config.get("invert_sigmas"):
+            raise WadiError(
+                f"scheduler: {name} with invert_sigmas is not supported; "
+                "use a model whose sigma is 1 at pure noise"
+            )
+        return RectifiedFlow
+    betas = config.get("beta_start") is not None or config.get("trained_betas") is not None
+    if not betas or "beta_schedule" not in config:
+        raise WadiError(
+            f"scheduler: {name} is neither a schedule of betas nor a rectified flow; "
+            "use a model with one of these"
+        )
+    return VariancePreserving
+
+
+def prediction_type(scheduler: SchedulerMixin | Mapping[str, Any]) -> str:
+    """What a model with this scheduler predicts, by the names in `PREDICTIONS`.
+
+    The schedulers that know flows alone have no `prediction_type`; it is "flow_prediction" there.
+
+    Raises:
+        WadiError: as `schedule_class`.
+    """
+    usual = schedule_class(scheduler).usual_prediction
+    return str(_config_and_name(scheduler)[0].get("prediction_type") or usual)
+
+
+def _config_and_name(scheduler: SchedulerMixin | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Configuration and class of a scheduler; a configuration that has no class is "scheduler"."""
+    if isinstance(scheduler, SchedulerMixin):
+        return scheduler.config, type(scheduler).__name__
+    return scheduler, str(scheduler.get("_class_name") or "scheduler")
+
+
 class Schedule(torch.nn.Module, ABC):
     """Noise levels of a diffusion model, in float32, and the formulas of the table above.
 
@@ -63,6 +114,8 @@ class Schedule(torch.nn.Module, ABC):
     """
 
     kind: str
+    usual_prediction: ClassVar[str]
+    """What a network predicts where the scheduler does not say it."""
 
     def __init__(self, prediction_type: str) -> None:
         super().__init__()
@@ -87,19 +140,11 @@ class Schedule(torch.nn.Module, ABC):
         Raises:
             WadiError: another kind of noise schedule, named by its class (EDM, inverted sigmas).
         """
-        config = scheduler.config if isinstance(scheduler, SchedulerMixin) else scheduler
-        name = str(config.get("_class_name", type(scheduler).__name__))
-        if config.get("use_flow_sigmas") or name.startswith("FlowMatch"):
+        config, _ = _config_and_name(scheduler)
+        if schedule_class(scheduler) is RectifiedFlow:
             return RectifiedFlow.from_config(config, image_tokens)
-        if "beta_schedule" not in config:
-            raise WadiError(
-                f"scheduler: {name} is neither a schedule of betas nor a rectified flow; "
-                "use a model with one of these"
-            )
         betas = {key: config[key] for key in SCHEDULE_FIELDS if key in config}
-        return VariancePreserving(
-            DDPMScheduler(**betas).alphas_cumprod, str(config.get("prediction_type", "epsilon"))
-        )
+        return VariancePreserving(DDPMScheduler(**betas).alphas_cumprod, prediction_type(scheduler))
 
     @property
     @abstractmethod
@@ -180,7 +225,7 @@ class VariancePreserving(Schedule):
         prediction_type: "epsilon", "v_prediction" or "sample".
     """
 
-    kind = "variance_preserving"
+    kind, usual_prediction = "variance_preserving", "epsilon"
     alphas: torch.Tensor
     sigmas: torch.Tensor
 
@@ -249,7 +294,7 @@ class RectifiedFlow(Schedule):
         num_train_timesteps: what the network is told is num_train_timesteps times sigma.
     """
 
-    kind = "flow"
+    kind, usual_prediction = "flow", "flow_prediction"
     shift: torch.Tensor
 
     def __init__(
@@ -271,23 +316,18 @@ class RectifiedFlow(Schedule):
         A dynamic shift is exp(mu), or mu where its type is "linear", with mu linear in the number of tokens
         (FLUX.1). `shift_terminal` stretches the times of a sampler only, and changes nothing here.
         """
-        if scheduler.get("invert_sigmas"):
-            raise WadiError(
-                f"scheduler: {scheduler.get('_class_name')} with invert_sigmas is not supported; "
-                "use a model whose sigma is 1 at pure noise"
-            )
-        prediction_type = str(scheduler.get("prediction_type") or "flow_prediction")
+        predicted = str(scheduler.get("prediction_type") or cls.usual_prediction)
         steps = int(scheduler.get("num_train_timesteps", 1000))
         if not scheduler.get("use_dynamic_shifting"):
             shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
-            return cls(float(shift), prediction_type, steps)
+            return cls(float(shift), predicted, steps)
         if image_tokens is None:
             raise WadiError("scheduler: a dynamic shift depends on the image's size; name the size")
         low, high = float(scheduler["base_shift"]), float(scheduler["max_shift"])
         fewest, most = int(scheduler["base_image_seq_len"]), int(scheduler["max_image_seq_len"])
         mu = low + (high - low) * (image_tokens - fewest) / (most - fewest)
         linear = scheduler.get("time_shift_type", "exponential") == "linear"
-        return cls(mu if linear else math.exp(mu), prediction_type, steps)
+        return cls(mu if linear else math.exp(mu), predicted, steps)
 
     @property
     def last(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 from wadi.backbones import student_config
 from wadi.device import chosen_device
+from wadi.diffusion.schedule import prediction_type
 from wadi.directions.figures import LayerFigures
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
@@ -23,8 +24,9 @@ from wadi.files import write_json
 from wadi.lorad import save_adapter
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
-from wadi.onestep import Student, one_step_scheduler
+from wadi.onestep import Student
 from wadi.onestep.loading import load_denoiser
+from wadi.onestep.scheduler import last_alpha_squared
 from wadi.onestep.student import check_teacher
 from wadi.outputs import Output
 from wadi.progress import progress
@@ -210,16 +212,14 @@ def _own_alpha_T_squared(
     teacher: str | os.PathLike, teacher_config: dict, student: str | os.PathLike, student_config: dict
 ) -> float | None:
     """The student's alpha_T^2 where it is not what the teacher's schedule has."""
-    types = [config.get("prediction_type", "epsilon") for config in (teacher_config, student_config)]
+    types = [prediction_type(config) for config in (teacher_config, student_config)]
     if types[0] != types[1]:
         raise WadiError(
             f"{student}: predicts {types[1]} and {teacher} {types[0]}; an adapter cannot carry that, "
             "name a teacher of the same prediction type"
         )
-    own, new = (
-        float(one_step_scheduler(config).alphas_cumprod[-1]) for config in (teacher_config, student_config)
-    )
-    return None if math.isclose(own, new, rel_tol=1e-5) else new
+    own, new = (last_alpha_squared(config) for config in (teacher_config, student_config))
+    return None if own is None or math.isclose(own, new, rel_tol=1e-5) else new
 
 
 def _layer_figures(name: str, weight: torch.Tensor, target: torch.Tensor, factors: Factors) -> LayerFigures:

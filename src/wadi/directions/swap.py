@@ -160,7 +160,9 @@ def _set_one_step(source: Path, folder: Path, alpha_T_squared: float | None) -> 
             "the teacher's pipeline has no scheduler/scheduler_config.json; name a whole pipeline"
         )
     config = read_json(file)
-    one_step_scheduler(config, alpha_T_squared).save_pretrained(folder / "scheduler")
     index = read_json(folder / "model_index.json")
-    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    # an old file may not name its class
+    one_step = one_step_scheduler({"_class_name": index["scheduler"][1], **config}, alpha_T_squared)
+    one_step.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(one_step).__name__]
     write_json(folder / "model_index.json", index)

@@ -10,12 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from wadi.diffusion.schedule import prediction_type
 from wadi.distill.config import DistillConfig
 from wadi.distill.presets import FITS, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
-from wadi.onestep.scheduler import prediction_type
-from wadi.onestep.student import network_of
+from wadi.onestep.arguments import own_size
+from wadi.onestep.scheduler import one_step_scheduler
 
 
 def check_preset_name(name: str) -> None:
@@ -32,29 +33,37 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
         pipeline: the teacher's. Its network and its scheduler are read.
 
     Raises:
-        WadiError: the preset is for another class of pipeline or another prediction type.
+        WadiError: the preset is for another class of pipeline or another prediction type, or the teacher has
+            no one-step form with the student's alpha_T^2.
     """
     name, prediction = config.model.pretrained_model_name_or_path, prediction_type(pipeline.scheduler)
-    preset, alpha = config.model.preset, config.student.alpha_T_squared
+    alpha = config.student.alpha_T_squared
     if prediction == "v_prediction" and alpha is not None:
         tell(
             f"--alpha-T-squared {alpha}: is unusual for {name}, which predicts v and needs "
             "none; omit it unless you know that the student needs this value"
         )
-    if preset == "none":
-        return
-    size = network_of(pipeline).config.sample_size
-    side = (size if isinstance(size, int) else max(size)) * pipeline.vae_scale_factor
-    found, wanted = Fit(type(pipeline).__name__, prediction, side), FITS[preset]
+    if config.model.preset != "none":
+        _compare(config, Fit(type(pipeline).__name__, prediction, max(own_size(pipeline))))
+    one_step_scheduler(pipeline.scheduler, alpha)  # raises what is wrong with either
+
+
+def _compare(config: DistillConfig, found: Fit) -> None:
+    """Raise where a preset is for another kind of model, and tell where it is for another resolution."""
+    name, preset = config.model.pretrained_model_name_or_path, config.model.preset
+    wanted = FITS[preset]
     if (found.pipeline, found.prediction) != (wanted.pipeline, wanted.prediction):
         raise WadiError(
             f"--preset {preset}: is for a {wanted.pipeline} that predicts {wanted.prediction}, and "
             f"{name} is a {found.pipeline} that predicts {found.prediction}; use {_right_preset(found)}"
         )
     if found.resolution != wanted.resolution:
+        nearest = _right_preset(found)
+        better = FITS[nearest.split()[-1]].resolution != wanted.resolution
         tell(
             f"--preset {preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
-            f"{found.resolution}; the preset for that would be {_right_preset(found)}"
+            f"{found.resolution}; "
+            + (f"the preset for that would be {nearest}" if better else "no preset is nearer")
         )
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import jinja2
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
 from wadi.device import chosen_device
+from wadi.diffusion.schedule import RectifiedFlow, schedule_class
 from wadi.distill.charts import loss_curves
 from wadi.distill.config import DistillConfig
 from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_figures, read_figures
@@ -27,7 +28,8 @@ from wadi.distill.presets import PRESETS
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
-from wadi.onestep.loading import stock_arguments
+from wadi.onestep.loading import stock_arguments, unguided_arguments
+from wadi.onestep.scheduler import last_alpha_squared
 from wadi.progress import progress
 
 FIGURES_FILE = "figures.json"
@@ -52,10 +54,12 @@ class Comparison:
     """Seconds per image in one step, measured on these images."""
     teacher_seconds: float
     """Seconds per image of the teacher in `steps` steps."""
+    sampler: str = "DDIMScheduler"
+    """The scheduler of these steps."""
     pipeline_class: str = "DiffusionPipeline"
     """Class of diffusers that loads the student."""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What a call of that class needs beside one step without guidance."""
+    """What a call of that class needs for one image as it is asked for, without guidance."""
 
 
 def before_after(
@@ -66,15 +70,15 @@ def before_after(
     steps: int = 25,
     guidance_scale: float = 1.5,
 ) -> Comparison:
-    """Make the pictures of the report: teacher in 1 step, student in 1 step, teacher in `steps` DDIM steps.
+    """Make the pictures of the report: teacher in 1 step, student in 1 step, teacher in `steps` steps.
 
     All three start from the same noise. `teacher` is left as it is.
     """
     # with the student's alpha_T, as training started: the teacher's own may be zero
-    alpha_T_squared = float(student.pipeline.scheduler.alphas_cumprod[-1])
+    alpha_T_squared = last_alpha_squared(student.pipeline.scheduler)
     one_step_teacher = OneStepPipeline(teacher, alpha_T_squared or None)
     many_steps = OneStepPipeline(teacher, alpha_T_squared or None).pipeline  # a copy, the modules are shared
-    many_steps.scheduler = _ddim(teacher)
+    many_steps.scheduler = _of_many_steps(teacher)
 
     bar = progress(total=3 * len(prompts), desc="images of the report", unit="prompt")
 
@@ -117,13 +121,19 @@ def before_after(
         teacher=reference,
         student_seconds=(middle - start) / count,
         teacher_seconds=(end - middle) / count,
+        sampler=type(many_steps.scheduler).__name__,
         pipeline_class=type(student.pipeline).__name__,
-        arguments=stock_arguments(student.pipeline),
+        arguments=unguided_arguments(student.pipeline) | stock_arguments(student.pipeline),
     )
 
 
-def _ddim(teacher: DiffusionPipeline) -> DDIMScheduler:
-    """DDIM from the last timestep; where epsilon says nothing of x0 there (alpha_T = 0), from before it."""
+def _of_many_steps(teacher: DiffusionPipeline) -> SchedulerMixin:
+    """DDIM from the last timestep, or from before it where epsilon says nothing of x0 there (alpha_T = 0).
+
+    A flow keeps the scheduler that it came with.
+    """
+    if schedule_class(teacher.scheduler) is RectifiedFlow:
+        return type(teacher.scheduler).from_config(teacher.scheduler.config)
     ddim = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     if ddim.config.prediction_type == "epsilon" and ddim.alphas_cumprod[-1] <= 0:
         return DDIMScheduler.from_config(ddim.config, timestep_spacing="leading")
@@ -135,7 +145,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
 
     Args:
         run_folder: what `distill` returned.
-        steps: DDIM steps of the teacher's images.
+        steps: of the teacher's images.
         guidance_scale: guidance of the teacher's images; that of the distillation's end when ``None``.
 
     Returns:
@@ -250,7 +260,7 @@ pipeline = {pictures.pipeline_class}.from_pretrained({str(_pipeline(run_folder))
 image = pipeline(
     {pictures.prompts[0]!r},
     generator=torch.Generator().manual_seed({pictures.seeds[0]}),
-    num_inference_steps=1, guidance_scale=1.0{arguments}
+    num_inference_steps=1{arguments}
 ).images[0]
 image.save("image.png")"""
 

@@ -35,18 +35,25 @@ def image_size(
         width: pixels, or ``None``.
 
     Raises:
-        WadiError: a side is not a whole number, is less than 1 or more than `LARGEST` times the model's own,
-            or is not a multiple of what the model takes (`size_step`).
+        WadiError: a side is not a whole number, is less than 1, more than `LARGEST` times the model's own or
+            more than the network has places for, or is not a multiple of what the model takes (`size_step`).
     """
-    own, step = own_size(pipeline), size_step(pipeline)
+    own, step, places = own_size(pipeline), size_step(pipeline), _places(pipeline)
     asked = {"--height": height, "--width": width}
     sides = zip(asked.items(), own, strict=True)
-    return tuple(usual if side is None else _side(name, side, usual, step) for (name, side), usual in sides)
+    return tuple(
+        usual if side is None else _side(name, side, usual, step, places) for (name, side), usual in sides
+    )
 
 
 def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels that a pipeline's network was trained on."""
-    size = _network(pipeline).config.sample_size
+    """Height and width in pixels that a pipeline's network was trained on.
+
+    Networks that do not say it (FLUX.1, Z-Image) are taken for 1024 pixels, as by their stock pipelines.
+    """
+    size = _network(pipeline).config.get("sample_size")
+    if size is None:
+        return 1024, 1024
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows * pipeline.vae_scale_factor, columns * pipeline.vae_scale_factor
 
@@ -54,15 +61,19 @@ def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def size_step(pipeline: DiffusionPipeline) -> int:
     """Pixels that both sides of an image must be multiples of.
 
-    This is a multiple of `STOCK_STEP` and of the pixels of a latent. A transformer also needs whole patches.
-    A U-Net whose up blocks always double the size also needs sides that its down blocks can halve exactly.
+    This is a multiple of `STOCK_STEP` (the pipeline's image processor rounds to it) and of the pixels of a
+    latent. A transformer also needs whole patches. A U-Net whose up blocks always double the size also needs
+    sides that its down blocks can halve exactly.
     """
     network, latents = _network(pipeline), 1
     if not isinstance(network, UNet2DConditionModel):
         latents = network.config.get("patch_size") or 1
     elif not {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
         latents = 2**network.num_upsamplers
-    return math.lcm(STOCK_STEP, pipeline.vae_scale_factor * latents)
+    processor = getattr(pipeline, "image_processor", None)
+    # FLUX.1 packs patches outside its network
+    rounded = 1 if processor is None else processor.config.vae_scale_factor
+    return math.lcm(STOCK_STEP, rounded, pipeline.vae_scale_factor * latents)
 
 
 def whole_number(name: str, value: Any, low: int, below: int | None = None) -> int:
@@ -204,8 +215,17 @@ def _network(pipeline: DiffusionPipeline) -> torch.nn.Module:
     return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
 
 
-def _side(name: str, side: Any, usual: int, step: int) -> int:
+def _places(pipeline: DiffusionPipeline) -> int | None:
+    """Most pixels of a side for which the network has embeddings of places; ``None`` where it makes any."""
+    config = _network(pipeline).config
+    patches = config.get("pos_embed_max_size")  # of Stable Diffusion 3
+    return patches and patches * config.patch_size * pipeline.vae_scale_factor
+
+
+def _side(name: str, side: Any, usual: int, step: int, places: int | None) -> int:
     side, largest = whole_number(name, side, 1), LARGEST * usual
+    if places is not None and side > places:
+        raise WadiError(f"{name} {side}: this model makes at most {places} pixels a side; use that or less")
     if side > largest:
         raise WadiError(
             f"{name} {side}: is more than {LARGEST} times the model's own {usual} pixels; use at most "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -13,10 +14,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from transformers import PreTrainedTokenizerBase
 
 from wadi.errors import WadiError, tell
 from wadi.files import read_json
 from wadi.onestep.components import first_line, load_module
+from wadi.onestep.student import STUDENT_FILE
 from wadi.onestep.supported import UNUSED, check_parts, networks
 
 PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
@@ -136,20 +139,33 @@ def pipeline_class_name(folder: Path) -> str:
     return str(read_json(folder / "model_index.json").get("_class_name"))
 
 
-def prompt_limit(pipeline: DiffusionPipeline) -> int:
-    """The largest number of tokens of a prompt, for all tokenizers and for the pipeline's padding."""
-    tokenizers = [
-        tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None
-    ]
-    limits = [tokenizer.model_max_length for tokenizer in tokenizers]
+def prompt_reader(pipeline: DiffusionPipeline) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer that decides whether a prompt is too long, and the largest number of its tokens.
+
+    If a pipeline has a length of its own (`max_sequence_length`), its last text encoder reads the whole
+    prompt: the T5 of Stable Diffusion 3 reads 256 tokens, its CLIPs only the first 77, and diffusers prints
+    what they cut. Otherwise all text encoders read the same tokens, and the smallest limit decides (SDXL).
+    """
+    names = [name for name in TOKENIZERS if getattr(pipeline, name, None) is not None]
     own = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-    return min(limits if own is None else [*limits, own.default])
+    if own is not None:
+        tokenizer = getattr(pipeline, names[-1])
+        return tokenizer, min(tokenizer.model_max_length, own.default)
+    return getattr(pipeline, names[0]), min(getattr(pipeline, name).model_max_length for name in names)
 
 
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Arguments that make a stock pipeline keep the size that a call asks for."""
     binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
     return {"use_resolution_binning": False} if binned else {}
+
+
+def unguided_arguments(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """The argument of a call with which a stock pipeline asks its network once, with the prompt alone."""
+    if "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters:
+        return {"true_cfg_scale": 1.0}  # FLUX.1 and Qwen-Image; their guidance_scale is the network's input
+    # Z-Image adds 1 to its scale
+    return {"guidance_scale": 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0}
 
 
 def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:
@@ -220,15 +236,21 @@ def check_hub_id(name: str) -> None:
 
 
 def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
     check_hub_id(name)
     unused = dict.fromkeys(UNUSED)
     try:
         try:
-            return Path(DiffusionPipeline.download(name, use_safetensors=True, **unused))
+            folder = Path(DiffusionPipeline.download(name, use_safetensors=True, **unused))
         except (OSError, ValueError) as error:
             if "safetensors" not in str(error):
                 raise
-            return Path(DiffusionPipeline.download(name, use_safetensors=True, variant="fp16", **unused))
+            folder = Path(DiffusionPipeline.download(name, use_safetensors=True, variant="fp16", **unused))
+        with contextlib.suppress(EntryNotFoundError):  # a teacher has none
+            hf_hub_download(name, STUDENT_FILE)
+        return folder
     except Exception as error:  # every kind of failure of the hub
         raise WadiError(_not_fetched(name, error)) from error
 

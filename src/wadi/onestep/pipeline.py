@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 
 from wadi.errors import WadiError, tell
@@ -23,10 +23,16 @@ from wadi.onestep.arguments import (
 )
 from wadi.onestep.embedding import as_learned, load_embedding
 from wadi.onestep.fast import FastPath
-from wadi.onestep.loading import load_pipeline, load_vae, prompt_limit, stock_arguments
+from wadi.onestep.loading import (
+    load_pipeline,
+    load_vae,
+    prompt_reader,
+    stock_arguments,
+    unguided_arguments,
+)
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
-from wadi.onestep.scheduler import Float32Step, one_step_scheduler
+from wadi.onestep.scheduler import one_step_scheduler, stepping_in_float32
 from wadi.onestep.student import Student, network_of, student_of
 from wadi.outputs import Output
 
@@ -38,7 +44,8 @@ class OneStepPipeline:
         images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
 
     In float32 the images are, bit for bit, those of the stock pipeline called with ``num_inference_steps=1,
-    guidance_scale=1.0`` and the same generators. In half precision x0 is still formed in float32.
+    guidance_scale=1.0`` (or its own way to say so, `unguided_arguments`) and the same generators. In half
+    precision x0 is still formed in float32.
 
     Args:
         pipeline: any loaded text-to-image pipeline with a `unet` or `transformer`. It is left as it is; the
@@ -54,7 +61,7 @@ class OneStepPipeline:
     def __init__(self, pipeline: DiffusionPipeline, alpha_T_squared: float | None = None) -> None:
         scheduler = one_step_scheduler(pipeline.scheduler, alpha_T_squared)
         self.pipeline = copy.copy(pipeline)
-        self.pipeline.scheduler = Float32Step.from_config(scheduler.config)
+        self.pipeline.scheduler = stepping_in_float32(scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.alpha_T_squared = alpha_T_squared
         self.fast: FastPath | None = None
@@ -178,10 +185,10 @@ class OneStepPipeline:
         output = self.pipeline(
             prompt=prompts,
             num_inference_steps=1,
-            guidance_scale=1.0,
             num_images_per_prompt=int(num_images_per_prompt),
             generator=generator,
             output_type=output_type,
+            **unguided_arguments(self.pipeline),
             **sides,
             **options,
         )
@@ -222,7 +229,7 @@ class OneStepPipeline:
         if self.fast is not None:
             raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
-        stock.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
+        stock.scheduler = one_step_scheduler(self.pipeline.scheduler)
         with output.writing() as temporary:
             save_pipeline(stock, temporary)
             Student.of(network_of(stock), stock.scheduler, self.alpha_T_squared).write(temporary)
@@ -231,7 +238,7 @@ class OneStepPipeline:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
         if not prompts:
             return
-        tokenizer, limit = self.pipeline.tokenizer, prompt_limit(self.pipeline)
+        tokenizer, limit = prompt_reader(self.pipeline)
         for prompt in prompts:
             whole = prompt
             if isinstance(self.pipeline, TextualInversionLoaderMixin):

@@ -7,47 +7,63 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 
-from wadi.diffusion.schedule import SCHEDULE_FIELDS
+from wadi.diffusion.schedule import (
+    PREDICTIONS,
+    SCHEDULE_FIELDS,
+    RectifiedFlow,
+    prediction_type,
+    schedule_class,
+)
 from wadi.errors import WadiError
 
 
 def one_step_scheduler(
     scheduler: SchedulerMixin | Mapping[str, Any], alpha_T_squared: float | None = None
-) -> LCMScheduler:
-    r"""Configure diffusers' `LCMScheduler` to be exactly one step from pure noise to the picture.
+) -> SchedulerMixin:
+    r"""Configure a stock scheduler of diffusers to be exactly one step from pure noise to the image.
 
-    With ``num_inference_steps=1`` its ``step`` is, at T = ``num_train_timesteps - 1`` (WaDi,
-    arXiv 2603.08258),
+    With ``num_inference_steps=1`` its ``step`` is, at T = ``num_train_timesteps - 1`` of a schedule of betas
+    (WaDi, arXiv 2603.08258), and at sigma = 1 of a rectified flow,
 
-        epsilon:       x0 = (z - sigma_T eps) / alpha_T
-        v_prediction:  x0 = alpha_T z - sigma_T v
+        epsilon:          x0 = (z - sigma_T eps) / alpha_T
+        v_prediction:     x0 = alpha_T z - sigma_T v
+        flow_prediction:  x0 = z - v
 
-    The result is a stock object: saved in a pipeline folder, it works where wadi is not installed. More than
-    one step is refused by `set_timesteps`.
+    The first two are an `LCMScheduler`, which refuses more than one step in `set_timesteps`. The third is a
+    `FlowMatchEulerDiscreteScheduler` without any shift. Saved in a pipeline folder, they work where wadi is
+    not installed.
 
         scheduler = one_step_scheduler(pipeline.scheduler)
         scheduler.set_timesteps(1)
         x0 = scheduler.step(unet(z, scheduler.timesteps[0], c).sample, scheduler.timesteps[0], z).prev_sample
 
     Args:
-        scheduler: the teacher's scheduler or its config; any diffusers scheduler with a beta schedule.
+        scheduler: the teacher's scheduler or its config; any diffusers scheduler with a beta schedule or of a
+            rectified flow.
         alpha_T_squared: the student's own alpha_T^2 in (0, 1), where it was trained with another value than
-            the teacher's schedule has. ``None`` keeps the schedule's.
+            the teacher's schedule has. ``None`` keeps the schedule's; a flow takes nothing else.
 
     Raises:
-        WadiError: the prediction type is neither epsilon nor v_prediction, the schedule has no betas, or
-            `alpha_T_squared` is out of range.
+        WadiError: what the model predicts has no one-step form, the noise schedule is of another kind, or
+            `alpha_T_squared` is out of range or given for a flow.
     """
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-    _check_betas(scheduler, config)
-    predicted = prediction_type(scheduler)
-    if predicted not in ("epsilon", "v_prediction"):
+    kind, predicted = schedule_class(scheduler), prediction_type(scheduler)
+    possible = [name for name in PREDICTIONS[kind.kind] if name != "sample"]
+    if predicted not in possible:
         raise WadiError(
             f"scheduler: prediction_type {predicted!r} cannot be distilled; "
-            "use a teacher with 'epsilon' or 'v_prediction'"
+            f"use a teacher with {' or '.join(map(repr, possible))}"
         )
+    if kind is RectifiedFlow:
+        if alpha_T_squared is not None:
+            raise WadiError(
+                f"--alpha-T-squared {alpha_T_squared}: the model is a rectified flow, whose last alpha is 0; "
+                "omit it (None)"
+            )
+        return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=1.0)
     one_step = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, predicted)
     own = float(one_step.alphas_cumprod[-1])
     if alpha_T_squared is not None and not math.isclose(alpha_T_squared, own, rel_tol=1e-6):
@@ -56,27 +72,25 @@ def one_step_scheduler(
         own = float(one_step.alphas_cumprod[-1])
     if predicted == "epsilon" and own <= 0:
         raise WadiError(
-            "scheduler: alpha_T is zero (zero terminal SNR), so epsilon says nothing about the picture at T; "
-            "use a v_prediction teacher or set alpha_T_squared"
+            "scheduler: alpha_T is zero (zero terminal SNR), so epsilon says nothing about the image at T; "
+            "use a v_prediction teacher or set --alpha-T-squared"
         )
     return one_step
 
 
-def _check_betas(scheduler: SchedulerMixin | Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Flow matching and EDM have none, and `LCMScheduler` would put its default betas there."""
-    kind = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
-    flow = config.get("use_flow_sigmas")
-    if flow or (config.get("beta_start") is None and config.get("trained_betas") is None):
-        raise WadiError(
-            f"scheduler: {kind or 'this scheduler'} {'samples a flow' if flow else 'has no betas'}, and "
-            "has no one-step form; use a teacher with a DDPM-like noise schedule"
-        )
+def last_alpha_squared(scheduler: SchedulerMixin | Mapping[str, Any]) -> float | None:
+    """alpha_T^2 of one step of a model with this scheduler; ``None`` for a flow, which has none to choose.
+
+    Raises:
+        WadiError: as `one_step_scheduler`.
+    """
+    one_step = one_step_scheduler(scheduler)
+    return float(one_step.alphas_cumprod[-1]) if isinstance(one_step, LCMScheduler) else None
 
 
-def prediction_type(scheduler: SchedulerMixin | Mapping[str, Any]) -> str:
-    """What a model with this scheduler predicts, such as "epsilon", which is also diffusers' default."""
-    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-    return config.get("prediction_type", "epsilon")
+def stepping_in_float32(one_step: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler of `one_step_scheduler` that forms x0 in float32 in any case; a flow's does so itself."""
+    return Float32Step.from_config(one_step.config) if isinstance(one_step, LCMScheduler) else one_step
 
 
 def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:

@@ -14,13 +14,15 @@ from typing import Any
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
+from wadi.diffusion.schedule import PREDICTIONS, prediction_type
 from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
-from wadi.onestep.scheduler import prediction_type
 
 STUDENT_FILE = "student.json"
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers that only models which were distilled to few steps come with."""
+STUDENT_PREDICTIONS = tuple(name for names in PREDICTIONS.values() for name in names if name != "sample")
+"""What the network of a student may predict."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Student:
          "base": {"class": "UNet2DConditionModel", "shapes": "<sha256>"}}
 
     Attributes:
-        prediction: what the network predicts, "epsilon" or "v_prediction".
+        prediction: what the network predicts, one of `STUDENT_PREDICTIONS`.
         base_class: class of the network that was distilled.
         base_shapes: `shapes_fingerprint` of the network's saved tensors, without adapters.
-        alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule.
+        alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule,
+            and for every flow.
         steps: where the network is called, as fractions of T: once, at T.
     """
 
@@ -145,7 +148,11 @@ def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
-    """Whether a scheduler is the one that `one_step_scheduler` makes, or was made of its configuration."""
+    """Whether a scheduler is an `LCMScheduler` of `one_step_scheduler`, or was made of its configuration.
+
+    The one-step scheduler of a flow cannot be told from a multi-step model's: FLUX.1-schnell has the same.
+    Only `student.json` says that a flow is a student.
+    """
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
     return config.get("original_inference_steps") == 1
 
@@ -154,9 +161,15 @@ def student_of(pipeline: DiffusionPipeline) -> Student | None:
     """What a loaded pipeline is, by its folder's `student.json` or by its scheduler; ``None`` for a teacher.
 
     Raises:
-        WadiError: its `student.json` is broken.
+        WadiError: its `student.json` is broken, or its scheduler is for another prediction.
     """
-    if pipeline.name_or_path and (found := Student.read(pipeline.name_or_path)):
+    folder = pipeline.name_or_path
+    if folder and (found := Student.read(folder)):
+        if (own := prediction_type(pipeline.scheduler)) != found.prediction:
+            raise WadiError(
+                f"{folder}: its {STUDENT_FILE} says that the student predicts {found.prediction}, and its "
+                f"scheduler is for {own}; fetch or export the student again"
+            )
         return found
     if is_one_step(pipeline.scheduler):
         return Student.of(network_of(pipeline), pipeline.scheduler)
@@ -181,7 +194,10 @@ def check_teacher(
     Raises:
         WadiError: the model is a one-step student.
     """
-    if is_one_step(scheduler) or Student.read(name) is not None:
+    # also where the name is that of a run, or of a model on the hub
+    origin = getattr(network, "config", {}).get("_name_or_path")
+    folders = [Path(name), *([Path(origin).parent] if origin else [])]
+    if is_one_step(scheduler) or any(Student.read(folder) for folder in folders):
         raise WadiError(
             f"{name}: is a one-step student already; name the multi-step model that it was distilled from"
         )
@@ -202,13 +218,15 @@ def _problem(value: Any) -> str | None:
     """What is wrong with the content of `student.json`, or None."""
     if not isinstance(value, dict):
         return "does not hold an object"
-    if value.get("prediction") not in ("epsilon", "v_prediction"):
-        return 'prediction must be "epsilon" or "v_prediction"'
+    if (predicted := value.get("prediction")) not in STUDENT_PREDICTIONS:
+        return f"prediction is {predicted!r} and must be one of {', '.join(STUDENT_PREDICTIONS)}"
     if value.get("steps") != [1.0]:
         return f"steps are {value.get('steps')}, and wadi runs students of one step, [1.0]"
     alpha = value.get("alpha_T_squared", 0)
     if alpha is not None and not (isinstance(alpha, float) and 0 < alpha < 1):
         return "alpha_T_squared must be null or a number between 0 and 1"
+    if alpha is not None and predicted == "flow_prediction":
+        return "alpha_T_squared must be null for a student that predicts a flow"
     base = value.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("class"), str):
         return "base must name the class of the network"

@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 
+from wadi.diffusion.schedule import is_flow
 from wadi.errors import WadiError
 from wadi.files import read_json
 
@@ -25,6 +26,8 @@ NEEDED = (
 _USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
 _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 _PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+_FLOWS = {**dict.fromkeys((_SD, _SDXL, *_PIXART), False), _SD3: True}
+"""Whether a pipeline is run with the schedule of a rectified flow; of other pipelines nothing is known."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
     "class_embed_type": "takes a class as its condition",
@@ -80,6 +83,7 @@ def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
     for part, _ in parts(folder, index):
         if not (folder / part).is_dir():
             raise WadiError(f"{folder}: its model_index.json lists {part!r}, but the sub-folder is missing")
+    _check_scheduler(folder, index, name)
     if "unet" in index:
         _check_unet(folder, _config(folder / "unet"), name)
     elif "transformer" in index:
@@ -90,11 +94,32 @@ def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
 
 def _config(part: Path) -> dict[str, Any]:
     """The part's configuration, empty if it has none. Loading the part then raises."""
-    file = part / "config.json"
+    return _config_of(part / "config.json")
+
+
+def _config_of(file: Path) -> dict[str, Any]:
     config = read_json(file) if file.is_file() else {}
     if not isinstance(config, dict):
         raise WadiError(f"{file}: is not a configuration; fetch the file again")
     return config
+
+
+def _check_scheduler(folder: Path, index: Mapping[str, Any], pipeline: str) -> None:
+    """Raise where the stock pipeline cannot be called with the one-step scheduler of such a model.
+
+    Pipelines of the older kind multiply the noise by a number that the schedulers of flows do not have, and
+    Stable Diffusion 3 is a flow.
+    """
+    file, listed = folder / "scheduler" / "scheduler_config.json", index.get("scheduler") or []
+    if pipeline not in _FLOWS or not file.is_file() or len(listed) != 2:  # loading the part tells the rest
+        return
+    flow = is_flow({**_config_of(file), "_class_name": listed[1]})
+    if flow != _FLOWS[pipeline]:
+        needed, found = ("a rectified flow" if each else "a schedule of betas" for each in (not flow, flow))
+        raise WadiError(
+            f"{file}: is a {listed[1]} of {found}, and a {pipeline} needs a scheduler of {needed}; fetch the "
+            "folder again, or name another model"
+        )
 
 
 def _check_unet(folder: Path, config: dict[str, Any], pipeline: str) -> None:

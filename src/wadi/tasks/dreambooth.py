@@ -54,7 +54,7 @@ from wadi.lorad import LoRaDConfig
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder, merge_adapters, student_with
 from wadi.onestep.arguments import check_seed, seeded
-from wadi.onestep.loading import prompt_limit, stock_arguments
+from wadi.onestep.loading import prompt_reader, stock_arguments
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.student import check_teacher, network_of
 from wadi.outputs import Output
@@ -642,10 +642,11 @@ def _check_lengths(config: DreamBoothConfig, priors: list[str], pipeline: Diffus
     if config.prior_prompts is not None:
         sources[str(config.prior_prompts)] = sources.pop("--class-prompt")
     sources["--validation-prompts"] = list(config.validation_prompts)
+    tokenizer, limit = prompt_reader(pipeline)
     for source, texts in sources.items():
         if texts:
             prompts = [Prompt(text, line) for line, text in enumerate(texts, 1)]
-            check_length(prompts, pipeline.tokenizer, source, limit=prompt_limit(pipeline))
+            check_length(prompts, tokenizer, source, limit=limit)
 
 
 def _as_json(config: DreamBoothConfig) -> dict[str, object]:

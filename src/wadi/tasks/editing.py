@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
-    LCMScheduler,
     SchedulerMixin,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -29,6 +28,7 @@ from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline, labelled_grid, refuse_guidance
 from wadi.onestep.arguments import image_size, seeded
 from wadi.onestep.output import tell_odd_output
+from wadi.onestep.student import is_one_step
 
 STRENGTH = 0.7
 """Strength of image to image and inpainting, where none is given."""
@@ -277,7 +277,7 @@ def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> Diffu
     """diffusers' pipeline of a kind on the parts of another; refuses what cannot be."""
     _check_pipeline(pipeline)
     own = pipeline.scheduler
-    if isinstance(own, LCMScheduler) and own.config.original_inference_steps == 1:
+    if is_one_step(own):
         refuse_guidance(sampling.num_inference_steps)
     timestep_of(own, sampling.strength)
     steps = sampling.num_inference_steps

@@ -25,6 +25,7 @@ from diffusers import StableDiffusionPipeline
 
 from wadi.device import chosen_device
 from wadi.diffusion import Schedule
+from wadi.diffusion.schedule import prediction_type
 from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep.arguments import check_seed, own_size
@@ -301,13 +302,8 @@ def _check_pipeline(pipeline: Any) -> None:
         raise WadiError(
             f"--model: is a {type(pipeline).__name__}; a word can be learned on a StableDiffusionPipeline"
         )
-    if "beta_schedule" not in pipeline.scheduler.config:
-        raise WadiError("--model: its scheduler has no betas; name a model with a DDPM-like noise schedule")
-    prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise WadiError(
-            f"--model: predicts {prediction_type!r}; name one that predicts epsilon or v_prediction"
-        )
+    if (predicted := prediction_type(pipeline.scheduler)) not in ("epsilon", "v_prediction"):
+        raise WadiError(f"--model: predicts {predicted!r}; name one that predicts epsilon or v_prediction")
     if not isinstance(pipeline.unet.config.sample_size, int):
         raise WadiError("--model: its images are not square, and a word is learned on square ones")
 
