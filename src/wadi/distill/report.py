@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,47 +70,33 @@ def before_after(
     steps: int = 25,
     guidance_scale: float = 1.5,
 ) -> Comparison:
-    """Make the pictures of the report: teacher in 1 step, student in 1 step, teacher in `steps` steps.
+    """Make the images of the report: teacher in 1 step, student in 1 step, teacher in `steps` steps.
 
     All three start from the same noise. `teacher` is left as it is.
     """
     # with the student's alpha_T, as training started: the teacher's own may be zero
-    alpha_T_squared = last_alpha_squared(student.pipeline.scheduler)
-    one_step_teacher = OneStepPipeline(teacher, alpha_T_squared or None)
-    many_steps = OneStepPipeline(teacher, alpha_T_squared or None).pipeline  # a copy, the modules are shared
+    alpha_T_squared = last_alpha_squared(student.pipeline.scheduler) or None
+    in_one_step = OneStepPipeline(teacher, alpha_T_squared)
+    many_steps = OneStepPipeline(teacher, alpha_T_squared).pipeline  # a copy, the modules are shared
     many_steps.scheduler = _of_many_steps(teacher)
-
-    bar = progress(total=3 * len(prompts), desc="images of the report", unit="prompt")
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **stock_arguments(teacher)}
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def in_one_step(pipeline: OneStepPipeline, prompt: str) -> list[Image.Image]:
-        images = pipeline(prompt, generator=generators(), num_images_per_prompt=len(seeds))
-        bar.update()
-        return images
+    def rows(make: Callable[..., list[Image.Image]]) -> tuple[list[list[Image.Image]], float]:
+        """Images of every prompt, and the seconds of one."""
+        start, images = time.perf_counter(), []
+        for prompt in prompts:
+            images.append(make(prompt, generator=generators(), num_images_per_prompt=len(seeds)))
+            bar.update()
+        return images, (time.perf_counter() - start) / (len(prompts) * len(seeds))
 
-    def in_many_steps(prompt: str) -> list[Image.Image]:
-        images = many_steps(
-            prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=len(seeds),
-            generator=generators(),
-            **stock_arguments(teacher),
-        ).images
-        bar.update()
-        return images
-
-    with bar:
-        before = [in_one_step(one_step_teacher, prompt) for prompt in prompts]
+    with progress(total=3 * len(prompts), desc="images of the report", unit="prompt") as bar:
+        before, _ = rows(in_one_step)
         student(prompts[0], generator=generators(), num_images_per_prompt=len(seeds))  # warms up
-        start = time.perf_counter()
-        after = [in_one_step(student, prompt) for prompt in prompts]
-        middle = time.perf_counter()
-        reference = [in_many_steps(prompt) for prompt in prompts]
-        end = time.perf_counter()
-    count = len(prompts) * len(seeds)
+        after, student_seconds = rows(student)
+        reference, teacher_seconds = rows(lambda prompt, **own: many_steps(prompt, **options, **own).images)
     return Comparison(
         prompts=prompts,
         seeds=seeds,
@@ -119,8 +105,8 @@ def before_after(
         before=before,
         after=after,
         teacher=reference,
-        student_seconds=(middle - start) / count,
-        teacher_seconds=(end - middle) / count,
+        student_seconds=student_seconds,
+        teacher_seconds=teacher_seconds,
         sampler=type(many_steps.scheduler).__name__,
         pipeline_class=type(student.pipeline).__name__,
         arguments=unguided_arguments(student.pipeline) | stock_arguments(student.pipeline),
@@ -166,7 +152,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
     teacher = load_pipeline(config.model.pretrained_model_name_or_path).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
     guidance_scale = config.objective.guidance_scale if guidance_scale is None else guidance_scale
-    pictures = before_after(
+    comparison = before_after(
         teacher,
         student,
         config.run.validation_prompts,
@@ -174,17 +160,17 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         steps,
         guidance_scale,
     )
-    return write_report(run, pictures)
+    return write_report(run, comparison)
 
 
 def write_report(
-    run_folder: str | Path, pictures: Comparison, figures: Sequence[Figure] | None = None
+    run_folder: str | Path, comparison: Comparison, figures: Sequence[Figure] | None = None
 ) -> Path:
     """Write the self-contained `report.html` of a run.
 
     Args:
         run_folder: holds `config.yaml`, `metrics.jsonl`, and `samples/` if the run made any.
-        pictures: from `before_after`; what can be measured of their pixels is measured here.
+        comparison: from `before_after`; what can be measured of their pixels is measured here.
         figures: more measurements; kept in the run's `figures.json`, from which a later report takes them.
 
     Returns:
@@ -199,7 +185,7 @@ def write_report(
         write_json(run / FIGURES_FILE, [dataclasses.asdict(figure) for figure in figures])
     elif (run / FIGURES_FILE).exists():
         figures = read_figures(run / FIGURES_FILE)
-    figures = [*(figures or ()), *pixel_figures(pictures.before, pictures.after, pictures.teacher)]
+    figures = [*(figures or ()), *pixel_figures(comparison.before, comparison.after, comparison.teacher)]
     metrics = _read_metrics(run / "metrics.jsonl")
     skipped = int(metrics[-1].get("skipped_steps", 0))
     updates = int(metrics[-1]["step"]) - skipped
@@ -208,7 +194,7 @@ def write_report(
     )
     environment.filters |= {"embed": _embed, "number": _number, "duration": _duration, "counted": _counted}
     html = environment.get_template("report.html.j2").render(
-        pictures=pictures,
+        comparison=comparison,
         figures=figures,
         headline=headline(updates, figures),
         widest_grid=WIDEST_GRID,
@@ -218,12 +204,12 @@ def write_report(
         updates=updates,
         skipped=skipped,
         seconds=metrics[-1]["seconds"],
-        faster=_faster(pictures.teacher_seconds / pictures.student_seconds),
+        faster=_faster(comparison.teacher_seconds / comparison.student_seconds),
         command=_again(config, run),
         config=config.values(),
         folder=run.absolute(),
-        in_python=in_python(run, pictures),
-        in_shell=in_shell(run, pictures),
+        in_python=in_python(run, comparison),
+        in_shell=in_shell(run, comparison),
     )
     write_text(run / "report.html", html)
     return run / "report.html"
@@ -246,29 +232,29 @@ def command_line(config: DistillConfig) -> str:
     return shlex.join(words)
 
 
-def in_python(run_folder: str | Path, pictures: Comparison) -> str:
+def in_python(run_folder: str | Path, comparison: Comparison) -> str:
     """A script that makes the student's first image of the report anew, with diffusers alone.
 
     It runs in any directory, because it names the run folder by its whole path.
     """
-    arguments = "".join(f", {name}={value!r}" for name, value in pictures.arguments.items())
+    arguments = "".join(f", {name}={value!r}" for name, value in comparison.arguments.items())
     return f"""\
 import torch
-from diffusers import {pictures.pipeline_class}
+from diffusers import {comparison.pipeline_class}
 
-pipeline = {pictures.pipeline_class}.from_pretrained({str(_pipeline(run_folder))!r})
+pipeline = {comparison.pipeline_class}.from_pretrained({str(_pipeline(run_folder))!r})
 image = pipeline(
-    {pictures.prompts[0]!r},
-    generator=torch.Generator().manual_seed({pictures.seeds[0]}),
+    {comparison.prompts[0]!r},
+    generator=torch.Generator().manual_seed({comparison.seeds[0]}),
     num_inference_steps=1{arguments}
 ).images[0]
 image.save("image.png")"""
 
 
-def in_shell(run_folder: str | Path, pictures: Comparison) -> str:
+def in_shell(run_folder: str | Path, comparison: Comparison) -> str:
     """The command that makes the same image as `in_python`."""
-    words = ["wadi", "generate", pictures.prompts[0], "--model", str(_pipeline(run_folder))]
-    return shlex.join([*words, "--seed", str(pictures.seeds[0]), "-n", "1", "--out", "image.png"])
+    words = ["wadi", "generate", comparison.prompts[0], "--model", str(_pipeline(run_folder))]
+    return shlex.join([*words, "--seed", str(comparison.seeds[0]), "-n", "1", "--out", "image.png"])
 
 
 def _pipeline(run_folder: str | Path) -> Path:
