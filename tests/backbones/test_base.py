@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
 from PIL import Image
-from wadi.distill.prompts import Prompt, check_length
+from wadi.prompts import Prompt, check_length
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl

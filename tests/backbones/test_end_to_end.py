@@ -175,7 +175,7 @@ def test_a_student_is_no_teacher_and_takes_one_step(case, tmp_path, capsys):
         assert "is a one-step student already; name the multi-step model" in capsys.readouterr().err
         with pytest.raises(WadiError, match="is a one-step student and takes 1 step, not 4"):
             load_for_steps(model, None, 4)
-        with pytest.raises(WadiError, match="would be turned twice"):
+        with pytest.raises(WadiError, match="is a one-step student already"):
             OneStepPipeline.from_pretrained(model, case.run / "adapter")
     with pytest.warns(WadiWarning, match="nothing says that this is a one-step model"):
         OneStepPipeline.from_pretrained(case.teacher)
