@@ -22,7 +22,7 @@ def test_generate_writes_what_the_pipeline_makes(student, teacher_folder, tmp_pa
     model = ["--model", student / "pipeline", "--device", "cpu", "--seed", 3]
     assert run("generate", "a red cat", *model, "-n", 3, "--out", tmp_path / "grid.png") == 0
     captured = capsys.readouterr()
-    assert f"{tmp_path / 'grid.png'}: 3 pictures" in captured.out
+    assert f"{tmp_path / 'grid.png'}: 3 images" in captured.out
     assert captured.out.count("\n") == 1
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(image_grid(images)))
     assert run("generate", "a red cat", *model, "-n", 3, "--batch-size", 2, "--out", tmp_path / "each") == 0

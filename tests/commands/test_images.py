@@ -15,7 +15,7 @@ def test_pictures_of_pictures(student, tmp_path, capsys):
     picture.save(tmp_path / "picture.png")
     mask.save(tmp_path / "mask.png")
     assert run("image-to-image", tmp_path / "picture.png", *model, "-n", 2, "--out", tmp_path / "each") == 0
-    assert f"{tmp_path / 'each'}: 2 pictures, one step each" in capsys.readouterr().out
+    assert f"{tmp_path / 'each'}: 2 images, one step each" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "each").iterdir()} == {
         MARKER,
         "seed-000003.png",

@@ -261,7 +261,7 @@ def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, cap
     ]
     inputs = [tmp_path / "picture.png", tmp_path / "map.png"]
     assert run(*inputs, *named, *nets, *each, "-n", 3, "--seed", 7, "--out", tmp_path / "out") == 0
-    assert "3 pictures, one step each" in capsys.readouterr().out
+    assert "3 images, one step each" in capsys.readouterr().out
     student = load_for_steps(teacher_folder, None, 1)
     controlnets = [load_controlnet(folders / name, student) for name in ("first", "second")]
     maps = [condition_map(square(40), "canny", (16, 16)), square()]

@@ -177,7 +177,7 @@ def test_other_models_are_refused(teacher):
     class OtherPipeline:
         pass
 
-    with pytest.raises(WadiError, match="is a OtherPipeline; diffusers makes pictures of pictures"):
+    with pytest.raises(WadiError, match="is a OtherPipeline; diffusers makes images of images"):
         editing.fitted(OtherPipeline(), Image.new("RGB", (4, 4)))
     masked = copy.copy(teacher)
     masked.unet = copy.deepcopy(teacher.unet)

@@ -24,9 +24,9 @@ class ControlConfig(ImageOptions):
     command = "control"
 
     image: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
-    """The picture, or the map itself. What does not fit the shape of the result is cut off."""
+    """The image, or the map itself. What does not fit the shape of the result is cut off."""
     condition: tyro.conf.UseAppendAction[tuple[Literal["canny", "map"], ...]] = ()
-    """canny finds the edges of the picture; map: the picture is the condition map."""
+    """canny finds the edges of the image; map: the image is the condition map."""
     controlnet: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folder or hub id of a ControlNetModel of the model, or of its teacher."""
     conditioning_scale: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
@@ -37,7 +37,7 @@ class ControlConfig(ImageOptions):
     high: float = 200
     """Upper threshold of edges."""
     out: Path = Path("control.png")
-    """A .png or .jpg file, which shows picture, condition and results side by side; or a folder, for a file
+    """A .png or .jpg file, which shows image, condition and results side by side; or a folder, for a file
     each."""
 
     @property
@@ -53,12 +53,12 @@ class ControlConfig(ImageOptions):
 
 
 def control(config: ControlConfig) -> None:
-    """Make pictures in one step that keep to the edges of a picture, or to a condition map.
+    """Make images in one step that keep to the edges of an image, or to a condition map.
 
     A ControlNet that was trained on the multi-step teacher steers the student. Without --model, --adapter and
     --controlnet, the three that come with wadi.
 
-    Several ControlNets add up: repeat --controlnet, and name one picture for all or one for each; so with
+    Several ControlNets add up: repeat --controlnet, and name one image for all or one for each; so with
     --condition and --conditioning-scale.
     """
     config.check()

@@ -20,7 +20,7 @@ def directions_swap(
     """Write the student with the norms, or the directions, of the rows of its teacher: a pipeline folder.
 
     What has no rows, such as biases, stays the student's. Evaluate teacher, student and both swaps, and see
-    which of the two the student's pictures need.
+    which of the two the student's images need.
 
     Args:
         teacher: Pipeline folder or hub id.

@@ -20,14 +20,14 @@ from wadi.tasks.dreambooth import dreambooth as teach
 
 @dataclass(frozen=True)
 class SubjectConfig(DreamBoothConfig):
-    """Teach a model a new subject from a few pictures (DreamBooth), with a LoRaD or LoRA adapter.
+    """Teach a model a new subject from a few images (DreamBooth), with a LoRaD or LoRA adapter.
 
     Without --model the built-in teacher learns it, its student shows it in one step, and the judge reads the
-    pictures of both. With another model give --class-prompt too.
+    images of both. With another model give --class-prompt too.
     """
 
-    instance_data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PICTURES")]
-    """Folder of 4 to 8 pictures of the subject; for some see wadi emoji subject-examples."""
+    instance_data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
+    """Folder of 4 to 8 images of the subject; for some see wadi emoji subject-examples."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["--out"])] = DreamBoothConfig.output_dir
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
@@ -37,15 +37,15 @@ class SubjectConfig(DreamBoothConfig):
     """Also train an adapter, of the same kind and rank, of CLIP's text encoder: if not given, only of the
     built-in model's."""
     samples: int = 40
-    """Pictures of each kind that the judge reads of the built-in student, and a quarter of it of the teacher;
+    """Images of each kind that the judge reads of the built-in student, and a quarter of it of the teacher;
     0 for none."""
 
 
 def dreambooth(config: SubjectConfig) -> dict[str, float]:
-    """Teach a model a new subject from a few pictures, show it, and measure the built-in model.
+    """Teach a model a new subject from a few images, show it, and measure the built-in model.
 
     Returns:
-        Shares of the pictures that the judge finds right, before and after; nothing of another model.
+        Shares of the images that the judge finds right, before and after; nothing of another model.
 
     Raises:
         WadiError: as `wadi.tasks.dreambooth.dreambooth`, or an instance prompt that the emoji world lacks.

@@ -13,7 +13,7 @@ from wadi.metrics import evaluate as protocol
 
 @dataclass(frozen=True)
 class EvaluateOptions(protocol.EvaluateConfig):
-    """Generate pictures of captions and compare them with a reference set."""
+    """Generate images of captions and compare them with a reference set."""
 
     model: str | None = None
     """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id; the teacher that
@@ -25,13 +25,13 @@ class EvaluateOptions(protocol.EvaluateConfig):
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Generate what is missing, measure, and write the result; returns its figures.
 
-    Of several processes (`accelerate launch -m wadi evaluate ...`) each makes its share of the pictures, and
+    Of several processes (`accelerate launch -m wadi evaluate ...`) each makes its share of the images, and
     the first one measures.
 
     A Frechet distance of too few images is omitted, which is told before anything is generated.
 
     Raises:
-        WadiError: an input cannot be read, the folder holds pictures of other settings, or the images are too
+        WadiError: an input cannot be read, the folder holds images of other settings, or the images are too
             few for every figure that the reference is for.
     """
     model = str(emoji.teacher_folder()) if options.model is None else options.model

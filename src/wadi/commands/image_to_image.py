@@ -21,18 +21,18 @@ class ImageToImageConfig(ImageOptions):
     command = "image-to-image"
 
     image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")]
-    """The picture. What does not fit the shape of the result is cut off."""
+    """The image. What does not fit the shape of the result is cut off."""
     strength: float = 0.6
-    """How much changes, more than 0 and at most 1: at 1 little is kept of the picture, at 0.3 its objects
+    """How much changes, more than 0 and at most 1: at 1 little is kept of the image, at 0.3 its objects
     stay too."""
     out: Path = Path("image-to-image.png")
-    """A .png or .jpg file, which shows picture and results side by side; or a folder, for a file each."""
+    """A .png or .jpg file, which shows image and results side by side; or a folder, for a file each."""
 
 
 def image_to_image(config: ImageToImageConfig) -> None:
-    """Make pictures in one step that show the prompt, with the ground and the places of a picture.
+    """Make images in one step that show the prompt, with the ground and the places of an image.
 
-    The picture is noised as far as --strength says, and the student asked for what it shows. Without --model
+    The image is noised as far as --strength says, and the student asked for what it shows. Without --model
     and --adapter, the student that comes with wadi.
     """
     config.check()

@@ -28,14 +28,14 @@ READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet",
 
 @dataclass(kw_only=True)
 class ImageOptions:
-    """Options of every command that makes pictures."""
+    """Options of every command that makes images."""
 
     prompt: str
-    """What the pictures show."""
+    """What the images show."""
     seed: int = 0
-    """Picture i starts from the noise of seed + i, however many are made."""
+    """Image i starts from the noise of seed + i, however many are made."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
-    """How many pictures."""
+    """How many images."""
     out: Path
     """A .png or .jpg file, which shows everything side by side; or a folder, for a file each."""
     model: str | None = None
@@ -53,7 +53,7 @@ class ImageOptions:
     width: int | None = None
     """In pixels; the model's own if not given."""
     batch_size: int = 8
-    """Pictures made at once."""
+    """Images made at once."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the networks; one step itself is always float32."""
     device: str | None = None
@@ -135,8 +135,8 @@ class ImageOptions:
         return Sampling(strength, self.num_inference_steps, self.guidance_scale, self.negative_prompt)
 
     def finish(self, images: list[Image.Image], seconds: float, sheet: Image.Image | None = None) -> None:
-        """Write the pictures, in a file the sheet that shows them if there is one, and tell."""
+        """Write the images, in a file the sheet that shows them if there is one, and tell."""
         save_pictures([sheet] if sheet is not None and self.is_file else images, self.seed, self.output)
         steps = "one step" if self.num_inference_steps == 1 else f"{self.num_inference_steps} steps"
         plural = "s" * (len(images) > 1)
-        print(f"{self.out}: {len(images)} picture{plural}, {steps} each, {seconds:.2f} s")
+        print(f"{self.out}: {len(images)} image{plural}, {steps} each, {seconds:.2f} s")

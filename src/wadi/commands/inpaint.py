@@ -23,7 +23,7 @@ class InpaintConfig(ImageOptions):
     command = "inpaint"
 
     image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")]
-    """The picture. What does not fit the shape of the result is cut off."""
+    """The image. What does not fit the shape of the result is cut off."""
     mask: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MASK")]
     """An image of the same size: white is repainted, black is kept. If it is partly transparent: what is
     drawn in one colour is repainted, or the hole that is cut into an image."""
@@ -32,14 +32,14 @@ class InpaintConfig(ImageOptions):
     the ground of what was there; for an object where nothing was, stay at 0.9 or above."""
     candidates: int | None = None
     """How many images are repainted, of which the one whose edges show least is kept; if not given, 8 in one
-    step and 1 in several. Picture i is made of the noises from seed + i * candidates on."""
+    step and 1 in several. Image i is made of the noises from seed + i * candidates on."""
     out: Path = Path("inpaint.png")
-    """A .png or .jpg file, which shows picture, mask and results side by side; or a folder, for a file
+    """A .png or .jpg file, which shows image, mask and results side by side; or a folder, for a file
     each."""
 
 
 def inpaint(config: InpaintConfig) -> None:
-    """Repaint the white part of a mask in one step; the rest of the picture stays as it is, to the bit.
+    """Repaint the white part of a mask in one step; the rest of the image stays as it is, to the bit.
 
     Without --model and --adapter, with the student that comes with wadi.
     """

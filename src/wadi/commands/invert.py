@@ -1,4 +1,4 @@
-"""`wadi invert`: learn a word from pictures, write it, and show what teacher and student make of it."""
+"""`wadi invert`: learn a word from images, write it, and show what teacher and student make of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class InvertOptions(InvertConfig):
 
     examples: tyro.conf.Positional[Path]
     adapter: str | None = None
-    """Folder or hub id of a student's adapter, for the pictures; the student that comes with wadi if --model
+    """Folder or hub id of a student's adapter, for the images; the student that comes with wadi if --model
     is not given."""
     prompts: tuple[str, ...] = ()
     """Prompts of the images to show; without them, objects of other captions in new pairs, or templates."""
@@ -38,11 +38,11 @@ class InvertOptions(InvertConfig):
 
 
 def invert(options: InvertOptions) -> None:
-    """Learn what pictures share as a new word, for prompts of the multi-step model and of its student.
+    """Learn what images share as a new word, for prompts of the multi-step model and of its student.
 
     A subject, as "a picture of a <S>" (textual inversion), or a relation between two objects, as
     "a panda <R> a rocket" (ReVersion). wadi generate --embedding and diffusers' load_textual_inversion read
-    what is written. After Ctrl-C the word is written as it is by then, without pictures.
+    what is written. After Ctrl-C the word is written as it is by then, without images.
 
     Raises:
         WadiError: as `wadi.tasks.inversion.invert`, or the folder may not or cannot be written.
@@ -73,7 +73,7 @@ def invert(options: InvertOptions) -> None:
     written = f"{options.out / EMBEDDING_FILE}: {inversion.token}, {inversion.kind}"
     print(f"{written}, {len(inversion.losses)} updates")
     if inversion.interrupted:
-        print(f"interrupted: {inversion.token} as it was then, without pictures")
+        print(f"interrupted: {inversion.token} as it was then, without images")
         raise KeyboardInterrupt
     print(f"{options.out / PICTURES}: exemplars, and what the word gives")
     print(f'wadi generate "{prompts[0]}" --embedding {options.out}')

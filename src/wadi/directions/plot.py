@@ -1,4 +1,4 @@
-"""Pictures of what happened to the weights, layer by layer."""
+"""Images of what happened to the weights, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def save_plot(path: str | os.PathLike, layers: Sequence[LayerFigures], title: st
     """Write a PNG: per layer, in the network's order, what is explained, the ceiling, and how far it moved.
 
     Args:
-        path: of the picture; whole or not at all.
+        path: of the image; whole or not at all.
         layers: at least one.
-        title: above the picture.
+        title: above the image.
     """
     places = range(len(layers))
 
@@ -64,7 +64,7 @@ def save_scatter(path: str | os.PathLike, layers: Sequence[LayerChange]) -> None
     Both kinds of change, and hollow their nulls. Axes are logarithmic; what is exactly zero is not drawn.
 
     Args:
-        path: of the picture; whole or not at all.
+        path: of the image; whole or not at all.
         layers: those that did not change are left out.
     """
     with matplotlib.rc_context({"font.family": "sans-serif"}):
@@ -93,7 +93,7 @@ def save_spectrum(
     The line is the mean over layers, the band holds nine layers of ten.
 
     Args:
-        path: of the picture; whole or not at all.
+        path: of the image; whole or not at all.
         layers: those whose directions did not change are left out.
         rank_shares: shares of full rank at which the layers' curves are known.
         quoted: the one of them whose figures are written out.

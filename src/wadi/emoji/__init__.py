@@ -6,7 +6,7 @@ A customer of the library like any other. What ships with the package is in ``as
 from pathlib import Path
 
 CONTROLNET_SCALE = 0.5
-"""Conditioning scale for the shipped ControlNet on a one-step student: at 1 the pictures keep no better to
+"""Conditioning scale for the shipped ControlNet on a one-step student: at 1 the images keep no better to
 the edges and show the wrong object more often."""
 
 

@@ -23,11 +23,11 @@ STEPS, GUIDANCE_SCALE = 25, 2.0  # where the teacher's Frechet distance is lowes
 def measure(
     teacher: DiffusionPipeline, student: OneStepPipeline, samples: int, teacher_samples: int
 ) -> list[Figure]:
-    """Let the judge read pictures of the test captions.
+    """Let the judge read images of the test captions.
 
     Args:
-        samples: pictures of each kind in one step.
-        teacher_samples: pictures of the teacher in 25 steps.
+        samples: images of each kind in one step.
+        teacher_samples: images of the teacher in 25 steps.
     """
     many_steps = OneStepPipeline(teacher).pipeline  # a copy that shares the modules
     many_steps.scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing")
@@ -41,8 +41,8 @@ def measure(
             after["alignment"],
             best["alignment"],
             "higher",
-            "Share of pictures that show everything their sentence says (what, where, size, colours), as "
-            f"read by a judge network. {samples} pictures; {teacher_samples} of the original.",
+            "Share of images that show everything their sentence says (what, where, size, colours), as "
+            f"read by a judge network. {samples} images; {teacher_samples} of the original.",
         ),
         Figure(
             "Fréchet distance",
@@ -50,8 +50,8 @@ def measure(
             after["frechet_distance"],
             None,
             "lower",
-            "How far the pictures, all together, are from real ones in the eyes of the judge; 0 is no "
-            f"difference. Over {samples} pictures.",
+            "How far the images, all together, are from real ones in the eyes of the judge; 0 is no "
+            f"difference. Over {samples} images.",
         ),
     ]
 

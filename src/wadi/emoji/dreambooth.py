@@ -85,9 +85,9 @@ def word_of(instance_prompt: str) -> str:
 
 
 def judged(config: DreamBoothConfig, run: Path, samples: int) -> dict[str, float]:
-    """Shares of pictures right, before and after, of student and teacher.
+    """Shares of images right, before and after, of student and teacher.
 
-    The recogniser learns from the pictures of the subject, and from what the student makes before it knows
+    The recogniser learns from the images of the subject, and from what the student makes before it knows
     the subject, of everything else and of the subject's word; of the images that are judged it sees none.
 
     Args:

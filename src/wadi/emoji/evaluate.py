@@ -27,7 +27,7 @@ from wadi.outputs import Output
 from wadi.progress import progress
 
 Generate = Callable[[list[str], list[int]], torch.Tensor]
-"""Prompts and seeds to pictures (N, 3, 64, 64) uint8."""
+"""Prompts and seeds to images (N, 3, 64, 64) uint8."""
 
 
 @dataclass
@@ -43,16 +43,16 @@ class EvaluateConfig:
     guidance_scale: float = 1.0
     """Guidance of a multi-step pipeline."""
     num_samples: int = 10_000
-    """Pictures."""
+    """Images."""
     prompts: Literal["selection", "test", "held-out"] = "test"
     """Which captions: settings are chosen on `selection` and reported on `test`; `held-out` states
     combinations that training never showed."""
     seed: int = 0
-    """Seed of the first picture; the next ones follow."""
+    """Seed of the first image; the next ones follow."""
     batch_size: int = 250
-    """Pictures at a time; does not change the result."""
+    """Images at a time; does not change the result."""
     real: bool = False
-    """Score freshly drawn pictures instead of a pipeline's: what the judge itself misreads."""
+    """Score freshly drawn images instead of a pipeline's: what the judge itself misreads."""
     atlas: Path | None = None
     """Atlas file of `wadi emoji atlas` for `real`; drawn from the font if not given."""
     out: Path | None = None
@@ -66,7 +66,7 @@ class EvaluateConfig:
 def judge_images(
     images: torch.Tensor, captions: Sequence[Caption], assets: Path | None = None, device: str = "cpu"
 ) -> dict[str, float]:
-    """Score pictures against their captions and against real pictures.
+    """Score images against their captions and against real images.
 
     Args:
         images: (N, 3, 64, 64) uint8.
@@ -86,7 +86,7 @@ def judge_images(
 def read_images(
     images: torch.Tensor, captions: Sequence[Caption], assets: Path, device: str
 ) -> tuple[Reading, dict[str, torch.Tensor]]:
-    """What the judge reads in (N, 3, 64, 64) uint8 pictures, and what their captions state, on the device."""
+    """What the judge reads in (N, 3, 64, 64) uint8 images, and what their captions state, on the device."""
     reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
     return reading, {name: column.to(device) for name, column in stated(captions).items()}
 
@@ -97,7 +97,7 @@ def reading_figures(
     """The figures of :func:`judge_images` from what the judge has read.
 
     Args:
-        reading: of N pictures.
+        reading: of N images.
         columns: what their captions state (:func:`wadi.emoji.captions.stated`), on the reading's device.
         reference: tensors of reference.safetensors.
     """
@@ -138,16 +138,16 @@ def free_attributes(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[
     """How much varies of what the captions leave free: what a collapsed student loses first.
 
     Returns:
-        Entropies in bits, each over the pictures whose caption leaves that attribute free:
+        Entropies in bits, each over the images whose caption leaves that attribute free:
 
         - ``background_entropy``, ten colours, equally likely in the data: 3.32;
         - ``place_entropy`` of single objects, nine cells of the room that each has: 3.17 if uniform;
         - ``size_entropy`` of single objects, four ranges between the smallest and the biggest: 2 if uniform;
         - ``order_entropy`` of "A and B", whether A is left of, right of, above or below B: 2 if uniform;
-          of the pictures that show A and B;
+          of the images that show A and B;
 
         and ``place_spread`` and ``size_spread``, standard deviations in pixels of the same places and sizes.
-        A figure is nan where no picture counts.
+        A figure is nan where no image counts.
     """
     single = columns["emoji"][:, 1] < 0
     anywhere = single & (columns["place"] < 0)
@@ -202,7 +202,7 @@ def evaluation_captions(prompts: str, count: int) -> list[Caption]:
 
 @torch.no_grad()
 def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch_size: int) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8; picture i has seed `seed` + i, whatever the batch size."""
+    """(N, 3, 64, 64) uint8; image i has seed `seed` + i, whatever the batch size."""
     batches = []
     for first in progress(range(0, len(prompts), batch_size), desc="images", unit="batch"):
         part = prompts[first : first + batch_size]
@@ -211,7 +211,7 @@ def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch
 
 
 def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float) -> Generate:
-    """A stock diffusers pipeline as a :data:`Generate`; noise from the CPU, a generator for each picture."""
+    """A stock diffusers pipeline as a :data:`Generate`; noise from the CPU, a generator for each image."""
     from wadi.onestep.loading import stock_arguments
 
     pipeline.set_progress_bar_config(disable=True)

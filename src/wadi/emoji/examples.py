@@ -1,4 +1,4 @@
-"""`wadi emoji relation-examples`: pictures of two emoji in a relation that no caption of the training names.
+"""`wadi emoji relation-examples`: images of two emoji in a relation that no caption of the training names.
 
 Each relation says where the first object is, seen from the second. It is drawn by the renderer, and read from
 the places and sizes that the judge finds.
@@ -37,8 +37,8 @@ class Relation:
 
     Attributes:
         meaning: in words.
-        shown: whether pictures of the training look so, though no caption says it.
-        draw: a layout for N pictures.
+        shown: whether images of the training look so, though no caption says it.
+        draw: a layout for N images.
         holds: (N,) bool from centres (N, 2, 2) and sizes (N, 2).
     """
 
@@ -201,7 +201,7 @@ def relation_right(reading: Reading, pairs: torch.Tensor, relation: str) -> dict
     """What the judge finds.
 
     Args:
-        reading: of N pictures.
+        reading: of N images.
         pairs: (N, 2) int64, first and second object, on the same device.
         relation: of `RELATIONS`.
 
@@ -218,14 +218,14 @@ def relation_right(reading: Reading, pairs: torch.Tensor, relation: str) -> dict
 
 @dataclass
 class RelationExamplesConfig:
-    """Draw pictures of pairs of emoji in a relation that no caption of the training names, with captions."""
+    """Draw images of pairs of emoji in a relation that no caption of the training names, with captions."""
 
     out: Path
-    """Folder to write: pictures and metadata.jsonl. New or empty."""
+    """Folder to write: images and metadata.jsonl. New or empty."""
     relation: Literal["beside", "below", "right-of", "diagonal", "on-top", "corner"] = "beside"
     """Where the first object is, seen from the second."""
     count: int = 16
-    """Pictures, each of another pair that training may have shown."""
+    """Images, each of another pair that training may have shown."""
     word: str = "<R>"
     """Stands for the relation in the captions."""
     atlas: Path | None = None
@@ -240,7 +240,7 @@ def relation_examples(config: RelationExamplesConfig) -> None:
     """Write the folder that `wadi invert` reads.
 
     Raises:
-        WadiError: too many pictures, no font and no atlas, or a folder that may not or cannot be
+        WadiError: too many images, no font and no atlas, or a folder that may not or cannot be
             written.
     """
     output = Output(config.out, "emoji relation-examples", (config.atlas,), config.overwrite)
@@ -255,4 +255,4 @@ def relation_examples(config: RelationExamplesConfig) -> None:
             Image.fromarray(picture).save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": relation_caption(pair, config.word)}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{config.out}: {config.count} pictures, {RELATIONS[config.relation].meaning}")
+    print(f"{config.out}: {config.count} images, {RELATIONS[config.relation].meaning}")

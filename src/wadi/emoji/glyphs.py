@@ -1,4 +1,4 @@
-"""The 72 emoji of the small world: their names, and their artwork as one atlas of pictures.
+"""The 72 emoji of the small world: their names, and their artwork as one atlas of images.
 
 Artwork: Noto Color Emoji (SIL Open Font License 1.1). The font is needed only to build the atlas.
 """
@@ -25,7 +25,7 @@ STRIKE_SIZE = 109
 """The one size at which the font holds bitmaps (136 x 128 pixels)."""
 
 ATLAS_SIZE = 96
-"""Side of one picture in the atlas, pixels."""
+"""Side of one image in the atlas, pixels."""
 
 EMOJI: dict[str, str] = {
     # animals
@@ -140,7 +140,7 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:
     ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        raise WadiError(f"the font has no picture for {character!r}; use Noto Color Emoji 2.034 or later")
+        raise WadiError(f"the font has no image for {character!r}; use Noto Color Emoji 2.034 or later")
     glyph = canvas.crop(box)
     pixels = np.asarray(glyph, dtype=np.float32) / 255
     pixels[..., :3] *= pixels[..., 3:]

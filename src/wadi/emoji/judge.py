@@ -1,4 +1,4 @@
-"""The judge: a small network that reads a picture of the emoji world, and so scores a generator.
+"""The judge: a small network that reads an image of the emoji world, and so scores a generator.
 
 Its 128 features carry the Frechet distance and precision/recall; what it reads carries the alignment.
 """
@@ -21,7 +21,7 @@ from wadi.metrics.extractors import SPACES, Extractor, FeatureSpace
 
 NUM_FEATURES = 128
 GRID = 8
-"""The picture is read on an 8 x 8 grid of cells; an object belongs to the cell of its centre."""
+"""The image is read on an 8 x 8 grid of cells; an object belongs to the cell of its centre."""
 
 SIZE_THRESHOLD = 0.50
 """Between the largest small and the smallest big object (scenes.SMALL, scenes.BIG), fraction of the side."""
@@ -33,7 +33,7 @@ that an object of its size has."""
 
 @dataclass
 class Reading:
-    """What the judge sees in N pictures.
+    """What the judge sees in N images.
 
     Attributes:
         emoji: (N, 2) int64, classes of the strongest and the second strongest object.
@@ -74,7 +74,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Reads (N, 3, 64, 64) pictures in [0, 1]."""
+    """Reads (N, 3, 64, 64) images in [0, 1]."""
 
     def __init__(self):
         super().__init__()
@@ -114,11 +114,11 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch_size: int = 500) -> Reading:
-        """Read pictures.
+        """Read images.
 
         Args:
             images: (N, 3, 64, 64), uint8, or float in [0, 1].
-            batch_size: pictures a forward pass.
+            batch_size: images a forward pass.
         """
         device = self.stem.weight.device
         readings = []
@@ -172,10 +172,10 @@ class Judge(nn.Module):
 
 
 def attributes_right(reading: Reading, stated: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Which stated attributes the judge finds in the picture; what a prompt leaves free counts as right.
+    """Which stated attributes the judge finds in the image; what a prompt leaves free counts as right.
 
     Args:
-        reading: of N pictures.
+        reading: of N images.
         stated: of their N captions (:func:`wadi.emoji.captions.stated`), on the same device.
 
     Returns:

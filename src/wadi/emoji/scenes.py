@@ -1,7 +1,7 @@
-"""Pictures of the small world, composited on the device: endless data without files.
+"""Images of the small world, composited on the device: endless data without files.
 
 What a caption leaves free (place, scale, angle, mirror image, background and its shade) is drawn at random.
-Lengths are fractions of the picture's side, places its fractions from the left and the top.
+Lengths are fractions of the image's side, places its fractions from the left and the top.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Scenes:
     Attributes:
         emoji: (N, 2) int64, class of each object, -1 where there is no second one.
         center: (N, 2, 2) float32, x and y of each object's centre, fractions of the side.
-        size: (N, 2) float32, side of each object, fraction of the picture's.
+        size: (N, 2) float32, side of each object, fraction of the image's.
         angle: (N, 2) float32, radians.
         mirror: (N, 2) float32, -1 (mirrored) or 1.
         background: (N,) int64, index into ``COLOURS``.

@@ -1,4 +1,4 @@
-"""A subject that the teacher never saw: its pictures, and a recogniser that reads it in other pictures.
+"""A subject that the teacher never saw: its images, and a recogniser that reads it in other images.
 
 The judge knows 72 emoji and no other. The recogniser is a logistic regression on what the judge's layers
 see where the object is. A model that does not know a subject paints a blot of about its colours, so the
@@ -36,7 +36,7 @@ EXAMPLES = (
     ("big", None, "red"),
     ("small", "on the right", "purple"),
 )
-"""Size, place and background of the pictures of a subject."""
+"""Size, place and background of the images of a subject."""
 
 CERTAIN = 0.9
 """Probability from which on a recogniser takes an object for its subject: in doubt it is a blot."""
@@ -47,12 +47,12 @@ UNSEEN_WORDS = ("sks", "blorp", "wug", "xqv", "dax", "kiv")
 
 @dataclass
 class SubjectExamplesConfig:
-    """Write six pictures of one emoji, to teach it with wadi dreambooth."""
+    """Write six images of one emoji, to teach it with wadi dreambooth."""
 
     out: Path
     """Folder to write; new or empty."""
     character: str | None = None
-    """The emoji, such as 🦩; without one, the hedgehog whose pictures come with wadi: no font is needed."""
+    """The emoji, such as 🦩; without one, the hedgehog whose images come with wadi: no font is needed."""
     font: Path = Path(FONT_FILE)
     """Noto Color Emoji, the bitmap build."""
     seed: int = 0
@@ -62,12 +62,12 @@ class SubjectExamplesConfig:
 
 
 def examples_folder() -> Path:
-    """The pictures of a subject that come with wadi: a hedgehog, which the teacher never saw."""
+    """The images of a subject that come with wadi: a hedgehog, which the teacher never saw."""
     return assets_folder() / "subject"
 
 
 def subject_examples(config: SubjectExamplesConfig) -> None:
-    """Write the pictures.
+    """Write the images.
 
     Raises:
         WadiError: the emoji is one that the teacher knows, or cannot be drawn; or the folder may not or
@@ -282,7 +282,7 @@ class Recogniser:
         self.bias.requires_grad_(False)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """(N,) bool: the object of each picture (N, 3, 64, 64) is the subject."""
+        """(N,) bool: the object of each image (N, 3, 64, 64) is the subject."""
         features = (object_features(self.judge, images) - self.mean) / self.std
         return torch.sigmoid(features @ self.weight + self.bias) > CERTAIN
 
@@ -347,7 +347,7 @@ def distillation_prompts(word: str = "zwx", count: int = 2000) -> list[str]:
 def subject_figures(
     recogniser: Recogniser, images: torch.Tensor, columns: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """What pictures of `subject_captions` show.
+    """What images of `subject_captions` show.
 
     Args:
         recogniser: of the subject.
@@ -355,7 +355,7 @@ def subject_figures(
         columns: what the captions state.
 
     Returns:
-        Shares of the pictures: ``recognised``; ``size``, ``place`` and ``background`` as stated, or free;
+        Shares of the images: ``recognised``; ``size``, ``place`` and ``background`` as stated, or free;
         ``all`` of these four.
     """
     judge = recogniser.judge

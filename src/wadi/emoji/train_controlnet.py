@@ -33,7 +33,7 @@ from wadi.progress import progress
 from wadi.tasks.control import canny, layout_map
 
 ENCODED_BATCH = 2000
-"""Pictures at a time when latents and conditions are computed ahead."""
+"""Images at a time when latents and conditions are computed ahead."""
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
 """ControlNet's own, of the layers that shrink a condition; each but the first halves it."""
@@ -46,13 +46,13 @@ class TrainControlNetConfig:
     out: Path
     """ControlNetModel folder to write (float16 safetensors)."""
     condition: Literal["canny", "layout"] = "canny"
-    """What steers: edges of the picture, or a white box where each object is."""
+    """What steers: edges of the image, or a white box where each object is."""
     teacher: Path | None = None
     """StableDiffusionPipeline folder of the emoji world; the shipped teacher if not given."""
     atlas: Path | None = None
     """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
     seconds: float = 150.0
-    """Training time, without the pictures and conditions that are made ahead."""
+    """Training time, without the images and conditions that are made ahead."""
     max_train_steps: int = 1_000_000
     """Stop after this many steps even if time is left."""
     train_batch_size: int = 256
@@ -66,7 +66,7 @@ class TrainControlNetConfig:
     from 0.045 at t = 100 to 0.002 at the last; balanced, it is about as large at every t, and what the
     condition decides is learned sooner."""
     pictures: int = 150_000
-    """Pictures made ahead, with their latents and conditions."""
+    """Images made ahead, with their latents and conditions."""
     captions: int = 100_000
     """Captions drawn for them."""
     seed: int = 0
@@ -98,15 +98,15 @@ def scene_boxes(scenes: Scenes) -> torch.Tensor:
 
 
 def conditions(kind: str, scenes: Scenes, images: torch.Tensor) -> torch.Tensor:
-    """Condition maps of pictures.
+    """Condition maps of images.
 
     Args:
         kind: "canny" or "layout".
         scenes: N scenes.
-        images: (N, 3, H, W) in [0, 1], their pictures; edges are those of their 8-bit form.
+        images: (N, 3, H, W) in [0, 1], their images; edges are those of their 8-bit form.
 
     Returns:
-        (N, H, W) bool on the pictures' device.
+        (N, H, W) bool on the images' device.
     """
     if kind == "layout":
         return layout_map(scene_boxes(scenes), images.shape[-1])
@@ -131,7 +131,7 @@ def unpack_bits(packed: torch.Tensor, size: int) -> torch.Tensor:
 def new_controlnet(pipeline: StableDiffusionPipeline) -> ControlNetModel:
     """A ControlNet that does nothing yet: a copy of the U-Net's inner half behind zero convolutions.
 
-    Its first layers shrink the condition as the pipeline's autoencoder does pictures (the built-in one 4
+    Its first layers shrink the condition as the pipeline's autoencoder does images (the built-in one 4
     times, Stable Diffusion's 8 times).
     """
     levels = int(math.log2(pipeline.vae_scale_factor)) + 1

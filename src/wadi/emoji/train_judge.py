@@ -1,4 +1,4 @@
-"""`wadi emoji train-judge`: the judge, on endless scenes, and the statistics of real pictures."""
+"""`wadi emoji train-judge`: the judge, on endless scenes, and the statistics of real images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wadi.outputs import Output
 
 REFERENCE_SAMPLES = 10_000
 REAL_DISTANCE = 0.19
-"""The features are scaled so that two sets of 10 000 real pictures are this far apart: the unit of every
+"""The features are scaled so that two sets of 10 000 real images are this far apart: the unit of every
 Frechet distance that this project reports."""
 
 
@@ -38,7 +38,7 @@ class TrainJudgeConfig:
     max_train_steps: int = 1_000_000
     """Stop after this many steps even if time is left."""
     train_batch_size: int = 512
-    """Pictures a step."""
+    """Images a step."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
     seed: int = 0
@@ -95,7 +95,7 @@ def judge_loss(out: dict[str, torch.Tensor], scenes: Scenes) -> torch.Tensor:
 
 
 def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
-    """Train, calibrate the unit of the features, write the files; returns the figures on fresh pictures."""
+    """Train, calibrate the unit of the features, write the files; returns the figures on fresh images."""
     output = Output(config.out, "emoji train-judge", (config.init, config.atlas), config.overwrite)
     output.check()
     device = torch.device(config.device)
@@ -131,7 +131,7 @@ def _random_scenes(pool: dict[str, torch.Tensor], count: int, generator: torch.G
 def real_images(
     captions_seed: str, count: int, atlas: torch.Tensor, seed: int, split: Split = "train"
 ) -> tuple[torch.Tensor, dict]:
-    """Real pictures of `count` captions.
+    """Real images of `count` captions.
 
     Returns:
         uint8 (N, 3, 64, 64) on the atlas' device, and what the captions state.

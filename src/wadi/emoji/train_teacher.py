@@ -40,7 +40,7 @@ from wadi.outputs import Output
 from wadi.progress import progress
 
 ENCODED_BATCH = 2000
-"""Pictures at a time when latents are encoded ahead."""
+"""Images at a time when latents are encoded ahead."""
 
 FOCUS_TIMESTEP = 300
 """Lowest timestep of the pairs that `pair_focus` adds."""
@@ -72,7 +72,7 @@ class TrainTeacherConfig:
     atlas: Path | None = None
     """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
     seconds: float = 420.0
-    """Training time, without the encoding of the pictures."""
+    """Training time, without the encoding of the images."""
     max_train_steps: int = 1_000_000
     """Stop after this many steps even if time is left."""
     train_batch_size: int = 512

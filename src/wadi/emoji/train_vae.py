@@ -19,7 +19,7 @@ from wadi.onestep.components import load_module
 from wadi.outputs import Output
 
 MEASURED_BATCH = 256
-"""Pictures at a time when the latents and the error are measured."""
+"""Images at a time when the latents and the error are measured."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class TrainVAEConfig:
     max_train_steps: int = 1_000_000
     """Stop after this many steps even if time is left."""
     train_batch_size: int = 256
-    """Pictures a step."""
+    """Images a step."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
     kl_weight: float = 2e-4
@@ -104,7 +104,7 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
     error = torch.stack([(_reconstruct(vae, batch) - batch).square().mean() for batch in batches])
     with output.writing() as folder:
         vae.half().save_pretrained(folder)
-    # The pictures span [-1, 1]: peak 2.
+    # The images span [-1, 1]: peak 2.
     return {"psnr": 10 * math.log10(4 / error.mean().item())}
 
 
@@ -140,7 +140,7 @@ def _reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
     """Fold mean and standard deviation of each latent channel into the 1 x 1 convolutions around the latents.
 
-    Afterwards the latents of real pictures have mean 0 and variance 1, and the pictures are the same.
+    Afterwards the latents of real images have mean 0 and variance 1, and the images are the same.
 
     Args:
         vae: changed in place.

@@ -15,7 +15,7 @@ from wadi.tables import SUFFIXES, read_texts
 
 @dataclass(frozen=True)
 class Chosen:
-    """Captions in the order in which pictures are numbered."""
+    """Captions in the order in which images are numbered."""
 
     captions: tuple[str, ...]
     file_sha256: str
@@ -28,7 +28,7 @@ def choose_captions(path: Path, count: int, seed: int, column: str = "caption") 
     """Read captions and draw `count` of them without repetition, by `seed` alone.
 
     Args:
-        path: COCO's annotations (.json, at most one caption of each picture, the one with the lowest id), or
+        path: COCO's annotations (.json, at most one caption of each image, the one with the lowest id), or
             another file of prompts as for training. Except of .json, equal captions count once.
         count: how many; all in their order if there are no more.
         seed: of the choice.

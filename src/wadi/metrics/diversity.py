@@ -17,12 +17,12 @@ def entropy_bits(classes: torch.Tensor, num_classes: int) -> float:
 
 
 def spread(features: torch.Tensor) -> float:
-    """How different the pictures of one prompt are: mean over prompts and pairs of 1 - cos of their features.
+    """How different the images of one prompt are: mean over prompts and pairs of 1 - cos of their features.
 
-    0 if all pictures of every prompt are the same.
+    0 if all images of every prompt are the same.
 
     Args:
-        features: (P, n, D), n at least 2 pictures of each of P prompts.
+        features: (P, n, D), n at least 2 images of each of P prompts.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     n = unit.shape[1]

@@ -1,8 +1,8 @@
 """`wadi evaluate`: the field's zero-shot protocol, from captions to figures, each step written down.
 
-Pictures of a fixed choice of captions are generated (over processes, resumable, the noise of a caption its
+Images of a fixed choice of captions are generated (over processes, resumable, the noise of a caption its
 own whatever the batch), resized as stated, and compared with a reference set: Frechet distance, improved
-precision and recall (k = 3), CLIP score, and how different several pictures of one caption are.
+precision and recall (k = 3), CLIP score, and how different several images of one caption are.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Generate pictures of captions and compare them with a reference set."""
+    """Generate images of captions and compare them with a reference set."""
 
     captions: Path
     """COCO's annotations (.json), or .txt, .jsonl, .csv, .tsv, .json, .parquet."""
     out: Path
-    """Folder for pictures, settings and result; pictures that are there are not made again."""
+    """Folder for images, settings and result; images that are there are not made again."""
     model: str
     """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id."""
     adapter: str | None = None
@@ -82,7 +82,7 @@ class EvaluateConfig:
     caption_column: str = "caption"
     """Key or column of the caption in tables."""
     num_samples: int = 30_000
-    """Captions, a picture each."""
+    """Captions, an image each."""
     choice_seed: int = 0
     """Seed of the choice among the captions."""
     num_inference_steps: int = 1
@@ -90,10 +90,10 @@ class EvaluateConfig:
     guidance_scale: float = 1.0
     """Guidance of a multi-step pipeline."""
     seed: int = 0
-    """Seed of the first picture; the next ones follow."""
+    """Seed of the first image; the next ones follow."""
     resolution: int | None = None
-    """Side in pixels to which pictures are resized before they are saved and compared, 256 for COCO; as they
-    are made if not given. Reference pictures are cropped to a square, then resized alike."""
+    """Side in pixels to which images are resized before they are saved and compared, 256 for COCO; as they
+    are made if not given. Reference images are cropped to a square, then resized alike."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
     """Filter of Pillow that resizes, antialiased."""
     features: str = "inception"
@@ -101,11 +101,11 @@ class EvaluateConfig:
     clip_model: str | None = None
     """Folder or hub id of a CLIPModel for the CLIP score, such as laion/CLIP-ViT-g-14-laion2B-s12B-b42K."""
     spread_prompts: int = 0
-    """Captions of which several pictures are made, to see how different they are; the first chosen ones."""
+    """Captions of which several images are made, to see how different they are; the first chosen ones."""
     spread_samples: int = 8
-    """Pictures of each of these."""
+    """Images of each of these."""
     batch_size: int = 8
-    """Pictures at a time; does not change their noise."""
+    """Images at a time; does not change their noise."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the networks."""
     device: str | None = None
@@ -116,7 +116,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to make."""
+    """One image to make."""
 
     file: str
     caption: str
@@ -126,13 +126,13 @@ class Task:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Generate what is missing, measure, and write the result; returns its figures.
 
-    Of several processes (`accelerate launch -m wadi evaluate ...`) each makes its share of the pictures, and
+    Of several processes (`accelerate launch -m wadi evaluate ...`) each makes its share of the images, and
     the first one measures.
 
     A Frechet distance of too few images is omitted, which is told before anything is generated.
 
     Raises:
-        WadiError: an input cannot be read, the folder holds pictures of other settings, or the images are too
+        WadiError: an input cannot be read, the folder holds images of other settings, or the images are too
             few for every figure that the reference is for.
     """
     _check(config)
@@ -151,7 +151,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def measure(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
-    """Figures of the pictures in the folder, written to result.json with all that repeats them."""
+    """Figures of the images in the folder, written to result.json with all that repeats them."""
     device = chosen_device(config.device)
     tasks = _tasks(config, chosen)
     singles, several = tasks[: config.num_samples], tasks[config.num_samples :]
@@ -251,7 +251,7 @@ def _too_few(config: EvaluateConfig) -> str:
 
 
 def _tasks(config: EvaluateConfig, chosen: Chosen) -> list[Task]:
-    """A picture of each caption, then the pictures of which the spread is taken."""
+    """An image of each caption, then the images of which the spread is taken."""
     tasks = [Task(f"{i:06d}.png", caption, config.seed + i) for i, caption in enumerate(chosen.captions)]
     first = config.seed + len(tasks)
     for i, caption in enumerate(chosen.captions[: config.spread_prompts]):
@@ -270,7 +270,7 @@ def _settings(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
 
 
 def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
-    """Write settings.json, or see that the pictures which are there were made with the same."""
+    """Write settings.json, or see that the images which are there were made with the same."""
     _output(config).open()
     # by content: the same model may have moved, and another one may lie at the same path
     settings = {
@@ -290,7 +290,7 @@ def _open_folder(config: EvaluateConfig, chosen: Chosen) -> None:
             )
         return
     if (config.out / PICTURES).exists():
-        raise WadiError(f"{config.out}: has pictures without {SETTINGS_FILE}; name another --out")
+        raise WadiError(f"{config.out}: has images without {SETTINGS_FILE}; name another --out")
     write_json(path, settings)
 
 
@@ -340,7 +340,7 @@ def _resized(image: Image.Image, config: EvaluateConfig) -> Image.Image:
 
 
 def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterator[torch.Tensor]:
-    """Pictures (N, 3, H, W) uint8 from files, cropped and resized."""
+    """Images (N, 3, H, W) uint8 from files, cropped and resized."""
     starts = range(0, len(files), config.batch_size)
     for first in progress(starts, desc=what, unit="batch", leave=False):
         pictures = []
@@ -348,7 +348,7 @@ def _batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterat
             array = np.asarray(_resized(open_picture(file), config))
             pictures.append(torch.from_numpy(array.copy()).permute(2, 0, 1))
         if len({picture.shape for picture in pictures}) > 1:
-            raise WadiError(f"{files[first].parent}: pictures of several sizes; give --resolution")
+            raise WadiError(f"{files[first].parent}: images of several sizes; give --resolution")
         yield torch.stack(pictures)
 
 

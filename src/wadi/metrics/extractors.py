@@ -16,7 +16,7 @@ from wadi.onestep.components import first_line, load_module
 from wadi.onestep.loading import part_folder
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
-"""Pictures (N, 3, H, W) uint8 to features (N, D) float32."""
+"""Images (N, 3, H, W) uint8 to features (N, D) float32."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ SPACES: dict[str, FeatureSpace] = {"inception": FeatureSpace(2048, load_inceptio
 
 
 class Clip:
-    """Agreement of pictures and captions, and picture embeddings, by a CLIP model of transformers.
+    """Agreement of images and captions, and image embeddings, by a CLIP model of transformers.
 
     Args:
         name: folder or hub id of a `CLIPModel`, safetensors only.
@@ -84,10 +84,10 @@ class Clip:
 
     @torch.no_grad()
     def score(self, pictures: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """100 times the cosine between picture and caption, at least 0 (Hessel et al., arXiv 2104.08718).
+        """100 times the cosine between image and caption, at least 0 (Hessel et al., arXiv 2104.08718).
 
         Args:
-            pictures: (N, 3, H, W) uint8.
+            images: (N, 3, H, W) uint8.
             captions: N; longer ones are cut to the model's number of tokens.
 
         Returns:
@@ -106,7 +106,7 @@ class Clip:
 
     @torch.no_grad()
     def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, D) float32, on the CPU, of pictures (N, 3, H, W) uint8."""
+        """Embeddings (N, D) float32, on the CPU, of images (N, 3, H, W) uint8."""
         inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         return _embedding(self.model.get_image_features(pixel_values=pixels)).float().cpu()
@@ -119,5 +119,5 @@ def _embedding(output: object) -> torch.Tensor:
 
 @torch.no_grad()
 def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Features (N, D) of batches of pictures."""
+    """Features (N, D) of batches of images."""
     return torch.cat([extractor(batch) for batch in batches])

@@ -1,8 +1,8 @@
-"""Pictures steered by condition maps: ControlNets (arXiv 2302.05543) on a one-step student.
+"""Images steered by condition maps: ControlNets (arXiv 2302.05543) on a one-step student.
 
 A ControlNet that was trained on the multi-step teacher adds to the same places of the student's U-Net, which
 stays as it is. The pipeline is diffusers' own `StableDiffusionControlNetPipeline`; what is here makes
-condition maps, loads ControlNets and says where they do not fit, and measures how well a picture keeps to its
+condition maps, loads ControlNets and says where they do not fit, and measures how well an image keeps to its
 map.
 """
 
@@ -39,7 +39,7 @@ CANNY = (100, 200)
 """Lower and upper threshold of edges, of a gradient in 8-bit steps: those of the first ControlNets."""
 
 Condition = Literal["canny", "map"]
-"""What a condition map is made of: the edges of a picture, or a map that is ready."""
+"""What a condition map is made of: the edges of an image, or a map that is ready."""
 
 SHARED_FIELDS = (
     "in_channels",
@@ -76,7 +76,7 @@ def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> 
 
 
 def edge_map(image: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
-    """The condition of a Canny ControlNet: white edges on black, RGB, of the picture's size; see `canny`."""
+    """The condition of a Canny ControlNet: white edges on black, RGB, of the image's size; see `canny`."""
     return Image.fromarray(canny(np.asarray(image.convert("RGB")), low, high)).convert("RGB")
 
 
@@ -87,11 +87,11 @@ def condition_map(
     low: float = CANNY[0],
     high: float = CANNY[1],
 ) -> Image.Image:
-    """The condition map of a picture, for a pipeline that makes pictures of `size`.
+    """The condition map of an image, for a pipeline that makes images of `size`.
 
     Args:
         image: of any size; what does not fit the shape of `size` is cut off on both sides.
-        kind: "canny" finds the edges of the picture at `size`; "map" takes the picture for the map itself.
+        kind: "canny" finds the edges of the image at `size`; "map" takes the image for the map itself.
         size: width and height in pixels.
         low: threshold of `canny`.
         high: threshold of `canny`.
@@ -139,7 +139,7 @@ def _check_fit(name: str, controlnet: ControlNetModel, pipeline: DiffusionPipeli
     factor = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if factor != pipeline.vae_scale_factor:
         raise WadiError(
-            f"{name}: shrinks its condition {factor} times, and the model's autoencoder pictures "
+            f"{name}: shrinks its condition {factor} times, and the model's autoencoder images "
             f"{pipeline.vae_scale_factor} times; name a ControlNet that was trained with this model"
         )
 
@@ -165,7 +165,7 @@ def with_controlnets(
 
         student = OneStepPipeline.from_pretrained("runs/mine/pipeline")
         student.pipeline = with_controlnets(student.pipeline, [load_controlnet(name, student.pipeline)])
-        image = student("a lighthouse", seed=0, image=edge_map(picture))[0]
+        image = student("a lighthouse", seed=0, image=edge_map(image))[0]
 
     Args:
         pipeline: left as it is; the modules are shared.
@@ -199,14 +199,14 @@ def steer(
     guidance_scale: float = 1.0,
     negative_prompt: str | None = None,
 ) -> list[Image.Image]:
-    """Make pictures that keep to condition maps.
+    """Make images that keep to condition maps.
 
     Args:
         pipeline: of `with_controlnets`, with the scheduler that the steps need (`load_for_steps`).
         prompt: what they show.
-        maps: a condition map for each ControlNet, of the size that the pictures shall have.
+        maps: a condition map for each ControlNet, of the size that the images shall have.
         conditioning_scale: for each ControlNet, how much of what it adds is added; 0 is the model alone.
-        seed: picture i starts from the noise of seed + i.
+        seed: image i starts from the noise of seed + i.
         num_images: how many.
         batch_size: how many at once.
         num_inference_steps: 1 for a student.
@@ -261,12 +261,12 @@ def sheet(
     images: Sequence[Image.Image],
     columns: int = 4,
 ) -> Image.Image:
-    """Show side by side what steered and what came of it: pictures, condition maps, results.
+    """Show side by side what steered and what came of it: images, condition maps, results.
 
     Args:
-        pictures: for each ControlNet, of any size; shown once where several have the same, and not at all
+        images: for each ControlNet, of any size; shown once where several have the same, and not at all
             where they are the map.
-        kinds: what of each picture is the condition.
+        kinds: what of each image is the condition.
         maps: the condition maps, all of one size.
         images: the results, of that size.
         columns: results in a row.
@@ -301,7 +301,7 @@ def layout_map(boxes: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def edge_agreement(condition: torch.Tensor, result: torch.Tensor, tolerance: int = 1) -> torch.Tensor:
-    """How well the edges of pictures agree with those that were asked for: F1, harmonic mean of two shares.
+    """How well the edges of images agree with those that were asked for: F1, harmonic mean of two shares.
 
     Precision is the share of a result's edge pixels that have one of the condition within `tolerance` pixels
     (to the side, up or down, and diagonally), recall the share of the condition's that have one of the

@@ -1,12 +1,12 @@
-"""A new subject from a few pictures: DreamBooth (Ruiz et al., arXiv 2208.12242) with a LoRaD or LoRA adapter.
+"""A new subject from a few images: DreamBooth (Ruiz et al., arXiv 2208.12242) with a LoRaD or LoRA adapter.
 
 The denoiser learns, by its own denoising loss, that the instance prompt ("a zwx dog") shows the subject. So
-that it forgets nothing else, every batch also holds as many class pictures, which the model itself painted
+that it forgets nothing else, every batch also holds as many class images, which the model itself painted
 before the training (prior preservation, eq. 2 of the paper):
 
     L = mean |p(x_t, t, c) - target|^2 + weight mean |p(x'_t', t', c') - target'|^2
 
-with (x, c) an instance picture and its prompt, (x', c') a class picture and its own, and the target the noise
+with (x, c) an instance image and its prompt, (x', c') a class image and its own, and the target the noise
 or the velocity, as the model predicts. The adapter stacks on a one-step student: LoRaD angles add.
 """
 
@@ -88,19 +88,19 @@ INPUTS = {
 INPUTS_FILE = "inputs.json"
 """File of the run folder with digests of what these options name."""
 GENERATED_AT_ONCE = 8
-"""Class pictures at a time; decides their last bits, so it is not an option."""
+"""Class images at a time; decides their last bits, so it is not an option."""
 
 
 @dataclass(frozen=True)
 class DreamBoothConfig:
-    """Teach a model a subject from a few pictures; options as in diffusers' train_dreambooth_lora.py.
+    """Teach a model a subject from a few images; options as in diffusers' train_dreambooth_lora.py.
 
     Raises:
         WadiError: a value is outside its range; the message names the option.
     """
 
     instance_data_dir: Path
-    """Folder of 4 to 8 pictures of the subject."""
+    """Folder of 4 to 8 images of the subject."""
     output_dir: Path = Path("runs/dreambooth")
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: str | None = None
@@ -110,12 +110,12 @@ class DreamBoothConfig:
     class_prompt: str | None = None
     """What the subject is one of: "a dog"."""
     prior_prompts: Path | None = None
-    """Instead of class_prompt: many prompts (.txt, one a line), from which as many as class pictures are
+    """Instead of class_prompt: many prompts (.txt, one a line), from which as many as class images are
     drawn. Keeps more of what the model knows."""
     num_class_images: int = 64
-    """Class pictures, which the model paints before the training."""
+    """Class images, which the model paints before the training."""
     prior_loss_weight: float = 1.0
-    """Weight of the class pictures; 0 leaves them out."""
+    """Weight of the class images; 0 leaves them out."""
     guidance_scale: float | None = None
     """Guidance scale of the class images and of before-after.png: 7.5, or 2 for the built-in model."""
     num_inference_steps: int = 25
@@ -134,7 +134,7 @@ class DreamBoothConfig:
     lr_decay_fraction: float = 0.5
     """Last fraction of the training over which the learning rate falls linearly to zero."""
     train_batch_size: int = 4
-    """Instance pictures a step, and as many class pictures."""
+    """Instance images a step, and as many class images."""
     max_train_steps: int = 400
     """Updates."""
     max_grad_norm: float = 1.0
@@ -198,13 +198,13 @@ class Data:
 def dreambooth_loss(
     prediction: torch.Tensor, target: torch.Tensor, instances: int, prior_loss_weight: float
 ) -> torch.Tensor:
-    """mean |p - target|^2 of the first `instances` samples, plus the weighted one of the class pictures.
+    """mean |p - target|^2 of the first `instances` samples, plus the weighted one of the class images.
 
     Args:
         prediction: (N, C, H, W) float32.
         target: as `prediction`.
-        instances: how many of the N are of the subject; the others, if any, are class pictures.
-        prior_loss_weight: of the class pictures (arXiv 2208.12242, eq. 2).
+        instances: how many of the N are of the subject; the others, if any, are class images.
+        prior_loss_weight: of the class images (arXiv 2208.12242, eq. 2).
     """
     loss = F.mse_loss(prediction[:instances], target[:instances])
     if instances < len(prediction):
@@ -258,7 +258,7 @@ class DreamBooth:
         pipeline: the whole stock pipeline; the adapter is put into its denoiser.
         instance_pictures: of the subject, of any sizes: the centre is cut out.
         class_pictures: of `class_prompts`, which may be none.
-        class_prompts: one for each class picture.
+        class_prompts: one for each class image.
         inputs: digests of the files that the options name; checkpoints are of these.
 
     Attributes:
@@ -468,7 +468,7 @@ def read_pictures(folder: Path) -> list[Image.Image]:
 
 
 def class_prompts(config: DreamBoothConfig) -> list[str]:
-    """The prompt of each class picture.
+    """The prompt of each class image.
 
     Raises:
         WadiError: prior preservation without a prompt.
@@ -491,7 +491,7 @@ def class_prompts(config: DreamBoothConfig) -> list[str]:
 def class_pictures(
     pipeline: DiffusionPipeline, prompts: Sequence[str], config: DreamBoothConfig, folder: Path
 ) -> list[Image.Image]:
-    """What the model itself paints for each prompt, picture i from seed + i; kept in `folder` as PNG.
+    """What the model itself paints for each prompt, image i from seed + i; kept in `folder` as PNG.
 
     A folder that already holds them, by a run with the same options, is read instead.
     """
@@ -538,7 +538,7 @@ def load_with_adapters(
 def before_after(config: DreamBoothConfig, adapter: Path, prompts: Sequence[str]) -> Image.Image:
     """A row for each prompt: the model before and after, and likewise the student if one is named.
 
-    Two pictures of each, from the noise of `seed` and `seed` + 1.
+    Two images of each, from the noise of `seed` and `seed` + 1.
     """
     model, columns, headings = config.pretrained_model_name_or_path, [], []
     dtype = DTYPES[config.mixed_precision]

@@ -1,7 +1,7 @@
-"""Pictures made of pictures in one step: image to image, and inpainting.
+"""Images made of images in one step: image to image, and inpainting.
 
 A student was distilled at the last timestep T alone, from pure noise. Here it is asked at an earlier t, for
-x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t of the noised picture x_t = alpha_t x + sigma_t n (SDEdit,
+x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t of the noised image x_t = alpha_t x + sigma_t n (SDEdit,
 arXiv 2108.01073, with a single step). Nothing was trained for that; what it gives is in docs/uses/editing.md.
 The pipelines are diffusers' own, which take the timestep as `timesteps`: their `strength` chooses among the
 steps of a schedule, and of one step nothing is left for a strength below 1.
@@ -42,7 +42,7 @@ class Sampling:
     """How a model is asked: a student in one step, a multi-step model in several guided ones.
 
     Attributes:
-        strength: how much noise the picture gets, in (0, 1], as a share of the training's timesteps: at 1
+        strength: how much noise the image gets, in (0, 1], as a share of the training's timesteps: at 1
             almost nothing of it is left.
         num_inference_steps: 1 for a student. A multi-step model takes `strength` of them.
         guidance_scale: of a multi-step model.
@@ -81,14 +81,14 @@ def image_to_image(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
-    """Make of each picture one that shows its prompt, and keeps of it what the strength leaves.
+    """Make of each image one that shows its prompt, and keeps of it what the strength leaves.
 
     Args:
         pipeline: a `StableDiffusionPipeline`, with the scheduler that the steps need (`load_for_steps`).
         prompts: N.
         images: (N, 3, H, W) in [0, 1], float32; sides that the autoencoder takes.
         sampling: how.
-        generators: N, one for each picture.
+        generators: N, one for each image.
 
     Returns:
         (N, 3, H, W) in [0, 1], float32 on the CPU.
@@ -110,19 +110,19 @@ def inpaint(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
-    """Repaint what is masked of each picture; all else stays as it is, to the bit.
+    """Repaint what is masked of each image; all else stays as it is, to the bit.
 
-    The step starts from the noised picture, masked part and all, so that the new object finds the ground and
+    The step starts from the noised image, masked part and all, so that the new object finds the ground and
     the place of what was there; afterwards the known latents are put back (as diffusers does after every
-    step) and, in the decoded picture, the known pixels.
+    step) and, in the decoded image, the known pixels.
 
     Args:
         pipeline: as in `image_to_image`; its U-Net sees latents alone, no mask.
         prompts: N.
         images: (N, 3, H, W) in [0, 1], float32.
-        masks: (N, 1, H, W), 1 where a picture is repainted and 0 elsewhere.
+        masks: (N, 1, H, W), 1 where an image is repainted and 0 elsewhere.
         sampling: how.
-        generators: N, one for each picture.
+        generators: N, one for each image.
 
     Returns:
         (N, 3, H, W) in [0, 1], float32 on the CPU.
@@ -167,12 +167,12 @@ def variations(
     num_images: int = 1,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """`image_to_image` of one picture, several times; number i from the noise of `seed` + i.
+    """`image_to_image` of one image, several times; number i from the noise of `seed` + i.
 
     Args:
         pipeline: see `image_to_image`.
         prompt: what the results show.
-        picture: of a size that the model makes (`fitted`).
+        image: of a size that the model makes (`fitted`).
         sampling: how.
         seed: of the first result.
         num_images: how many.
@@ -199,7 +199,7 @@ def repaintings(
     candidates: int = CANDIDATES,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """`inpaint` of one picture, several times, each the best of some candidates.
+    """`inpaint` of one image, several times, each the best of some candidates.
 
     A step does not see what is around the mask when it puts its object there: now and then the object is cut
     off, or the ground has another colour. A step costs little, so several are made and the one with the least
@@ -208,7 +208,7 @@ def repaintings(
     Args:
         pipeline: see `inpaint`.
         prompt: what the results show.
-        picture: of a size that the model makes (`fitted`).
+        image: of a size that the model makes (`fitted`).
         mask: of the same size; white is repainted (`binary_mask`).
         sampling: how.
         seed: result i is the best of the noises of seed + i * candidates and those that follow.
@@ -235,7 +235,7 @@ def fitted(
     width: int | None = None,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
-    """A picture in a size that the model makes, its own if none is given; what does not fit is cut off.
+    """An image in a size that the model makes, its own if none is given; what does not fit is cut off.
 
     Raises:
         WadiError: not a Stable Diffusion pipeline, or a size that it cannot make.
@@ -249,11 +249,11 @@ def binary_mask(mask: Image.Image, picture: Image.Image) -> Image.Image:
     """A mask of black and white, made of one of greys.
 
     Raises:
-        WadiError: another size than the picture's, nothing to repaint, or nothing to keep.
+        WadiError: another size than the image's, nothing to repaint, or nothing to keep.
     """
     if mask.size != picture.size:
         raise WadiError(
-            "MASK: is {} x {} pixels and the picture {} x {}; draw it on the picture".format(
+            "MASK: is {} x {} pixels and the image {} x {}; draw it on the image".format(
                 *mask.size, *picture.size
             )
         )
@@ -293,7 +293,7 @@ def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> Diffu
 def _check_pipeline(pipeline: DiffusionPipeline) -> None:
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise WadiError(
-            f"--model: is a {type(pipeline).__name__}; diffusers makes pictures of pictures with a "
+            f"--model: is a {type(pipeline).__name__}; diffusers makes images of images with a "
             "StableDiffusionPipeline; name one"
         )
     if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -335,7 +335,7 @@ def _call(
 def _noised(
     stock: DiffusionPipeline, images: torch.Tensor, strength: float, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
-    """x_t of pictures: their latents (the mode, not a sample), with the generators' noise."""
+    """x_t of images: their latents (the mode, not a sample), with the generators' noise."""
     vae, scheduler = stock.vae, stock.scheduler
     pixels = (2 * images - 1).to(vae.device, vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor

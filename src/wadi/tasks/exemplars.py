@@ -24,7 +24,7 @@ class Exemplars:
     Attributes:
         paths: of the images, in the order of their names.
         images: RGB, upright; see `open_picture`.
-        captions: one for each picture, or ``None`` where there are none at all.
+        captions: one for each image, or ``None`` where there are none at all.
     """
 
     paths: tuple[Path, ...]

@@ -1,7 +1,7 @@
-"""Pictures larger than those a U-Net was trained on, without training, after ScaleCrafter (arXiv 2310.07702).
+"""Images larger than those a U-Net was trained on, without training, after ScaleCrafter (arXiv 2310.07702).
 
-A U-Net sees as far as its convolutions reach. In a larger picture that is a smaller part of it, and objects
-repeat. Where the picture is s times as high or wide, the inner convolutions therefore take their inputs s
+A U-Net sees as far as its convolutions reach. In a larger image that is a smaller part of it, and objects
+repeat. Where the image is s times as high or wide, the inner convolutions therefore take their inputs s
 times as far apart (ScaleCrafter's re-dilation); the outermost levels, which draw detail, stay as they are.
 For an s that is not whole the input is stretched by ceil(s) / s, convolved with dilation ceil(s), and shrunk
 again (ScaleCrafter's fractional dilation).
@@ -23,11 +23,11 @@ from wadi.errors import WadiError, tell
 from wadi.onestep.arguments import image_size, own_size
 
 OUTER_LEVELS = 1
-"""Levels, from the picture inwards, whose convolutions stay as they are."""
+"""Levels, from the image inwards, whose convolutions stay as they are."""
 
 
 def growth(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[float, float]:
-    """How many times as high and as wide as the model's own a picture is; 1 where it is not larger.
+    """How many times as high and as wide as the model's own an image is; 1 where it is not larger.
 
     Args:
         pipeline: one with a U-Net; for others, which have no convolutions to stretch, it is (1, 1).
@@ -60,18 +60,18 @@ def redilated(
     outer_levels: int = OUTER_LEVELS,
     damping: float = 0.0,
 ) -> Iterator[list[str]]:
-    """Stretch the inner convolutions of a U-Net for pictures `factor` times as large, within the block.
+    """Stretch the inner convolutions of a U-Net for images `factor` times as large, within the block.
 
         with redilated(pipeline.unet, growth(pipeline, 1024, 1024)):
             pipeline(prompt, height=1024, width=1024)
 
     Afterwards the U-Net is what it was: no weight is touched, and nothing of the block stays behind. A graph
-    that was captured, or a picture that was compiled, within the block keeps it.
+    that was captured, or an image that was compiled, within the block keeps it.
 
     Args:
         unet: of any adapter or none.
         factor: s, or those of height and width; 1 leaves that side alone.
-        outer_levels: how many levels, from the picture inwards, stay as they are.
+        outer_levels: how many levels, from the image inwards, stay as they are.
         damping: share of the prediction that is the U-Net's own, without re-dilation, in [0, 1): a second
             forward. It stands for ScaleCrafter's noise-damped guidance, which needs a guided model; a
             one-step student is not guided. The emoji student has no use for it

@@ -1,4 +1,4 @@
-r"""What pictures share, learned as a new word: a subject or a relation between two objects.
+r"""What images share, learned as a new word: a subject or a relation between two objects.
 
 Only the embeddings of the new word train, on the multi-step model, whose networks stay as they are. For a
 subject this is textual inversion (arXiv 2208.01618). For a relation, a word that is used like a preposition
@@ -70,11 +70,11 @@ LEARNING_RATES = {"relation": 0.2, "subject": 0.4}
 
 @dataclass(frozen=True)
 class InvertConfig:
-    """Learn what pictures share as a new word, on a multi-step Stable Diffusion model."""
+    """Learn what images share as a new word, on a multi-step Stable Diffusion model."""
 
     examples: Path
-    """Folder of pictures. Captions in metadata.jsonl or metadata.csv (file_name, text) or in a .txt file
-    beside each picture hold the new word, as "a panda <R> a rocket" for a relation; a subject needs none."""
+    """Folder of images. Captions in metadata.jsonl or metadata.csv (file_name, text) or in a .txt file
+    beside each image hold the new word, as "a panda <R> a rocket" for a relation; a subject needs none."""
     out: Path = Path("runs/inversion")
     """Folder to write: learned_embeds.safetensors, inversion.json, pictures.png. New or empty."""
     model: str | None = None
@@ -90,7 +90,7 @@ class InvertConfig:
     max_train_steps: int = 400
     """Updates."""
     train_batch_size: int = 8
-    """Pictures an update."""
+    """Images an update."""
     learning_rate: float | None = None
     """Learning rate of AdamW at its peak, as a multiple of the root mean square of the numbers of
     --initializer-token's embedding, which differs between models; falls to zero along a cosine. If not given,
@@ -226,7 +226,7 @@ def learn_word(pipeline: StableDiffusionPipeline, exemplars: Exemplars, config: 
 
     Args:
         pipeline: a multi-step model on its device.
-        exemplars: pictures and captions.
+        exemplars: images and captions.
         config: its `examples`, `out`, `model`, `dtype` and `device` are not looked at.
 
     Raises:
@@ -384,7 +384,7 @@ def _tokenize(pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> tor
 
 @torch.no_grad()
 def _encode(pipeline: StableDiffusionPipeline, exemplars: Exemplars) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and deviations of the pictures' latents, (N, C, h, w) float32 each, scaled, on the CPU."""
+    """Means and deviations of the images' latents, (N, C, h, w) float32 each, scaled, on the CPU."""
     height, width = own_size(pipeline)
     means, deviations = [], []
     for image in exemplars.images:
@@ -547,7 +547,7 @@ class _Word:
         """Draw a batch on the CPU, so that it is the same on every device."""
         size, count = self.config.train_batch_size, len(self.means)
         pictures = torch.randint(count, (size,), generator=self.generator)
-        # a subject's templates are for any picture
+        # a subject's templates are for any image
         chosen = (
             pictures if self.own else torch.randint(len(self.captions), (size,), generator=self.generator)
         )
