@@ -60,7 +60,7 @@ def test_a_picture_is_turned_upright_and_cut_to_its_middle(folder):
         (lambda f: (f / "c.png").write_text("no picture"), "c.png: could not read"),
         (
             lambda f: write_rows(f, [{"file_name": "a.jpg", "text": "d"}]),
-            "1 of 2 images have no caption, as b",
+            "1 of 2 images have no caption, such as b",
         ),
         (lambda f: write_rows(f, [{"file": "a.jpg"}]), "every row needs file_name and text"),
         (lambda f: (f / "metadata.jsonl").write_text("{"), "line 1 is not valid JSON"),

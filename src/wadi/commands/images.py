@@ -13,17 +13,16 @@ from PIL import Image
 
 from wadi import emoji
 from wadi.device import chosen_device
-from wadi.errors import WadiError
 from wadi.onestep import refuse_guidance
 from wadi.onestep.arguments import check_seed, finite_number, whole_number
 from wadi.onestep.pictures import KINDS, picture_output, save_pictures
 from wadi.onestep.pipeline import load_for_steps
 from wadi.outputs import Output
-from wadi.tasks.editing import Sampling
+from wadi.tasks.editing import STRENGTH, Sampling
 from wadi.tasks.high_resolution import tell_larger
 
 READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
-"""Options of these commands that name what is read."""
+"""Options of these commands that name files or models to read."""
 
 
 @dataclass(kw_only=True)
@@ -31,38 +30,39 @@ class ImageOptions:
     """Options of every command that makes images."""
 
     prompt: str
-    """What the images show."""
+    """Prompt of the images."""
     seed: int = 0
-    """Image i starts from the noise of seed + i, however many are made."""
+    """Seed of the first image. Image i starts from the noise of seed + i, however many images are made."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
-    """How many images."""
+    """Number of images."""
     out: Path
-    """A .png or .jpg file, which shows everything side by side; or a folder, for a file each."""
+    """A .png or .jpg file, which shows everything side by side; or a folder, with a file for each image."""
     model: str | None = None
     """Exported pipeline, or the teacher of --adapter: folder or hub id."""
     adapter: str | None = None
     """Folder or hub id of a student's adapter."""
     num_inference_steps: int = 1
-    """More than 1 is for a multi-step model, to compare: without --model the teacher that comes with wadi."""
+    """Number of steps. More than 1 is for a multi-step model, to compare; without --model that is the teacher
+    that comes with wadi."""
     guidance_scale: float = 1.0
-    """Guidance scale of a multi-step model (the built-in teacher's is 2); one step is not guided."""
+    """Guidance scale of a multi-step model, which is 2 for the built-in teacher. One step is not guided."""
     negative_prompt: str | None = None
-    """Negative prompt, for a multi-step model only."""
+    """Negative prompt of a multi-step model."""
     height: int | None = None
-    """In pixels; the model's own if not given."""
+    """Height in pixels; the model's own if not given."""
     width: int | None = None
-    """In pixels; the model's own if not given."""
+    """Width in pixels; the model's own if not given."""
     batch_size: int = 8
-    """Images made at once."""
+    """Number of images that are made at once."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the networks; one step itself is always float32."""
+    """Precision of the networks; the step itself is always computed in float32."""
     device: str | None = None
-    """Such as cpu or cuda:1; a GPU if there is one."""
+    """Device to compute on, such as cpu or cuda:1; if not given, a GPU if there is one."""
     overwrite: bool = False
-    """Replace the file; or the folder, if the same command wrote it and nothing else is in it."""
+    """Replace the output file; or the folder, if the same command wrote it and nothing else is in it."""
 
     command: ClassVar[str]
-    """Who writes: its words on the command line."""
+    """The command, in the words of the command line."""
 
     @property
     def is_file(self) -> bool:
@@ -72,7 +72,7 @@ class ImageOptions:
 
     @property
     def output(self) -> Output:
-        """Where the images go."""
+        """The rule for the output file or folder."""
         inputs: list[str | Path | None] = []
         for name in READ:
             value = getattr(self, name, None)
@@ -83,41 +83,40 @@ class ImageOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype."""
+        """Dtype of the networks."""
         return getattr(torch, self.dtype)
 
     @property
     def chosen_device(self) -> str:
-        """The device."""
+        """The device to compute on.
+
+        Raises:
+            WadiError: there is no such device.
+        """
         return chosen_device(self.device)
 
     def check(self) -> None:
-        """Tell what cannot be before anything is loaded or made.
+        """Check the options before anything is loaded or made.
 
         Raises:
-            WadiError: a number or seed out of its range, no place to write to, or guidance of one step.
+            WadiError: a number or seed outside its range, an output that may not be written, or guidance of
+                one step.
         """
         for name in ("num_images", "batch_size", "num_inference_steps"):
             whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         finite_number("--guidance-scale", self.guidance_scale)
-        self.check_seeds(self.num_images)
+        check_seed(self.seed, self.num_images, "--seed")
         self.output.check()
         if self.num_inference_steps == 1:
             refuse_guidance(1, self.guidance_scale, self.negative_prompt)
 
-    def check_seeds(self, images: int) -> None:
-        """Raise a WadiError if --seed, or that of the last of so many images, is not possible."""
-        check_seed(self.seed, images, "--seed")
-
     def load(self) -> DiffusionPipeline:
-        """What the options name, or what comes with wadi: the student for one step, the teacher for several.
+        """Load the named model, or what comes with wadi: the student for one step, the teacher for several.
 
         Raises:
-            WadiError: several steps of a student's adapter, or nothing that can be loaded.
+            WadiError: several steps with a student's adapter, or the model cannot be loaded.
         """
         adapter = self.adapter
-        if adapter is not None and self.num_inference_steps > 1:
-            raise WadiError("--num-inference-steps: the student of --adapter takes 1 step; omit one of them")
         if self.model is None and adapter is None and self.num_inference_steps == 1:
             adapter = str(emoji.student_folder())
         pipeline = load_for_steps(
@@ -130,12 +129,12 @@ class ImageOptions:
         tell_larger(pipeline, self.height, self.width)
         return pipeline
 
-    def sampling(self, strength: float) -> Sampling:
-        """How an image is made of another one, with so much of it changed."""
+    def sampling(self, strength: float = STRENGTH) -> Sampling:
+        """The options of sampling, with a strength for images that are made of other images."""
         return Sampling(strength, self.num_inference_steps, self.guidance_scale, self.negative_prompt)
 
     def finish(self, images: list[Image.Image], seconds: float, sheet: Image.Image | None = None) -> None:
-        """Write the images, in a file the sheet that shows them if there is one, and tell."""
+        """Write the images, or the sheet into a file if there is one, and print what was written."""
         save_pictures([sheet] if sheet is not None and self.is_file else images, self.seed, self.output)
         steps = "one step" if self.num_inference_steps == 1 else f"{self.num_inference_steps} steps"
         plural = "s" * (len(images) > 1)

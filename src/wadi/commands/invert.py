@@ -9,11 +9,12 @@ import tyro
 
 from wadi import emoji
 from wadi.device import chosen_device
-from wadi.errors import WadiError
 from wadi.files import write_json
+from wadi.onestep.arguments import whole_number
 from wadi.outputs import Output
-from wadi.tasks.inversion import EMBEDDING_FILE, Inversion, InvertConfig
+from wadi.tasks.inversion import EMBEDDING_FILE, Inversion
 from wadi.tasks.inversion import invert as learn
+from wadi.tasks.inversion_config import InvertConfig
 from wadi.tasks.inversion_sheet import new_prompts, word_sheet
 
 RESULT_FILE, PICTURES = "inversion.json", "pictures.png"
@@ -25,12 +26,13 @@ class InvertOptions(InvertConfig):
 
     examples: tyro.conf.Positional[Path]
     adapter: str | None = None
-    """Folder or hub id of a student's adapter, for the images; the student that comes with wadi if --model
-    is not given."""
+    """Folder or hub id of the adapter of a student, which makes images too; if neither it nor --model is
+    given, the student that comes with wadi."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the images to show; without them, objects of other captions in new pairs, or templates."""
+    """Prompts of the images in pictures.png; if not given, objects of different captions in new pairs for a
+    relation, and the captions for a subject."""
     num_inference_steps: int = 25
-    """Steps of the multi-step model's images."""
+    """Number of steps of the multi-step model's images."""
     guidance_scale: float = 2.0
     """Guidance scale of the multi-step model's images."""
     overwrite: bool = False
@@ -40,19 +42,18 @@ class InvertOptions(InvertConfig):
 def invert(options: InvertOptions) -> None:
     """Learn what images share as a new word, for prompts of the multi-step model and of its student.
 
-    A subject, as "a picture of a <S>" (textual inversion), or a relation between two objects, as
-    "a panda <R> a rocket" (ReVersion). wadi generate --embedding and diffusers' load_textual_inversion read
-    what is written. After Ctrl-C the word is written as it is by then, without images.
+    The word is a subject, as in "a picture of a <S>" (textual inversion), or a relation between two objects,
+    as in "a panda <R> a rocket" (ReVersion). The written word is read by wadi generate --embedding and by
+    diffusers' load_textual_inversion. After Ctrl-C the word is written as it is then, without images.
 
     Raises:
         WadiError: as `wadi.tasks.inversion.invert`, or the folder may not or cannot be written.
-        KeyboardInterrupt: again, once that is written.
+        KeyboardInterrupt: after Ctrl-C, when the word is written.
     """
     if options.model is None:
         student = str(emoji.student_folder()) if options.adapter is None else options.adapter
         options = replace(options, model=str(emoji.teacher_folder()), adapter=student)
-    if options.num_inference_steps < 1:
-        raise WadiError(f"--num-inference-steps {options.num_inference_steps}: must be at least 1")
+    whole_number("--num-inference-steps", options.num_inference_steps, 1)
     inputs = (options.examples, options.model, options.adapter)
     output = Output(options.out, "invert", inputs, options.overwrite)
     output.check()
@@ -73,9 +74,9 @@ def invert(options: InvertOptions) -> None:
     written = f"{options.out / EMBEDDING_FILE}: {inversion.token}, {inversion.kind}"
     print(f"{written}, {len(inversion.losses)} updates")
     if inversion.interrupted:
-        print(f"interrupted: {inversion.token} as it was then, without images")
+        print(f"interrupted: {inversion.token} is written as it was then, without images")
         raise KeyboardInterrupt
-    print(f"{options.out / PICTURES}: exemplars, and what the word gives")
+    print(f"{options.out / PICTURES}: the exemplars, and images of prompts with the word")
     print(f'wadi generate "{prompts[0]}" --embedding {options.out}')
 
 
