@@ -43,12 +43,7 @@ class SubjectConfig(DreamBoothConfig):
 def dreambooth(config: SubjectConfig) -> dict[str, float]:
     """Teach a model a new subject from a few images, show it, and measure the built-in model.
 
-    Returns:
-        Shares of the images that are right, before and after; nothing for another model.
-
-    Raises:
-        WadiError: as `wadi.tasks.dreambooth.dreambooth`, or the instance prompt does not suit the built-in
-        model.
+    Prints for the built-in model the shares of its images that are right, before and after the training.
     """
     whole_number("--samples", config.samples, 0)
     config = of_resumed_run(config)

@@ -29,9 +29,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     If there are several processes (accelerate launch -m wadi evaluate ...), each makes a share of the images,
     and the first one measures. A Frechet distance of too few images is omitted, with a warning before
     anything is made.
-
-    Raises:
-        WadiError: see `wadi.metrics.evaluate.evaluate`.
     """
     model = str(emoji.teacher_folder()) if options.model is None else options.model
     return protocol.evaluate(dataclasses.replace(options, model=model))

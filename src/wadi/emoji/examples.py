@@ -245,9 +245,9 @@ def relation_examples(config: RelationExamplesConfig) -> None:
     pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
     with output.writing() as folder:
         lines = []
-        for index, (pair, picture) in enumerate(zip(pairs, pixels, strict=True)):
+        for index, (pair, image) in enumerate(zip(pairs, pixels, strict=True)):
             name = f"{index:03d}.png"
-            Image.fromarray(picture).save(folder / name)
+            Image.fromarray(image).save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": relation_caption(pair, config.word)}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{config.out}: {config.count} images, {RELATIONS[config.relation].meaning}")

@@ -27,85 +27,22 @@ STRIKE_SIZE = 109
 ATLAS_SIZE = 96
 """Side of an image in the atlas, in pixels."""
 
-EMOJI: dict[str, str] = {
-    # animals
-    "panda": "🐼",
-    "dog": "🐶",
-    "cat": "🐱",
-    "mouse": "🐭",
-    "rabbit": "🐰",
-    "fox": "🦊",
-    "bear": "🐻",
-    "koala": "🐨",
-    "tiger": "🐯",
-    "lion": "🦁",
-    "cow": "🐮",
-    "pig": "🐷",
-    "frog": "🐸",
-    "monkey": "🐵",
-    "chicken": "🐔",
-    "penguin": "🐧",
-    "owl": "🦉",
-    "unicorn": "🦄",
-    "bee": "🐝",
-    "butterfly": "🦋",
-    "turtle": "🐢",
-    "octopus": "🐙",
-    "whale": "🐳",
-    "elephant": "🐘",
-    # fruit and food
-    "apple": "🍎",
-    "tangerine": "🍊",
-    "banana": "🍌",
-    "watermelon": "🍉",
-    "bunch of grapes": "🍇",
-    "strawberry": "🍓",
-    "pair of cherries": "🍒",
-    "pineapple": "🍍",
-    "avocado": "🥑",
-    "ear of corn": "🌽",
-    "carrot": "🥕",
-    "mushroom": "🍄",
-    "slice of pizza": "🍕",
-    "burger": "🍔",
-    "doughnut": "🍩",
-    "cookie": "🍪",
-    "birthday cake": "🎂",
-    "ice cream": "🍦",
-    "cup of coffee": "☕",
-    "egg": "🥚",
-    # vehicles
-    "car": "🚗",
-    "bus": "🚌",
-    "bicycle": "🚲",
-    "rocket": "🚀",
-    "airplane": "✈",
-    "sailboat": "⛵",
-    "train": "🚂",
-    "tractor": "🚜",
-    # objects
-    "football": "⚽",
-    "basketball": "🏀",
-    "balloon": "🎈",
-    "guitar": "🎸",
-    "gift": "🎁",
-    "key": "🔑",
-    "alarm clock": "⏰",
-    "light bulb": "💡",
-    "umbrella": "☂",
-    "camera": "📷",
-    "crown": "👑",
-    "bell": "🔔",
-    # plants, sky, faces
-    "cactus": "🌵",
-    "sunflower": "🌻",
-    "evergreen tree": "🌲",
-    "star": "⭐",
-    "smiling face": "😀",
-    "robot": "🤖",
-    "ghost": "👻",
-    "skull": "💀",
-}
+# the noun and the character of each emoji
+_TABLE = """
+panda 🐼, dog 🐶, cat 🐱, mouse 🐭, rabbit 🐰, fox 🦊, bear 🐻, koala 🐨, tiger 🐯, lion 🦁, cow 🐮, pig 🐷,
+frog 🐸, monkey 🐵, chicken 🐔, penguin 🐧, owl 🦉, unicorn 🦄, bee 🐝, butterfly 🦋, turtle 🐢,
+octopus 🐙, whale 🐳, elephant 🐘,
+apple 🍎, tangerine 🍊, banana 🍌, watermelon 🍉, bunch of grapes 🍇, strawberry 🍓,
+pair of cherries 🍒, pineapple 🍍, avocado 🥑, ear of corn 🌽, carrot 🥕, mushroom 🍄,
+slice of pizza 🍕, burger 🍔, doughnut 🍩, cookie 🍪, birthday cake 🎂, ice cream 🍦, cup of coffee ☕,
+egg 🥚,
+car 🚗, bus 🚌, bicycle 🚲, rocket 🚀, airplane ✈, sailboat ⛵, train 🚂, tractor 🚜,
+football ⚽, basketball 🏀, balloon 🎈, guitar 🎸, gift 🎁, key 🔑, alarm clock ⏰, light bulb 💡,
+umbrella ☂, camera 📷, crown 👑, bell 🔔,
+cactus 🌵, sunflower 🌻, evergreen tree 🌲, star ⭐, smiling face 😀, robot 🤖, ghost 👻, skull 💀
+"""
+
+EMOJI: dict[str, str] = dict(entry.strip().rsplit(" ", 1) for entry in _TABLE.split(","))
 """The character of each noun, in the order of the judge's classes."""
 
 NAMES: tuple[str, ...] = tuple(EMOJI)

@@ -53,7 +53,7 @@ def load_inception(device: str | torch.device = "cpu") -> Extractor:
             f"--features inception: its weights could not be downloaded ({error}); run it once with a network"
         ) from error
     network = network.to(device).requires_grad_(False)
-    return lambda pictures: network(pictures.to(device)).float().cpu()
+    return lambda images: network(images.to(device)).float().cpu()
 
 
 SPACES: dict[str, FeatureSpace] = {"inception": FeatureSpace(2048, load_inception)}
@@ -83,7 +83,7 @@ class Clip:
         self.name, self.device = name, device
 
     @torch.no_grad()
-    def score(self, pictures: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def score(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """100 times the cosine between image and caption, at least 0 (Hessel et al., arXiv 2104.08718).
 
         Args:
@@ -101,13 +101,13 @@ class Clip:
             return_tensors="pt",
         )
         text = _embedding(self.model.get_text_features(**inputs.to(self.device)))
-        cosine = torch.cosine_similarity(self.embed(pictures), text.float().cpu())
+        cosine = torch.cosine_similarity(self.embed(images), text.float().cpu())
         return (100 * cosine).clamp_min(0)
 
     @torch.no_grad()
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Compute embeddings (N, D) float32, on the CPU, of images (N, 3, H, W) uint8."""
-        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
+        inputs = self.processor.image_processor(images=list(images), return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         return _embedding(self.model.get_image_features(pixel_values=pixels)).float().cpu()
 

@@ -36,13 +36,6 @@ MADE_BY = (
 )
 """Options that decide the images, beside the content of the model and of its adapter."""
 
-FILTERS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-}
-
 
 @dataclass(frozen=True)
 class Task:
@@ -132,17 +125,17 @@ def resized(image: Image.Image, config: EvaluateConfig) -> Image.Image:
     image = image.crop((left, top, left + side, top + side))
     if config.resolution in (None, side):
         return image
-    return image.resize((config.resolution, config.resolution), FILTERS[config.resize])
+    return image.resize((config.resolution, config.resolution), Image.Resampling[config.resize.upper()])
 
 
 def image_batches(files: Sequence[Path], config: EvaluateConfig, what: str) -> Iterator[torch.Tensor]:
     """Read images (N, 3, H, W) uint8 in batches, cropped and resized."""
     starts = range(0, len(files), config.batch_size)
     for first in progress(starts, desc=what, unit="batch", leave=False):
-        pictures = []
+        images = []
         for file in files[first : first + config.batch_size]:
-            array = np.asarray(resized(open_picture(file), config))
-            pictures.append(torch.from_numpy(array.copy()).permute(2, 0, 1))
-        if len({picture.shape for picture in pictures}) > 1:
+            pixels = np.array(resized(open_picture(file), config))
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+        if len({image.shape for image in images}) > 1:
             raise WadiError(f"{files[first].parent}: holds images of several sizes; give --resolution")
-        yield torch.stack(pictures)
+        yield torch.stack(images)

@@ -20,7 +20,6 @@ from transformers import CLIPTextModel
 
 from wadi.backbones import BACKBONES, Backbone, student_config
 from wadi.backbones.condition import Condition, concatenate, pick
-from wadi.diffusion import Schedule
 from wadi.distill.checkpoint import load_checkpoint, save_checkpoint
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.distill.methods import method_config
@@ -95,7 +94,7 @@ class DreamBooth:
     ) -> None:
         self.config, self.global_step, self.fingerprint = config, 0, config.fingerprint(inputs)
         self.backbone: Backbone = BACKBONES[type(pipeline).__name__](pipeline, config.device)
-        self.schedule = Schedule.from_config(pipeline.scheduler).to(config.device)
+        self.schedule = self.backbone.schedule().to(config.device)
         pipeline.vae.requires_grad_(False).float()
         self.instances = Data(
             self.backbone.encode_images(instance_images),
@@ -131,8 +130,8 @@ class DreamBooth:
         x0, prompts, noise, t = self._draw(step)
         x0, noise, t = x0.to(device), noise.to(device), t.to(device)
         x_t = self.schedule.add_noise(x0, noise, t)
-        told = self.schedule.timestep(t)
-        prediction = self.backbone.predict(self.network, x_t, told, self._condition(prompts))
+        time = self.schedule.timestep(t)
+        prediction = self.backbone.predict(self.network, x_t, time, self._condition(prompts))
         target = self.schedule.target(x0, noise, t)
         loss = dreambooth_loss(prediction, target, config.train_batch_size, config.prior_loss_weight)
         loss.backward()
