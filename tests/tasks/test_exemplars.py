@@ -24,7 +24,7 @@ def test_pictures_come_in_the_order_of_their_names_and_other_files_do_not_count(
     (folder / "notes.md").write_text("nothing")
     exemplars = read_exemplars(folder)
     assert [path.name for path in exemplars.paths] == ["a.jpg", "b.png"]
-    assert len(exemplars) == 2
+    assert len(exemplars.images) == 2
     assert exemplars.images[1].getpixel((0, 0)) == (255, 0, 0)
     assert exemplars.captions is None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -58,9 +58,7 @@ def invert(options: InvertOptions) -> None:
     output = Output(options.out, "invert", inputs, options.overwrite)
     output.check()
     options = replace(options, device=chosen_device(options.device))
-    names = [field.name for field in fields(InvertConfig)]
-    config = InvertConfig(**{name: getattr(options, name) for name in names})
-    inversion = learn(config)
+    inversion = learn(options)
     if inversion.interrupted and not inversion.losses:
         raise KeyboardInterrupt
     prompts = new_prompts(inversion, options.prompts)
@@ -69,7 +67,7 @@ def invert(options: InvertOptions) -> None:
         write_json(folder / RESULT_FILE, _facts(options, inversion))
         if not inversion.interrupted:
             steps, scale = options.num_inference_steps, options.guidance_scale
-            sheet = word_sheet(config, folder / EMBEDDING_FILE, prompts, options.adapter, steps, scale)
+            sheet = word_sheet(options, folder / EMBEDDING_FILE, prompts, options.adapter, steps, scale)
             sheet.save(folder / PICTURES)
     written = f"{options.out / EMBEDDING_FILE}: {inversion.token}, {inversion.kind}"
     print(f"{written}, {len(inversion.losses)} updates")
@@ -88,7 +86,5 @@ def _facts(options: InvertOptions, inversion: Inversion) -> dict:
         "updates": len(inversion.losses),
         "interrupted": inversion.interrupted,
         "denoising_loss_of_the_last_updates": sum(last) / len(last),
-        "options": {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()
-        },
+        "options": asdict(options),
     }

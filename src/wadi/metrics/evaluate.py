@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -94,11 +93,10 @@ def measure(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
 
 
 def _settings(config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
     hashes = {"captions_sha256": chosen.file_sha256, "choice_sha256": chosen.choice_sha256}
     if config.reference is not None:
         hashes["reference_sha256"] = files_digest(config.reference, below=True)
-    return {"options": options, **hashes}
+    return {"options": asdict(config), **hashes}
 
 
 def _versions(device: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def dreambooth(config: DreamBoothConfig) -> Path:
     if not (run / CONFIG_FILE).exists():
         run_output(config).open()
     write_json(run / INPUTS_FILE, inputs)
-    write_json(run / CONFIG_FILE, config.as_json())
+    write_json(run / CONFIG_FILE, asdict(config))
     painted = class_images(pipeline, priors, config, run / "class")
     training = DreamBooth(config, pipeline, images, painted, priors, inputs)
     if checkpoint is not None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -127,10 +127,6 @@ class DreamBoothConfig:
     def dtype(self) -> torch.dtype:
         """Dtype of the frozen weights."""
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
-
-    def as_json(self) -> dict[str, Any]:
-        """The options as JSON values."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
     def fingerprint(self, inputs: Mapping[str, str | None] | None = None) -> str:
         """Hash of every option that decides the result: a checkpoint can be resumed only with the same hash.

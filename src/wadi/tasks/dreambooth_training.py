@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from wadi.backbones import BACKBONES, Backbone, student_config
-from wadi.backbones.condition import Condition, concatenate, pick
+from wadi.backbones.condition import Condition, pick
 from wadi.distill.checkpoint import load_checkpoint, save_checkpoint
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.distill.methods import method_config
@@ -103,7 +103,10 @@ class DreamBooth:
         self.priors = None
         if class_images:
             self.priors = Data(self.backbone.encode_images(class_images), tuple(class_prompts))
-        self.conditions = {} if config.train_text_encoder else self._encode()
+        known = self.instances.prompts + (() if self.priors is None else self.priors.prompts)
+        self.prompts = list(dict.fromkeys(known))
+        # a frozen text encoder encodes every prompt once
+        self.conditions = {} if config.train_text_encoder else self.backbone.encode(self.prompts)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             layers = student_config(self.backbone.network)
@@ -211,18 +214,11 @@ class DreamBooth:
         t = self.schedule.sample_t(len(x0), 0.0, 1.0, generator)
         return x0, prompts, noise, t
 
-    def _encode(self) -> dict[str, Condition]:
-        """The condition of each prompt from the frozen text encoder, first dimension 1."""
-        prompts = self.instances.prompts + (() if self.priors is None else self.priors.prompts)
-        unique = list(dict.fromkeys(prompts))
-        condition = self.backbone.text.encode(unique)
-        return {prompt: pick(condition, slice(i, i + 1)) for i, prompt in enumerate(unique)}
-
     def _condition(self, prompts: Sequence[str]) -> Condition:
         device = self.backbone.device
         if self.text_encoder is None:
-            condition = concatenate([self.conditions[prompt] for prompt in prompts])
-            return {name: tensor.to(device) for name, tensor in condition.items()}
+            chosen = pick(self.conditions, [self.prompts.index(prompt) for prompt in prompts])
+            return {name: tensor.to(device) for name, tensor in chosen.items()}
         tokenizer = self.backbone.pipeline.tokenizer
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids

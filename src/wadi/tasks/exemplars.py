@@ -30,9 +30,6 @@ class Exemplars:
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...] | None
 
-    def __len__(self) -> int:
-        return len(self.images)
-
 
 def read_images(folder: str | os.PathLike) -> list[Image.Image]:
     """Read all images of a folder in the order of their names, as `open_picture` does: upright, RGB.
