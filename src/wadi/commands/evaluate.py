@@ -24,7 +24,7 @@ class EvaluateOptions(EvaluateConfig):
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Make the images that are missing, measure, and write the result; returns its figures.
+    """Make the missing images of captions, measure them, and write and print the figures.
 
     If there are several processes (accelerate launch -m wadi evaluate ...), each makes a share of the images,
     and the first one measures. A Frechet distance of too few images is omitted, with a warning before

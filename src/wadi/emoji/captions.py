@@ -183,7 +183,7 @@ def sample_captions(
 
 @dataclass
 class PromptsConfig:
-    """Write training prompts: captions of the emoji world, none with a held-out combination."""
+    """Write training prompts: captions of the emoji world, without combinations kept for the evaluation."""
 
     out: Path
     """Text file (.txt) to write, a caption in each line."""
@@ -205,7 +205,7 @@ class PromptsConfig:
 
 
 def write_prompts(config: PromptsConfig) -> None:
-    """Write the captions that the options ask for.
+    """Write captions of the emoji world into a text file.
 
     Raises:
         WadiError: an option is out of its range, or the file may not or cannot be written.

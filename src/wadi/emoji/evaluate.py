@@ -38,7 +38,7 @@ class EvaluateConfig:
     """Score a pipeline on captions of the emoji world with the judge."""
 
     pipeline: Path | None = None
-    """Pipeline folder; the shipped teacher if not given."""
+    """Pipeline folder; if not given, the built-in teacher."""
     adapter: Path | None = None
     """Folder of a student's LoRaD adapter, which is merged into the pipeline."""
     num_inference_steps: int = 1

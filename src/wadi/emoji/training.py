@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def joined(parts: Iterable[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
 
 
 class AveragedAdamW:
-    """AdamW whose moving average of the weights is what ships; nothing in it waits for the device.
+    """AdamW with a moving average of the weights, which is the result; nothing in it waits for the device.
 
     Args:
         parameters: what is trained, all on `device`.
@@ -125,7 +126,7 @@ class AveragedAdamW:
         self.average.follow(norm.isfinite())
 
 
-class LatentTraining:
+class LatentTraining(ABC):
     """One training step on noisy latents, recorded as a CUDA graph where there is a GPU.
 
     The loss is the mean of w_t |eps(x_t, t, c) - n|^2. A subclass says how the noise is predicted
@@ -165,9 +166,9 @@ class LatentTraining:
         """Record the step; the runs before the recording change nothing, as the learning rate is zero."""
         self.run = record(self._step)[0].replay if self.device.type == "cuda" else self._step
 
+    @abstractmethod
     def predict(self, noisy: torch.Tensor) -> torch.Tensor:
         """Predict the noise of `noisy` (N, C, H, W) at `timesteps` for the captions `ids`."""
-        raise NotImplementedError
 
     def weighted(self, error: torch.Tensor) -> torch.Tensor:
         """Multiply the squared errors (N, C, H, W) by w_t, which is 1 unless a subclass says otherwise."""
