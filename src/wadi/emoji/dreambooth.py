@@ -37,8 +37,6 @@ LEARNING_RATES = {"lorad": 1e-2, "lora": 3e-3}
 images of the subject and of other prompts that were right (experiments/dreambooth.py, one subject, one
 seed)."""
 TRAIN_TEXT_ENCODER = True
-
-
 """Whether the text encoder is trained: in the same trials this was clearly better for LoRA, and hardly better
 for LoRaD."""
 VARIATIONS = 8
