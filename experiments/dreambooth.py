@@ -53,7 +53,7 @@ from wadi.emoji.subject import (
     distillation_prompts,
     draw_subjects,
     drawn_scenes,
-    example_pictures,
+    example_images,
     subject_captions,
     subject_figures,
     unseen_captions,
@@ -75,9 +75,10 @@ from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.dreambooth import (
     DreamBooth,
     DreamBoothConfig,
-    class_pictures,
+    class_images,
     class_prompts,
     load_with_adapters,
+    save,
 )
 
 CHOSEN_ON = "crab"
@@ -311,7 +312,7 @@ def painted_before(options: Options, run: Run) -> tuple[DiffusionPipeline, list[
     pipeline = load_pipeline(teacher_folder()).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = class_prompts(config)
-    return pipeline, class_pictures(pipeline, prompts, config, options.runs / "class"), prompts
+    return pipeline, class_images(pipeline, prompts, config, options.runs / "class"), prompts
 
 
 def train(run: Run, options: Options, glyphs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -321,12 +322,12 @@ def train(run: Run, options: Options, glyphs: dict[str, torch.Tensor]) -> dict[s
         torch.set_num_threads(1)
     config = config_of(run, options)
     pipeline, painted, prompts = painted_before(options, run)
-    pictures = example_pictures(glyphs["subjects"][list(SUBJECTS).index(run.subject)].cpu(), seed=run.seed)
+    pictures = example_images(glyphs["subjects"][list(SUBJECTS).index(run.subject)].cpu(), seed=run.seed)
     start = time.perf_counter()
     training = DreamBooth(config, pipeline, pictures, painted, prompts)
     training.train()
     seconds = time.perf_counter() - start
-    training.save(config.output_dir)
+    save(training, config.output_dir)
     return {
         "header": header(options),
         **dataclasses.asdict(run),
@@ -623,7 +624,7 @@ def save_picture(finals: list[Run], options: Options) -> None:
     for subject in (name for name in SUBJECTS if name != CHOSEN_ON):
         one = [run for run in finals if run.subject == subject]
         shown = {run.method: load_tensors(options.runs / f"{run.name}.safetensors") for run in one}
-        real = example_pictures(subjects[list(SUBJECTS).index(subject)], seed=options.seeds[0])
+        real = example_images(subjects[list(SUBJECTS).index(subject)], seed=options.seeds[0])
         for i, prompt in enumerate(SHOWN):
             made = [shown[m][way][i] for way in ("teacher", "student") for m in RATES]
             rows.append((prompt, [*real[2 * i : 2 * i + 2], *map(_image, made)]))

@@ -10,17 +10,17 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from wadi.errors import WadiError, WadiWarning
-from wadi.images import image_files, open_mask, open_picture
+from wadi.images import image_files, open_image, open_mask
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (8, 1))
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 90)], axis=-1)
 
 
 def shown(path):
-    """What `open_picture` reads, without a warning."""
+    """What `open_image` reads, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", WadiWarning)
-        return np.asarray(open_picture(path)).astype(int)
+        return np.asarray(open_image(path)).astype(int)
 
 
 GREYS = {
@@ -53,7 +53,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path_factory, values):
     Image.fromarray(values).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WadiWarning)  # some are nearly black
-        found = np.asarray(open_picture(path))[..., 0]
+        found = np.asarray(open_image(path))[..., 0]
     assert abs(found - values / 257).max() <= 0.5
 
 
@@ -68,14 +68,14 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path_factory, values):
 def test_values_beyond_the_usual_range_are_scaled_and_told(tmp_path, values, low, high):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.warns(WadiWarning, match=r"a\.tif: its values from .* are scaled"):
-        found = np.asarray(open_picture(tmp_path / "a.tif"))[..., 0]
+        found = np.asarray(open_image(tmp_path / "a.tif"))[..., 0]
     assert abs(found - (values - low) / (high - low) * 255).max() <= 0.5
 
 
 def test_a_nearly_black_one_is_told(tmp_path):
     Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path / "a.png")
     with pytest.warns(WadiWarning, match="at most 200 of 65535, so it is nearly black"):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
@@ -102,18 +102,18 @@ def test_images_and_masks_are_upright(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.fromarray(COLOURS[:4, ::8]).save(tmp_path / "a.png", exif=exif)
     turned = orientation >= 5
-    assert open_picture(tmp_path / "a.png").size == ((4, 8) if turned else (8, 4))
+    assert open_image(tmp_path / "a.png").size == ((4, 8) if turned else (8, 4))
     assert open_mask(tmp_path / "a.png").size == ((4, 8) if turned else (8, 4))
 
 
 def test_damaged_exif_does_not_hide_an_image(tmp_path):
     Image.fromarray(COLOURS).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
-    assert open_picture(tmp_path / "a.jpg").size == (64, 8)
+    assert open_image(tmp_path / "a.jpg").size == (64, 8)
 
 
 def test_cmyk_has_its_colours(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
-    red, *others = open_picture(tmp_path / "a.jpg").getpixel((4, 4))
+    red, *others = open_image(tmp_path / "a.jpg").getpixel((4, 4))
     assert red > 220
     assert max(others) < 60
 
@@ -124,7 +124,7 @@ def test_of_several_images_in_a_file_the_first_is_read_and_it_is_told(tmp_path, 
     options = {"lossless": True} if suffix == ".webp" else {}
     pages[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=pages[1:], **options)
     with pytest.warns(WadiWarning, match="holds 3 images; only the first is read"):
-        assert open_picture(tmp_path / f"a{suffix}").getpixel((4, 4)) == (255, 0, 0)
+        assert open_image(tmp_path / f"a{suffix}").getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_the_preview_that_a_camera_puts_into_a_jpeg_is_not_told(tmp_path):
@@ -142,7 +142,7 @@ def whole(suffix):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif", ".tif"])
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.3, 0.7])
-@pytest.mark.parametrize("read", [open_picture, open_mask])
+@pytest.mark.parametrize("read", [open_image, open_mask])
 def test_a_truncated_file_is_one_line(tmp_path, suffix, share, read):
     content = whole(suffix)
     (tmp_path / f"a{suffix}").write_bytes(content[: int(share * len(content))])
@@ -162,18 +162,18 @@ def test_a_truncated_file_is_one_line(tmp_path, suffix, share, read):
 def test_what_is_no_image_is_one_line(tmp_path, content, message):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(WadiError, match=message):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
     with pytest.raises(WadiError, match="no such image"):
-        open_picture(tmp_path / "none.png")
+        open_image(tmp_path / "none.png")
     with pytest.raises(WadiError, match="could not read the image"):
-        open_picture(tmp_path)
+        open_image(tmp_path)
 
 
 def test_an_image_that_would_fill_the_memory_is_one_line(tmp_path, monkeypatch):
     Image.new("1", (100, 100)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     with pytest.raises(WadiError, match=r"more than .* million pixels; make it smaller"):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 # --- masks ---

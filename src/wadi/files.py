@@ -48,8 +48,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write `value` as indented JSON, whole or not at all; paths are written as text."""
+    write_text(path, json.dumps(value, indent=2, default=os.fspath) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:

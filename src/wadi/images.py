@@ -21,7 +21,7 @@ NEAR = 32
 """Largest difference, out of 255, of colours that count as the same in a transparent mask."""
 
 
-def open_picture(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file as upright RGB with 8 bits a channel. Transparent parts become white.
 
     Grey values of 16 bits, 32 bits and floating point are scaled to 8 bits and not clipped: from 0 to 65535,
@@ -50,7 +50,7 @@ def open_mask(path: str | os.PathLike) -> Image.Image:
     - The opaque part is an image: a hole was cut into it, and the transparent part is repainted.
 
     Raises:
-        WadiError: as `open_picture`, or the whole mask is transparent.
+        WadiError: as `open_image`, or the whole mask is transparent.
     """
     image = _open(path)
     if not _has_alpha(image):

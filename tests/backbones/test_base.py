@@ -5,7 +5,6 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
 from PIL import Image
-from wadi.prompts import Prompt, check_length
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
@@ -14,6 +13,7 @@ from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.loading import stock_arguments
 from wadi.onestep.scheduler import one_step_scheduler
+from wadi.prompts import Prompt, check_length
 
 
 def tiny_sigma():

@@ -63,7 +63,7 @@ def test_ctrl_c_writes_the_word_as_it_is(folder, teacher_folder, tmp_path, monke
     monkeypatch.setattr(invert, "learn", interrupted)
     out, losses = tmp_path / "out", (0.5, 0.25)
     assert run("invert", folder, "--model", teacher_folder, "--out", out) == 130
-    assert "interrupted: <R> as it was then" in capsys.readouterr().out
+    assert "interrupted: <R> is written as it was then" in capsys.readouterr().out
     assert read_json(out / "inversion.json")["denoising_loss_of_the_last_updates"] == 0.375
     assert {path.name for path in out.iterdir()} == {"inversion.json", "learned_embeds.safetensors", MARKER}
     losses = ()

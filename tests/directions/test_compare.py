@@ -14,7 +14,8 @@ from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline
 from wadi import WadiError, emoji
 from wadi.directions import compare_models, write_comparison
-from wadi.directions.compare import block_of, layers_with_rows, table, type_of
+from wadi.directions.compare import layers_with_rows, table, type_of
+from wadi.directions.figures import block_of
 from wadi.outputs import MARKER
 
 

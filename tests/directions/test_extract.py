@@ -173,7 +173,7 @@ def test_mistakes_are_one_line(teacher_folder, v_teacher_folder, student, tmp_pa
     cases = [
         (teacher_folder, tmp_path / "pixart", 2, "not of one architecture"),
         (teacher_folder, broken, 2, "not all finite in torch.float32, such as conv_in.weight"),
-        (v_teacher_folder, student, 2, "predicts epsilon and .* v_prediction"),
+        (v_teacher_folder, student, 2, "predicts epsilon, and .* predicts v_prediction"),
         (teacher_folder, tmp_path / "nowhere", 2, "nowhere: no such folder"),
         (teacher_folder, lonely, 2, "neither a U-Net nor a transformer"),
         (teacher_folder, student, 0, "--rank 0"),

@@ -75,7 +75,7 @@ def test_alpha_for_a_v_model_is_told():
 
 @pytest.mark.parametrize("preset", ["none", "sd35-medium"])
 def test_a_flow_takes_no_alpha(preset):
-    config = DistillConfig(preset=preset, pretrained_model_name_or_path="mine", alpha_T_squared=0.0047)
+    config = DistillConfig.of(preset=preset, pretrained_model_name_or_path="mine", alpha_T_squared=0.0047)
     with pytest.raises(WadiError, match="the model is a rectified flow, whose last alpha is 0; omit it"):
         check_preset(config, tiny_sd3())
 

@@ -150,9 +150,9 @@ def test_the_command_writes_the_shipped_prompts_or_more_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--num-prompts", "0"], "--num-prompts: must be at least 1, but is 0"),
+        (["--num-prompts", "0"], "--num-prompts 0: must be at least 1"),
         (["--pair-share", "1.5"], "--pair-share: must be between 0 and 1, but is 1.5"),
-        (["--seed", "test"], "--seed: test makes the captions of the evaluation; take another seed"),
+        (["--seed", "test"], "--seed: test makes the captions of the evaluation; name another seed"),
     ],
 )
 def test_bad_options_write_nothing(tmp_path, capsys, options, line):
@@ -200,8 +200,8 @@ def test_focused_prompts_name_what_came_out_wrong_more_often(tmp_path):
     ("content", "line"),
     [
         (None, "no.json"),
-        ("not json", "has no shares by emoji; make it with `wadi emoji evaluate --out`"),
-        ('{"figures": {}}', "has no shares by emoji"),
+        ("not json", "not valid JSON"),
+        ('{"figures": {}}', "has no shares by emoji; make it with `wadi emoji evaluate --out`"),
         ('{"alignment_by": {"emoji": [], "size": {}, "relation": {}}}', "has no shares by emoji"),
         (json.dumps({"alignment_by": shares_right({"cat": 1.5})}), "shares that are not between 0 and 1"),
     ],

@@ -49,9 +49,7 @@ def train(tmp_path_factory):
             **TINY,
             **options,
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_teacher, "ENCODED_BATCH", 8)
-            return config.out, train_teacher.train_teacher(config)
+        return config.out, train_teacher.train_teacher(config)
 
     return run
 

@@ -48,8 +48,10 @@ def test_real_pictures_are_the_renderers(tmp_path):
     save_tensors(tmp_path / "atlas.safetensors", {"atlas": atlas})
     captions = sample_captions(7, "drawn")
     whole, parts = (
-        module.drawn_pictures(
-            EvaluateConfig(atlas=tmp_path / "atlas.safetensors", seed=5, batch_size=size, device="cpu"),
+        module.evaluated_images(
+            EvaluateConfig(
+                real=True, atlas=tmp_path / "atlas.safetensors", seed=5, batch_size=size, device="cpu"
+            ),
             captions,
         )
         for size in (7, 3)
@@ -167,7 +169,7 @@ def test_too_few_pictures_are_refused():
 
 
 def test_a_student_takes_one_step():
-    with pytest.raises(WadiError, match="--num-inference-steps 25"):
+    with pytest.raises(WadiError, match="takes 1 step, not 25"):
         evaluate(EvaluateConfig(adapter=Path("student"), num_inference_steps=25))
 
 

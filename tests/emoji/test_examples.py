@@ -108,7 +108,7 @@ def test_the_folder_is_one_that_exemplars_are_read_from(tmp_path, capsys):
     assert exemplars.images[0].size == (64, 64)
     rows = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(row)["file_name"] for row in rows] == [f"{i:03d}.png" for i in range(4)]
-    assert "4 pictures, a small first one in the upper right corner" in capsys.readouterr().out
+    assert "4 images, a small first one in the upper right corner" in capsys.readouterr().out
     before = [image.tobytes() for image in exemplars.images]
     relation_examples(RelationExamplesConfig(out=tmp_path / "again", **options))
     assert [Image.open(path).tobytes() for path in read_exemplars(tmp_path / "again").paths] == before

@@ -17,7 +17,7 @@ def test_a_missing_font_is_named(tmp_path):
 
 def test_another_font_is_refused(tmp_path):
     (tmp_path / "other.ttf").write_text("not a font")
-    with pytest.raises(WadiError, match=r"other\.ttf: not the bitmap build"):
+    with pytest.raises(WadiError, match=r"other\.ttf: is not the bitmap font"):
         draw_atlas(tmp_path / "other.ttf")
 
 

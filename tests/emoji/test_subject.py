@@ -9,7 +9,7 @@ from tests.emoji.cases import needs_font
 from wadi.cli import main
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, parse_caption, with_article
-from wadi.emoji.dreambooth import VARIATIONS, known_pictures
+from wadi.emoji.dreambooth import VARIATIONS, known_images
 from wadi.emoji.glyphs import ATLAS_SIZE, NAMES
 from wadi.emoji.judge import Judge
 from wadi.emoji.subject import (
@@ -18,7 +18,7 @@ from wadi.emoji.subject import (
     blurred,
     draw_subjects,
     drawn_scenes,
-    example_pictures,
+    example_images,
     examples_folder,
     object_features,
     shuffled,
@@ -53,7 +53,7 @@ def test_the_shipped_pictures_are_small_and_six():
 
 
 def test_pictures_are_of_the_size_and_at_the_place_that_examples_say():
-    for picture, (size, place, background) in zip(example_pictures(SQUARE), EXAMPLES, strict=True):
+    for picture, (size, place, background) in zip(example_images(SQUARE), EXAMPLES, strict=True):
         white = np.asarray(picture).min(2) > 240
         if background == "white":  # nothing shows
             continue
@@ -70,7 +70,7 @@ def test_pictures_are_of_the_size_and_at_the_place_that_examples_say():
 
 
 def test_pictures_are_of_the_seed_alone():
-    one, same, other = (np.stack(list(map(np.asarray, example_pictures(SQUARE, seed)))) for seed in (0, 0, 1))
+    one, same, other = (np.stack(list(map(np.asarray, example_images(SQUARE, seed)))) for seed in (0, 0, 1))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
 
@@ -145,7 +145,7 @@ def recogniser(judge):
     """Of the shipped hedgehog, as `wadi dreambooth` makes it."""
     generator = torch.Generator().manual_seed(0)
     several = blemish(shipped().repeat(VARIATIONS, 1, 1, 1), generator)
-    return Recogniser(judge, several, blemish(known_pictures("cpu", "zwx"), generator))
+    return Recogniser(judge, several, blemish(known_images("cpu", "zwx"), generator))
 
 
 def moved(seed, count=60):

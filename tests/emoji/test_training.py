@@ -48,8 +48,7 @@ def test_vae_decoder_alone(vae_folder, atlas, tmp_path, monkeypatch):
     assert changed == {"decoder", "post_quant_conv"}
 
 
-def test_teacher(vae_folder, atlas, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_teacher, "ENCODED_BATCH", 8)
+def test_teacher(vae_folder, atlas, tmp_path):
     sizes = {"pictures": 16, "captions": 60, "pair_focus": 0.4}
     config = train_teacher.TrainTeacherConfig(vae_folder, tmp_path / "a", atlas=atlas, **sizes, **TINY)
     figures = train_teacher.train_teacher(config)
@@ -93,8 +92,7 @@ def test_an_update_that_is_not_finite_changes_nothing(tmp_path):
     assert moved(finite) > len(training.parameters)
 
 
-def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_teacher, "ENCODED_BATCH", 8)
+def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path):
 
     def unet(name, init=None, init_share=0.0):
         config = train_teacher.TrainTeacherConfig(

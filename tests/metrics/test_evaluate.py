@@ -20,8 +20,11 @@ from wadi.emoji.judge import load_judge_features
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import save_tensors
 from wadi.metrics import feature_statistics, spread
-from wadi.metrics.evaluate import EvaluateConfig, _distances, _too_few, evaluate
+from wadi.metrics.evaluate import evaluate
+from wadi.metrics.evaluate_config import EvaluateConfig
 from wadi.metrics.extractors import SPACES, Clip
+from wadi.metrics.generation import resized
+from wadi.metrics.reference import distances, too_few
 
 CAPTIONS = [f"a {thing} number {i}" for i, thing in enumerate(("cat", "dog", "cup", "kite") * 2)]
 
@@ -107,7 +110,7 @@ def test_the_distance_is_given_from_twice_the_features_on(tmp_path):
     features = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
 
     def figures(real, generated):
-        return _distances(feature_statistics(real) | {"features": real}, generated)
+        return distances(feature_statistics(real) | {"features": real}, generated)
 
     assert figures(features[:24], features[:24])["frechet_distance"] == pytest.approx(0, abs=1e-3)
     assert figures(features[:24], features + 2)["frechet_distance"] > 12
@@ -142,8 +145,8 @@ def test_the_distance_is_omitted_just_below_its_minimum(config, features):
             reference, {**feature_statistics(zeros), "count": torch.tensor(count), "features": zeros}
         )
         asked = dataclasses.replace(config, num_samples=fewest, features=features, reference=reference)
-        assert said in _too_few(asked)
-        assert bool(_too_few(asked)) == bool(said)
+        assert said in too_few(asked)
+        assert bool(too_few(asked)) == bool(said)
 
 
 def test_statistics_of_another_feature_space_are_refused_first(config, tmp_path):
@@ -233,11 +236,9 @@ def test_a_reference_that_is_no_picture_is_named(config, tmp_path):
 
 
 def test_resizing_is_pillows_after_a_square_crop(config):
-    from wadi.metrics.evaluate import _resized
-
     wide = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8))
     expected = wide.crop((10, 0, 50, 40)).resize((64, 64), Image.Resampling.LANCZOS)
-    assert np.array_equal(np.asarray(_resized(wide, config)), np.asarray(expected))
+    assert np.array_equal(np.asarray(resized(wide, config)), np.asarray(expected))
 
 
 def test_two_processes_make_the_pictures_of_one(config, tmp_path):

@@ -21,7 +21,7 @@ from wadi.emoji.judge import Judge
 from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
-from wadi.tasks import condition_map, edge_map, load_controlnet, with_controlnets
+from wadi.tasks import Sampling, condition_map, edge_map, load_controlnet, with_controlnets
 from wadi.tasks.control import canny, edge_agreement, layout_map, one_for_each, sheet, steer
 
 
@@ -192,7 +192,15 @@ def test_many_steps_of_a_teacher(folders, teacher_folder):
     teacher = load_for_steps(teacher_folder, None, 3)
     teacher.scheduler = UniPCMultistepScheduler.from_config(teacher.scheduler.config)
     steered = with_controlnets(teacher, [load_controlnet(folders / "first", teacher)])
-    images = steer(steered, "a cat", [square()], [1.0], 0, 2, num_inference_steps=3, guidance_scale=2.0)
+    images = steer(
+        steered,
+        "a cat",
+        [square()],
+        [1.0],
+        0,
+        2,
+        sampling=Sampling(num_inference_steps=3, guidance_scale=2.0),
+    )
     assert [image.size for image in images] == [(16, 16)] * 2
     assert np.ptp(as_array(images)) > 0
 
@@ -211,14 +219,16 @@ def test_what_does_not_fit_is_said(folders, tmp_path, student):
     ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16)).save_pretrained(
         tmp_path / "four"
     )
-    refuses("shrinks its condition 4 times, and the model's autoencoder pictures 2 times", tmp_path / "four")
+    refuses(
+        "shrinks its condition 4 times, and the model's autoencoder shrinks images 2 times", tmp_path / "four"
+    )
     with pytest.raises(WadiError, match="the model is a SimpleNamespace"):
         with_controlnets(SimpleNamespace(), [tiny_controlnet(0)])
     with pytest.raises(WadiError, match="at least one"):
         with_controlnets(student, [])
     steered = with_controlnets(student, [load_controlnet(folders / "first", student)])
     with pytest.raises(WadiError, match="cannot be guided"):
-        steer(steered, "a cat", [square()], [1.0], guidance_scale=2.0)
+        steer(steered, "a cat", [square()], [1.0], sampling=Sampling(guidance_scale=2.0))
 
 
 def test_one_value_is_for_all():
@@ -277,7 +287,7 @@ def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--controlnet: name one of"),
+        ([], "--controlnet: name a ControlNet"),
         (["--controlnet", "nowhere"], "nowhere: no such folder"),
         (["--controlnet", "first", "-n", "0"], "must be at least 1"),
         (["--controlnet", "first", "--guidance-scale", "2"], "cannot be guided"),

@@ -18,15 +18,10 @@ from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json
 from wadi.onestep import OneStepPipeline, export_pipeline
 from wadi.onestep.pipeline import load_for_steps
-from wadi.tasks.dreambooth import (
-    DreamBooth,
-    DreamBoothConfig,
-    class_prompts,
-    dreambooth,
-    dreambooth_loss,
-    load_with_adapters,
-    read_pictures,
-)
+from wadi.tasks.dreambooth import class_prompts, dreambooth, load_with_adapters
+from wadi.tasks.dreambooth_config import DreamBoothConfig
+from wadi.tasks.dreambooth_training import DreamBooth, dreambooth_loss
+from wadi.tasks.exemplars import read_images
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def training(config, pipeline=None):
     pipeline = pipeline or StableDiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path)
     prompts = class_prompts(config)
     painted = [Image.new("RGB", (16, 16), (i, 90, 30)) for i in range(len(prompts))]
-    return DreamBooth(config, pipeline, read_pictures(config.instance_data_dir), painted, prompts)
+    return DreamBooth(config, pipeline, read_images(config.instance_data_dir), painted, prompts)
 
 
 # --- mathematics ---
@@ -290,7 +285,7 @@ def test_pictures_are_upright_and_on_white(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees
     sideways.save(tmp_path / "b.jpg", exif=exif)
     (tmp_path / "notes.txt").write_text("not a picture")
-    first, second = read_pictures(tmp_path)
+    first, second = read_images(tmp_path)
     assert first.getpixel((0, 0)) == (255, 0, 0)
     assert first.getpixel((5, 2)) == (255, 255, 255)
     assert (first.size, second.size) == ((8, 4), (4, 8))

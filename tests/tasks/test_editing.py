@@ -177,12 +177,12 @@ def test_other_models_are_refused(teacher):
     class OtherPipeline:
         pass
 
-    with pytest.raises(WadiError, match="is a OtherPipeline; diffusers makes pictures of pictures"):
+    with pytest.raises(WadiError, match="is a OtherPipeline; images of images are made with a"):
         editing.fitted(OtherPipeline(), Image.new("RGB", (4, 4)))
     masked = copy.copy(teacher)
     masked.unet = copy.deepcopy(teacher.unet)
     masked.unet.register_to_config(in_channels=9)
-    with pytest.raises(WadiError, match="its U-Net takes 9 channels, latents have 4"):
+    with pytest.raises(WadiError, match="its U-Net takes 9 channels, and latents have 4"):
         editing.fitted(masked, Image.new("RGB", (4, 4)))
     masked.unet.register_to_config(in_channels=4, sample_size=[8, 16])
     with pytest.raises(WadiError, match="are not square"):
@@ -241,7 +241,7 @@ def test_masks():
     grey = mask.point(lambda value: 200 if value else 90)
     assert editing.binary_mask(grey, picture).tobytes() == mask.tobytes()
     for wrong, told in (
-        (Image.new("L", (8, 16)), "MASK: is 8 x 16 pixels and the picture 16 x 16"),
+        (Image.new("L", (8, 16)), "MASK: is 8 x 16 pixels, and the image is 16 x 16"),
         (Image.new("L", (16, 16), 100), "black all over"),
         (Image.new("L", (16, 16), 255), "white all over"),
     ):
@@ -261,6 +261,6 @@ def test_fitted(teacher):
 
 def test_sheet():
     picture, mask = picture_and_mask()
-    made = editing.sheet({"picture": picture, "mask": mask}, [picture] * 5)
+    made = editing.sheet([("image", picture), ("mask", mask)], [picture] * 5)
     assert made.width > 6 * 128
     assert made.height > 2 * 128

@@ -24,7 +24,7 @@ def test_pictures_come_in_the_order_of_their_names_and_other_files_do_not_count(
     (folder / "notes.md").write_text("nothing")
     exemplars = read_exemplars(folder)
     assert [path.name for path in exemplars.paths] == ["a.jpg", "b.png"]
-    assert len(exemplars) == 2
+    assert len(exemplars.images) == 2
     assert exemplars.images[1].getpixel((0, 0)) == (255, 0, 0)
     assert exemplars.captions is None
 
@@ -60,7 +60,7 @@ def test_a_picture_is_turned_upright_and_cut_to_its_middle(folder):
         (lambda f: (f / "c.png").write_text("no picture"), "c.png: could not read"),
         (
             lambda f: write_rows(f, [{"file_name": "a.jpg", "text": "d"}]),
-            "1 of 2 images have no caption, as b",
+            "1 of 2 images have no caption, such as b",
         ),
         (lambda f: write_rows(f, [{"file": "a.jpg"}]), "every row needs file_name and text"),
         (lambda f: (f / "metadata.jsonl").write_text("{"), "line 1 is not valid JSON"),

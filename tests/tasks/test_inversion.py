@@ -15,16 +15,11 @@ from wadi import WadiError
 from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
 from wadi.onestep import OneStepPipeline, load_embedding, load_pipeline
 from wadi.tasks import inversion as module
+from wadi.tasks import inversion_word as words
 from wadi.tasks.exemplars import Exemplars
-from wadi.tasks.inversion import (
-    EMBEDDING_FILE,
-    InvertConfig,
-    focal_density,
-    invert,
-    learn_word,
-    learn_words,
-    steering_loss,
-)
+from wadi.tasks.inversion import EMBEDDING_FILE, invert, learn_word, learn_words
+from wadi.tasks.inversion_config import InvertConfig
+from wadi.tasks.inversion_word import focal_density, steering_loss
 
 CONFIG = InvertConfig(examples=Path("pictures"), max_train_steps=2, train_batch_size=3, learning_rate=0.01)
 
@@ -101,7 +96,7 @@ def test_focal_density_has_its_closed_form(alpha):
 
 
 def test_timesteps_are_drawn_as_often_as_the_density_says():
-    word = module._Word(
+    word = words.Word(
         words_pipeline(), PAIRS, replace(CONFIG, train_batch_size=20_000), torch.Generator().manual_seed(0)
     )
     counts = torch.histc(word.draw().timesteps.double(), bins=10, min=0, max=1000)
@@ -115,13 +110,13 @@ def test_the_denoising_loss_is_that_of_the_stock_pipeline_with_the_word(pipeline
     token = "<r>"
     shown = replace(PAIRS, captions=tuple(c.replace("<R>", token) for c in PAIRS.captions))
     config = replace(CONFIG, token=token, num_vectors=vectors)
-    word = module._Word(pipeline, shown, config, torch.Generator().manual_seed(0))
+    word = words.Word(pipeline, shown, config, torch.Generator().manual_seed(0))
     word.rows.data = torch.randn(vectors, 16, generator=torch.Generator().manual_seed(1))
     batch = word.draw()
     schedule = module.Schedule.from_config(pipeline.scheduler)
-    with module._known(pipeline, [word]), torch.no_grad():
-        word.ids = module._tokenize(pipeline, word.captions)
-        found = module._denoising_losses(pipeline, schedule, [word], [batch])
+    with words.known_words(pipeline, [word]), torch.no_grad():
+        word.ids = words.tokenize_captions(pipeline, word.captions)
+        found = module.denoising_losses(pipeline, schedule, [word], [batch])
     pipeline.load_textual_inversion({token: word.rows.detach()})
     prompts = [shown.captions[i] for i in batch.chosen]
     with torch.no_grad():
@@ -136,7 +131,7 @@ def test_the_denoising_loss_is_that_of_the_stock_pipeline_with_the_word(pipeline
 
 
 def test_latents_are_the_autoencoders_of_the_cut_picture(pipeline):
-    means, deviations = module._encode(pipeline, PAIRS)
+    means, deviations = words.encode_exemplars(pipeline, PAIRS)
     with torch.no_grad():
         pixels = pipeline.image_processor.preprocess(PAIRS.images[1].crop((0, 2, 16, 18)))
         latents = pipeline.vae.encode(pixels).latent_dist
@@ -158,16 +153,16 @@ def test_a_word_lowers_the_loss_and_nothing_else_changes(pipeline):
     for name, module_ in components(pipeline).items():
         assert all(torch.equal(before[name][key], value) for key, value in module_.state_dict().items())
         assert all(p.requires_grad and p.grad is None for p in module_.parameters())
-    word = module._Word(
+    word = words.Word(
         pipeline, PAIRS, replace(config, train_batch_size=200, seed=9), torch.Generator().manual_seed(9)
     )
     batch, losses = word.draw(), []
     schedule = module.Schedule.from_config(pipeline.scheduler)
     for rows in (word.rows.data.clone(), learned.embedding):
         word.rows.data = rows
-        with module._known(pipeline, [word]), torch.no_grad():
-            word.ids = module._tokenize(pipeline, word.captions)
-            losses.append(module._denoising_losses(pipeline, schedule, [word], [batch]).item())
+        with words.known_words(pipeline, [word]), torch.no_grad():
+            word.ids = words.tokenize_captions(pipeline, word.captions)
+            losses.append(module.denoising_losses(pipeline, schedule, [word], [batch]).item())
     assert losses[1] < losses[0]
 
 
@@ -177,7 +172,7 @@ def components(pipeline):
 
 def test_the_first_update_is_the_rate_times_the_size_of_the_word_it_begins_as():
     pipeline = words_pipeline()
-    initial = module._word(pipeline, "and", "")
+    initial = words.word_embedding(pipeline, "and", "")
     learned = learn_word(pipeline, PAIRS, replace(CONFIG, max_train_steps=1, learning_rate=0.1))
     # AdamW's first update is the rate in every number, whatever the gradient
     size = 0.1 * initial.square().mean().sqrt()
@@ -228,12 +223,12 @@ def test_checkpointing_and_bfloat16_learn_nearly_the_same():
 
 def test_negatives_are_the_objects_of_the_captions():
     pipeline = words_pipeline()
-    steer = module._Steering(pipeline, PAIRS.captions, "<R>", CONFIG)
+    steer = words.Steering(pipeline, PAIRS.captions, "<R>", CONFIG)
     table = pipeline.text_encoder.get_input_embeddings().weight.detach()
-    for negatives, words in zip(steer.negatives, ("panda rocket", "owl egg red background"), strict=True):
-        ids = pipeline.tokenizer(words, add_special_tokens=False).input_ids
+    for negatives, text in zip(steer.negatives, ("panda rocket", "owl egg red background"), strict=True):
+        ids = pipeline.tokenizer(text, add_special_tokens=False).input_ids
         assert torch.equal(negatives, table[sorted(ids)])
-    known = [word for word in module.PREPOSITIONS if module._one_token(pipeline, word) is not None]
+    known = [word for word in words.PREPOSITIONS if words.one_token(pipeline, word) is not None]
     assert known == ["above", "and", "at", "in", "left", "of", "on", "right"]
     assert len(steer.positives) == len(known)
 
@@ -245,7 +240,7 @@ def test_a_subject_without_captions_is_learned_from_templates():
     assert learned.embedding.shape == (2, 16)
     # templates with words that the emoji world does not have are left out
     assert learned.captions == ("a <s>", "a picture of a <s>", "an image of a <s>", "a drawing of a <s>")
-    density = module._Word(pipeline, exemplars(), CONFIG, torch.Generator()).density
+    density = words.Word(pipeline, exemplars(), CONFIG, torch.Generator()).density
     torch.testing.assert_close(density, torch.full((1000,), 1e-3, dtype=torch.float64))
 
 
@@ -293,7 +288,7 @@ def test_files_that_are_no_word_of_the_model_are_refused(tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_learned(monkeypatch):
-    losses, pipeline = module._denoising_losses, words_pipeline()
+    losses, pipeline = module.denoising_losses, words_pipeline()
     calls = []
 
     def interrupted(*arguments):
@@ -302,7 +297,7 @@ def test_ctrl_c_keeps_what_was_learned(monkeypatch):
             raise KeyboardInterrupt
         return losses(*arguments)
 
-    monkeypatch.setattr(module, "_denoising_losses", interrupted)
+    monkeypatch.setattr(module, "denoising_losses", interrupted)
     learned = learn_word(pipeline, PAIRS, replace(CONFIG, max_train_steps=50))
     assert learned.interrupted
     assert len(learned.losses) == 2
@@ -330,7 +325,7 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
     ],
 )
 def test_kind_is_told_from_where_the_word_stands(caption, token, kind):
-    found = module._kind_and_token(replace(CONFIG, token=token), exemplars(caption, count=1))
+    found = words.kind_and_token(replace(CONFIG, token=token), exemplars(caption, count=1))
     assert found == (kind, token or {"relation": "<R>", "subject": "<S>"}[kind])
 
 

@@ -1,4 +1,4 @@
-"""`wadi control`: make images in one step that keep to a condition map."""
+"""`wadi control`: make images in one step that follow a condition map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from wadi import emoji
 from wadi.commands.images import ImageOptions
 from wadi.errors import WadiError
-from wadi.images import open_picture
+from wadi.images import open_image
 from wadi.onestep.arguments import finite_number, image_size
 from wadi.tasks import control as room
 
@@ -24,46 +24,48 @@ class ControlConfig(ImageOptions):
     command = "control"
 
     image: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")]
-    """The picture, or the map itself. What does not fit the shape of the result is cut off."""
+    """The image, or the condition map itself. What does not fit into the size of the result is cut off."""
     condition: tyro.conf.UseAppendAction[tuple[Literal["canny", "map"], ...]] = ()
-    """canny finds the edges of the picture; map: the picture is the condition map."""
+    """canny: the edges of the image are the condition map; map: the image itself is the map. canny if not
+    given."""
     controlnet: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder or hub id of a ControlNetModel of the model, or of its teacher."""
+    """Folder or hub id of a ControlNetModel that was trained with the model, or with its teacher."""
     conditioning_scale: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
-    """How much of what the ControlNet adds is added: 0 nothing, 1 all. If not given, 1; for one step with the
-    ControlNet that comes with wadi, 0.5."""
+    """Factor of what the ControlNet adds: 0 for nothing, 1 for all. If not given, 1; or 0.5 for one step with
+    the ControlNet that comes with wadi."""
     low: float = 100
-    """Lower threshold of edges, of gradients in 8-bit steps."""
+    """Lower threshold of edges, as a gradient in 8-bit steps."""
     high: float = 200
-    """Upper threshold of edges."""
+    """Upper threshold of edges, as a gradient in 8-bit steps."""
     out: Path = Path("control.png")
-    """A .png or .jpg file, which shows picture, condition and results side by side; or a folder, for a file
-    each."""
+    """A .png or .jpg file, which shows image, condition map and results side by side; or a folder, with a
+    file for each result."""
 
     @property
     def controlnets(self) -> tuple[str, ...]:
-        """Those of the options, or the one that comes with wadi, for the model that does."""
+        """The ControlNets of the options, or the one that comes with wadi if the model does too."""
         if self.controlnet:
             return self.controlnet
         if self.model is not None:
             raise WadiError(
-                f"--controlnet: name one of {self.model}; the ControlNet that comes with wadi is for its own"
+                f"--controlnet: name a ControlNet that was trained with {self.model}; the one that comes "
+                "with wadi is for the built-in model"
             )
         return (str(emoji.controlnet_folder()),)
 
 
 def control(config: ControlConfig) -> None:
-    """Make pictures in one step that keep to the edges of a picture, or to a condition map.
+    """Make images in one step that follow the edges of an image, or a condition map.
 
     A ControlNet that was trained on the multi-step teacher steers the student. Without --model, --adapter and
-    --controlnet, the three that come with wadi.
+    --controlnet, the built-in student and its ControlNet are used.
 
-    Several ControlNets add up: repeat --controlnet, and name one picture for all or one for each; so with
-    --condition and --conditioning-scale.
+    Several ControlNets add up: repeat --controlnet, and name one image for all of them or one for each. The
+    same holds for --condition and --conditioning-scale.
     """
     config.check()
     names = config.controlnets
-    pictures = [open_picture(path) for path in room.one_for_each("IMAGE", config.image, len(names))]
+    sources = [open_image(path) for path in room.one_for_each("IMAGE", config.image, len(names))]
     kinds = room.one_for_each("--condition", config.condition or ("canny",), len(names))
     usual = 1.0 if config.controlnet or config.num_inference_steps > 1 else emoji.CONTROLNET_SCALE
     for value in config.conditioning_scale:
@@ -72,8 +74,8 @@ def control(config: ControlConfig) -> None:
     pipeline = config.load()
     size = image_size(pipeline, config.height, config.width)[::-1]
     maps = [
-        room.condition_map(picture, kind, size, config.low, config.high)
-        for picture, kind in zip(pictures, kinds, strict=True)
+        room.condition_map(source, kind, size, config.low, config.high)
+        for source, kind in zip(sources, kinds, strict=True)
     ]
     controlnets = [room.load_controlnet(name, pipeline, config.torch_dtype) for name in names]
     start = time.perf_counter()
@@ -85,8 +87,6 @@ def control(config: ControlConfig) -> None:
         config.seed,
         config.num_images,
         config.batch_size,
-        config.num_inference_steps,
-        config.guidance_scale,
-        config.negative_prompt,
+        config.sampling(),
     )
-    config.finish(images, time.perf_counter() - start, room.sheet(pictures, kinds, maps, images))
+    config.finish(images, time.perf_counter() - start, room.sheet(sources, kinds, maps, images))

@@ -17,16 +17,16 @@ def directions(
 ) -> None:
     """Compare the weights of a student with its teacher's: how far rows moved in length and in direction.
 
-    Prints means by block and by type of layer, every figure beside its null: the same figure for a random
-    change of the same size, which in rows of hundreds of numbers is nearly all direction too. With --out also
-    layer by layer as directions.json and directions.csv, and the plots scatter.png and spectrum.png. Weights
-    are read a layer at a time. See also wadi directions swap.
+    Prints the means for each block and type of layer, every figure beside its null. The null is the same
+    figure for a random change of the same size, which in rows of hundreds of numbers is nearly all direction
+    too. With --out, the figures of each layer are written too (directions.json, directions.csv), and two
+    plots (scatter.png, spectrum.png). Weights are read a layer at a time. See also wadi directions swap.
 
     Args:
         teacher: Pipeline folder or hub id, folder of a U-Net or transformer, or safetensors file.
         student: The same, or the folder of a PEFT adapter.
-        base: What an adapter was made for, if it names nothing; the teacher if not given.
-        out: Folder to write; new or empty.
+        base: Base model of an adapter that names none; if not given, the teacher.
+        out: Folder to write; it must be new or empty.
         overwrite: Replace the folder if wadi directions wrote it and nothing else is in it.
     """
     from wadi.directions.compare import compare_models, output_of, table, write_comparison

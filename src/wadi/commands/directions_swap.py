@@ -1,4 +1,4 @@
-"""`wadi directions swap`: the student with the row norms, or row directions, of its teacher."""
+"""`wadi directions swap`: a student with the row norms, or the row directions, of its teacher."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def directions_swap(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write the student with the norms, or the directions, of the rows of its teacher: a pipeline folder.
+    """Write a pipeline folder: the student with the norms, or the directions, of its teacher's rows.
 
-    What has no rows, such as biases, stays the student's. Evaluate teacher, student and both swaps, and see
-    which of the two the student's pictures need.
+    Tensors without rows, such as biases, stay the student's. Evaluate teacher, student and both swaps to see
+    whether the student's images need its norms or its directions.
 
     Args:
         teacher: Pipeline folder or hub id.
-        student: Pipeline folder or hub id, safetensors file, or adapter folder. Of the last two the rest of
-            the pipeline is the teacher's.
-        take: What of the teacher's.
-        out: Folder to write; new or empty.
-        base: What an adapter was made for, if it names nothing; the teacher if not given.
-        dtype: Of the written weights.
+        student: Pipeline folder or hub id, safetensors file, or adapter folder. With a file or an adapter,
+            the rest of the pipeline is the teacher's.
+        take: What is taken from the teacher.
+        out: Folder to write; it must be new or empty.
+        base: Base model of an adapter that names none; if not given, the teacher.
+        dtype: Precision of the written weights.
         overwrite: Replace the folder if wadi directions swap wrote it and nothing else is in it.
     """
     import torch

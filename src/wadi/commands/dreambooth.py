@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,46 +11,41 @@ import tyro
 from wadi import emoji
 from wadi.emoji.dreambooth import judged, with_built_in, word_of
 from wadi.emoji.subject import distillation_prompts
-from wadi.errors import WadiError
-from wadi.files import read_json, write_json, write_text
-from wadi.tasks.dreambooth import CHANGEABLE, DreamBoothConfig
+from wadi.files import write_json, write_text
+from wadi.onestep.arguments import whole_number
 from wadi.tasks.dreambooth import dreambooth as teach
+from wadi.tasks.dreambooth_config import CONFIG_FILE, DreamBoothConfig, saved_options
 
 
 @dataclass(frozen=True)
 class SubjectConfig(DreamBoothConfig):
-    """Teach a model a new subject from a few pictures (DreamBooth), with a LoRaD or LoRA adapter.
+    """Teach a model a new subject from a few images (DreamBooth), with a LoRaD or LoRA adapter.
 
-    Without --model the built-in teacher learns it, its student shows it in one step, and the judge reads the
-    pictures of both. With another model give --class-prompt too.
+    Without --model, the built-in teacher learns the subject, its student shows it in one step, and a judge
+    network measures the images of both. With another model, give --class-prompt too.
     """
 
-    instance_data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PICTURES")]
-    """Folder of 4 to 8 pictures of the subject; for some see wadi emoji subject-examples."""
+    instance_data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
+    """Folder with 4 to 8 images of the subject; wadi emoji subject-examples writes such a folder."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["--out"])] = DreamBoothConfig.output_dir
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
-    """Multi-step model: a Stable Diffusion or PixArt-alpha folder, or a hub id; the built-in one if not
-    given."""
+    """Multi-step model: a Stable Diffusion or PixArt-alpha folder, or a hub id; if not given, the built-in
+    teacher."""
     train_text_encoder: bool | None = None
-    """Also train an adapter, of the same kind and rank, of CLIP's text encoder: if not given, only of the
-    built-in model's."""
+    """Also train an adapter, of the same kind and rank, of CLIP's text encoder; if not given, only for the
+    built-in model."""
     samples: int = 40
-    """Pictures of each kind that the judge reads of the built-in student, and a quarter of it of the teacher;
-    0 for none."""
+    """Number of images of each kind that the built-in student makes to be measured; the teacher makes a
+    quarter of them. With 0 nothing is measured."""
 
 
 def dreambooth(config: SubjectConfig) -> dict[str, float]:
-    """Teach a model a new subject from a few pictures, show it, and measure the built-in model.
+    """Teach a model a new subject from a few images, show it, and measure the built-in model.
 
-    Returns:
-        Shares of the pictures that the judge finds right, before and after; nothing of another model.
-
-    Raises:
-        WadiError: as `wadi.tasks.dreambooth.dreambooth`, or an instance prompt that the emoji world lacks.
+    Prints for the built-in model the shares of its images that are right, before and after the training.
     """
-    if config.samples < 0:
-        raise WadiError("--samples: must be zero or more")
+    whole_number("--samples", config.samples, 0)
     config = of_resumed_run(config)
     built_in = config.pretrained_model_name_or_path is None
     if built_in:
@@ -77,19 +71,13 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
 
 
 def of_resumed_run(config: SubjectConfig) -> SubjectConfig:
-    """The options of a resumed run where none are given; its model stays None if it is the built-in one."""
-    path = config.output_dir / "config.json"
-    saved = read_json(path) if config.resume and path.is_file() else None
-    if not isinstance(saved, dict):
+    """The saved options of a resumed run, without a model if it is the built-in one; others as they are.
+
+    Raises:
+        WadiError: an option was given that is not the run's own.
+    """
+    if not config.resume or not (config.output_dir / CONFIG_FILE).is_file():
         return config
-    defaults = {field.name: field.default for field in dataclasses.fields(SubjectConfig)}
-    changes = {
-        field.name: saved[field.name]
-        for field in dataclasses.fields(DreamBoothConfig)
-        if field.name in saved
-        and field.name not in CHANGEABLE
-        and getattr(config, field.name) == defaults[field.name]
-    }
-    if changes.get("pretrained_model_name_or_path") == str(emoji.teacher_folder()):
-        del changes["pretrained_model_name_or_path"]
-    return dataclasses.replace(config, **changes)
+    config = saved_options(config)
+    built_in = config.pretrained_model_name_or_path == str(emoji.teacher_folder())
+    return replace(config, pretrained_model_name_or_path=None) if built_in else config

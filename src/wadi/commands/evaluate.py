@@ -1,4 +1,4 @@
-"""`wadi evaluate`: score images of captions against real ones."""
+"""`wadi evaluate`: measure images of captions against real images."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wadi import emoji
-from wadi.emoji import judge as judge  # adds its features to those that can be chosen
+from wadi.emoji import judge as judge  # adds its feature space to `SPACES`
 from wadi.metrics import evaluate as protocol
+from wadi.metrics.evaluate_config import EvaluateConfig
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(protocol.EvaluateConfig):
-    """Generate pictures of captions and compare them with a reference set."""
+class EvaluateOptions(EvaluateConfig):
+    """Make images of captions, and compare them with a reference set."""
 
     model: str | None = None
-    """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id; the teacher that
-    comes with wadi if not given."""
+    """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id; if not given, the
+    teacher that comes with wadi."""
     features: Literal["inception", "emoji"] = "inception"
     """Feature space of the distances: Inception as in published figures, or the judge of the emoji world."""
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Generate what is missing, measure, and write the result; returns its figures.
+    """Make the missing images of captions, measure them, and write and print the figures.
 
-    Of several processes (`accelerate launch -m wadi evaluate ...`) each makes its share of the pictures, and
-    the first one measures.
-
-    A Frechet distance of too few images is omitted, which is told before anything is generated.
-
-    Raises:
-        WadiError: an input cannot be read, the folder holds pictures of other settings, or the images are too
-            few for every figure that the reference is for.
+    If there are several processes (accelerate launch -m wadi evaluate ...), each makes a share of the images,
+    and the first one measures. A Frechet distance of too few images is omitted, with a warning before
+    anything is made.
     """
     model = str(emoji.teacher_folder()) if options.model is None else options.model
     return protocol.evaluate(dataclasses.replace(options, model=model))

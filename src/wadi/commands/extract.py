@@ -16,18 +16,19 @@ def extract(
 ) -> None:
     """Find the LoRaD adapter that turns a teacher into its one-step student, as nearly as the rank allows.
 
-    Prints a table: of each adapted layer its share of the whole change ||W' - W||^2, how far it moved
-    (||W' - W|| / ||W||), the shares of its change that the adapter explains and that any rotation could
-    (ceiling), and how far the norms of its rows moved; then what is in weights that are not adapted. The same
-    is in extract.json and extract.png of the adapter folder.
+    Prints a table with five figures of each adapted layer: its share of the whole change ||W' - W||^2, how
+    far it moved (||W' - W|| / ||W||), the share of its change that the adapter explains, the share that any
+    rotation could explain (ceiling), and how far the norms of its rows moved. Below are the weights that are
+    not adapted. The same figures are in extract.json and extract.png of the adapter folder.
 
     Args:
         teacher: Pipeline folder or hub id.
         student: Pipeline folder or hub id, as wadi export and wadi import write it.
-        out: Adapter folder to write; new or empty.
-        rank: Of the adapter; 256 for a U-Net and 128 for PixArt if not given.
-        max_sweeps: Of the fit; 0 takes the singular value decomposition of the angles as it is.
-        device: Such as cpu or cuda:1; a GPU if there is one.
+        out: Adapter folder to write; it must be new or empty.
+        rank: Rank of the adapter; if not given, 256 for a U-Net and 128 for PixArt.
+        max_sweeps: Most sweeps of the fit; with 0 the singular value decomposition of the angles is not
+            improved.
+        device: Device to compute on, such as cpu or cuda:1; if not given, a GPU if there is one.
         overwrite: Replace the folder if wadi extract wrote it and nothing else is in it.
     """
     from wadi.device import chosen_device

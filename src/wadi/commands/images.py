@@ -13,17 +13,16 @@ from PIL import Image
 
 from wadi import emoji
 from wadi.device import chosen_device
-from wadi.errors import WadiError
 from wadi.onestep import refuse_guidance
 from wadi.onestep.arguments import check_seed, finite_number, whole_number
 from wadi.onestep.grids import KINDS, image_output, save_images
 from wadi.onestep.pipeline import load_for_steps
 from wadi.outputs import Output
-from wadi.tasks.editing import Sampling
+from wadi.tasks.editing import STRENGTH, Sampling
 from wadi.tasks.high_resolution import tell_larger
 
 READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
-"""Options of these commands that name files to read."""
+"""Options of these commands that name files or models to read."""
 
 
 @dataclass(kw_only=True)
@@ -31,38 +30,39 @@ class ImageOptions:
     """Options of every command that makes images."""
 
     prompt: str
-    """What the images show."""
+    """Prompt of the images."""
     seed: int = 0
-    """Image i starts from the noise of seed + i, whatever the number of images."""
+    """Seed of the first image. Image i starts from the noise of seed + i, however many images are made."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
     """Number of images."""
     out: Path
-    """A .png or .jpg file, which shows everything side by side; or a folder, with one file for each image."""
+    """A .png or .jpg file, which shows everything side by side; or a folder, with a file for each image."""
     model: str | None = None
-    """Folder or hub id of an exported student, or of the teacher of --adapter."""
+    """Exported pipeline, or the teacher of --adapter: folder or hub id."""
     adapter: str | None = None
     """Folder or hub id of a student's adapter."""
     num_inference_steps: int = 1
-    """1 for a student. More steps are for a multi-step model: --model, or else the built-in teacher."""
+    """Number of steps. More than 1 is for a multi-step model, to compare; without --model that is the teacher
+    that comes with wadi."""
     guidance_scale: float = 1.0
-    """Guidance scale of a multi-step model, 2 for the built-in teacher. A student needs 1."""
+    """Guidance scale of a multi-step model, which is 2 for the built-in teacher. One step is not guided."""
     negative_prompt: str | None = None
-    """Negative prompt. Only a multi-step model takes one."""
+    """Negative prompt of a multi-step model."""
     height: int | None = None
-    """Height of the images in pixels. If omitted, the model's own."""
+    """Height in pixels; the model's own if not given."""
     width: int | None = None
-    """Width of the images in pixels. If omitted, the model's own."""
+    """Width in pixels; the model's own if not given."""
     batch_size: int = 8
     """Number of images that are made at once."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the networks. The step itself is always computed in float32."""
+    """Precision of the networks; the step itself is always computed in float32."""
     device: str | None = None
-    """Device, such as cpu or cuda:1. If omitted, a GPU if there is one."""
+    """Device to compute on, such as cpu or cuda:1; if not given, a GPU if there is one."""
     overwrite: bool = False
-    """Replace the file. A folder is replaced only if the same command wrote it and nothing else is in it."""
+    """Replace the output file; or the folder, if the same command wrote it and nothing else is in it."""
 
     command: ClassVar[str]
-    """The words of the command on the command line."""
+    """The command, in the words of the command line."""
 
     @property
     def is_file(self) -> bool:
@@ -72,7 +72,7 @@ class ImageOptions:
 
     @property
     def output(self) -> Output:
-        """The file or folder that the images are written to."""
+        """The rule for the output file or folder."""
         inputs: list[str | Path | None] = []
         for name in READ:
             value = getattr(self, name, None)
@@ -83,43 +83,40 @@ class ImageOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch's."""
+        """Dtype of the networks."""
         return getattr(torch, self.dtype)
 
     @property
     def chosen_device(self) -> str:
-        """`device`, or the default device of this machine."""
+        """The device to compute on.
+
+        Raises:
+            WadiError: there is no such device.
+        """
         return chosen_device(self.device)
 
     def check(self) -> None:
-        """Refuse impossible options before anything is loaded or made.
+        """Check the options before anything is loaded or made.
 
         Raises:
-            WadiError: a number or a seed is out of its range, --out cannot be written, or one step is guided.
+            WadiError: a number or seed outside its range, an output that may not be written, or guidance of
+                one step.
         """
         for name in ("num_images", "batch_size", "num_inference_steps"):
             whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         finite_number("--guidance-scale", self.guidance_scale)
-        self.check_seeds(self.num_images)
+        check_seed(self.seed, self.num_images, "--seed")
         self.output.check()
         if self.num_inference_steps == 1:
             refuse_guidance(1, self.guidance_scale, self.negative_prompt)
 
-    def check_seeds(self, images: int) -> None:
-        """Raise a WadiError if --seed, or the seed of the last of so many images, is out of range."""
-        check_seed(self.seed, images, "--seed")
-
     def load(self) -> DiffusionPipeline:
-        """Load the model that the options name, or the built-in student (one step) or teacher (more steps).
+        """Load the named model, or what comes with wadi: the student for one step, the teacher for several.
 
         Raises:
-            WadiError: several steps are asked of a student's adapter, or the model cannot be loaded.
+            WadiError: several steps with a student's adapter, or the model cannot be loaded.
         """
         adapter = self.adapter
-        if adapter is not None and self.num_inference_steps > 1:
-            raise WadiError(
-                "--num-inference-steps: the student of --adapter takes 1 step; omit one of the two"
-            )
         if self.model is None and adapter is None and self.num_inference_steps == 1:
             adapter = str(emoji.student_folder())
         pipeline = load_for_steps(
@@ -132,12 +129,12 @@ class ImageOptions:
         tell_larger(pipeline, self.height, self.width)
         return pipeline
 
-    def sampling(self, strength: float) -> Sampling:
-        """How an image is made from another one; `strength` says how much of it changes, at most 1."""
+    def sampling(self, strength: float = STRENGTH) -> Sampling:
+        """The options of sampling, with a strength for images that are made of other images."""
         return Sampling(strength, self.num_inference_steps, self.guidance_scale, self.negative_prompt)
 
     def finish(self, images: list[Image.Image], seconds: float, sheet: Image.Image | None = None) -> None:
-        """Write the images, or the `sheet` if there is one and `out` is a file, and print a line."""
+        """Write the images, or the sheet into a file if there is one, and print what was written."""
         save_images([sheet] if sheet is not None and self.is_file else images, self.seed, self.output)
         steps = "one step" if self.num_inference_steps == 1 else f"{self.num_inference_steps} steps"
         plural = "s" * (len(images) > 1)

@@ -11,8 +11,8 @@ import tyro
 from PIL.Image import Resampling
 
 from wadi.commands.images import ImageOptions
-from wadi.errors import WadiError
-from wadi.images import open_mask, open_picture
+from wadi.images import open_image, open_mask
+from wadi.onestep.arguments import check_seed, whole_number
 from wadi.tasks import editing
 
 
@@ -23,50 +23,49 @@ class InpaintConfig(ImageOptions):
     command = "inpaint"
 
     image: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGE")]
-    """The picture. What does not fit the shape of the result is cut off."""
+    """The image. What does not fit into the size of the result is cut off."""
     mask: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MASK")]
-    """An image of the same size: white is repainted, black is kept. If it is partly transparent: what is
-    drawn in one colour is repainted, or the hole that is cut into an image."""
+    """The mask, an image of the same size: white is repainted, and black is kept. If it is partly
+    transparent, the part that is drawn in one colour is repainted, or the hole that is cut into an image."""
     strength: float = 0.9
-    """How much changes within the mask, more than 0 and at most 1. Lower, such as 0.8, keeps to the place and
-    the ground of what was there; for an object where nothing was, stay at 0.9 or above."""
+    """How much changes within the mask, more than 0 and at most 1. A lower value, such as 0.8, keeps the
+    place and the background of what was there. For an object where nothing was, use at least 0.9."""
     candidates: int | None = None
-    """How many images are repainted, of which the one whose edges show least is kept; if not given, 8 in one
-    step and 1 in several. Picture i is made of the noises from seed + i * candidates on."""
+    """Number of candidates for each result, of which the one with the least visible edges is kept; if not
+    given, 8 in one step and 1 in several steps. Result i is made from the seeds from seed + i * candidates
+    on."""
     out: Path = Path("inpaint.png")
-    """A .png or .jpg file, which shows picture, mask and results side by side; or a folder, for a file
-    each."""
+    """A .png or .jpg file, which shows image, mask and results side by side; or a folder, with a file for
+    each result."""
 
 
 def inpaint(config: InpaintConfig) -> None:
-    """Repaint the white part of a mask in one step; the rest of the picture stays as it is, to the bit.
+    """Repaint the white part of a mask in one step; the other pixels of the image stay exactly as they are.
 
-    Without --model and --adapter, with the student that comes with wadi.
+    Without --model and --adapter, the student that comes with wadi is used.
     """
     config.check()
     candidates = config.candidates
     if candidates is None:
         candidates = editing.CANDIDATES if config.num_inference_steps == 1 else 1
-    if candidates < 1:
-        raise WadiError("--candidates: must be at least 1")
-    config.check_seeds(config.num_images * candidates)
-    picture = open_picture(config.image)
-    shape = editing.binary_mask(open_mask(config.mask), picture)
+    whole_number("--candidates", candidates, 1)
+    check_seed(config.seed, config.num_images * candidates, "--seed")
+    image = open_image(config.image)
+    mask = editing.binary_mask(open_mask(config.mask), image)
     pipeline = config.load()
-    picture = editing.fitted(pipeline, picture, config.height, config.width)
-    shape = editing.fitted(pipeline, shape, config.height, config.width, Resampling.NEAREST)
-    sampling = config.sampling(config.strength)
+    image = editing.fitted(pipeline, image, config.height, config.width)
+    mask = editing.fitted(pipeline, mask, config.height, config.width, Resampling.NEAREST)
     start = time.perf_counter()
     images = editing.repaintings(
         pipeline,
         config.prompt,
-        picture,
-        shape,
-        sampling,
+        image,
+        mask,
+        config.sampling(config.strength),
         config.seed,
         config.num_images,
         candidates,
         config.batch_size,
     )
     seconds = time.perf_counter() - start
-    config.finish(images, seconds, editing.sheet({"picture": picture, "mask": shape}, images))
+    config.finish(images, seconds, editing.sheet([("image", image), ("mask", mask)], images))

@@ -1,4 +1,4 @@
-"""The evidence: how far the directions of weights moved, and the adapter that moves them so."""
+"""How far the lengths and directions of weights moved, and the adapter that moves them so."""
 
 from wadi.directions.compare import Comparison, compare_models, write_comparison
 from wadi.directions.extract import Extraction, OtherFigures, extract_adapter

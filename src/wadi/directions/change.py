@@ -1,27 +1,27 @@
 """The mathematics of comparison: how far rows of weights moved in length and in direction, and the null.
 
-A row w of a teacher's weight W (out, n) is what one output reads of its n inputs; w' is the student's, and
-d = w' - w. Three figures of a row (arXiv 2603.08258 decomposes weights so, as DoRA, arXiv 2402.09353, does):
+A row w of a teacher's weight W (out, n) holds the weights of one output; w' is the student's row, and d = w'
+- w. A row has three figures (arXiv 2603.08258 splits weights in this way, as DoRA, arXiv 2402.09353, does):
 
     norm change         | |w'| - |w| | / |w|
     direction change    1 - cos(w, w')  =  |w' / |w'| - w / |w||^2 / 2        (the right side does not cancel)
     angle               2 asin(|w' / |w'| - w / |w|| / 2), radians
 
-**The null** of each is its expectation when d keeps its length and points anywhere. With rho = |d| / |w|,
-everything follows from t, the cosine between d and w:
+**The null** of a figure is its expectation if d keeps its length and has a random direction. With
+rho = |d| / |w|, everything follows from t, the cosine between d and w:
 
     |w'| / |w| = sqrt(1 + 2 rho t + rho^2) = q        cos(w, w') = (1 + rho t) / q
 
 and for d uniform on a sphere of n dimensions t = cos(phi) has the density sin(phi)^(n - 2) on [0, pi]
-(Muirhead 1982, Aspects of Multivariate Statistical Theory, section 1.5). It is narrow, about 1 / sqrt(n): in
-many dimensions nearly every change is a change of direction, whatever made it. For small rho,
-E[norm change] = rho sqrt(2 / (pi n)), E[angle] = rho and E[1 - cos] = rho^2 / 2 (to 1 / n).
+(Muirhead 1982, Aspects of Multivariate Statistical Theory, section 1.5). Its width is about 1 / sqrt(n): in
+many dimensions nearly every change is a change of direction, whatever its cause. For small rho, E[norm
+change] = rho sqrt(2 / (pi n)), E[angle] = rho and E[1 - cos] = rho^2 / 2 (to 1 / n).
 
-**The spectrum** is that of the direction residual R, rows w' / |w'| - w / |w|: its singular values, squared,
-are energies, and their running sum over the sum says how much of R a matrix of rank k can hold (Eckart and
-Young). They are the eigenvalues of the smaller of R R^T and R^T R, which is far cheaper than an SVD and, for
-energies, as good: the error is rounding of the largest one. The null has rows of the same lengths in random
-directions.
+**The spectrum** is that of the direction residual R, whose rows are w' / |w'| - w / |w|. The squared singular
+values are called energies. The share of the first k of them says how much of R a matrix of rank k can hold
+(Eckart and Young). They are computed as the eigenvalues of the smaller of R R^T and R^T R, which is far
+cheaper than an SVD; the error is the rounding of the largest one. The null has rows of the same lengths and
+random directions.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ import numpy as np
 import torch
 
 _CHUNK = 2**21
-"""Elements that are held in float64 at a time."""
+"""Number of elements that are held in float64 at a time."""
 _NODES, _REACH = 32, 9.0
-"""Gauss-Legendre nodes on either side of the kink, and how many widths 1 / sqrt(n) of t are integrated."""
+"""Number of Gauss-Legendre nodes on each side of the kink, and of widths 1 / sqrt(n) that are integrated."""
 _NULL_SIDE = 256
-"""Smaller side of the random matrix that stands for the null's spectrum."""
+"""Largest smaller side of the random matrix of which the null's spectrum is computed."""
 
 
 class RowChanges(NamedTuple):
@@ -53,21 +53,21 @@ class RowChanges(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mean and standard deviation (of the whole, not of a sample) over rows."""
+    """Mean and standard deviation over rows; the rows are the whole population, not a sample."""
 
     mean: float
     std: float
 
 
 def moments(values: torch.Tensor) -> Moments:
-    """Mean and standard deviation of a vector that is not empty."""
+    """The mean and standard deviation of a vector that is not empty."""
     return Moments(values.mean().item(), values.std(correction=0).item())
 
 
 def row_changes(weight: torch.Tensor, target: torch.Tensor) -> tuple[RowChanges, torch.Tensor]:
     """Compare two weights row by row, in float64.
 
-    Rows that are zero in either weight have no direction; they are left out of the figures and are zero in R.
+    Rows that are zero in either weight have no direction; they have no figures, and are zero in R.
 
     Args:
         weight: W (out, n), any floating dtype.
@@ -82,7 +82,7 @@ def row_changes(weight: torch.Tensor, target: torch.Tensor) -> tuple[RowChanges,
         w, w2 = w.double(), w2.double()
         n, n2 = w.norm(dim=1), w2.norm(dim=1)
         size = (w2 - w).norm(dim=1)
-        kept = (n != 0) & (n2 != 0)  # of numbers that are not finite all figures are kept, to be noticed
+        kept = (n != 0) & (n2 != 0)  # rows that are not finite are kept, so that they are noticed
         turned = (w2 / n2[:, None]).sub_(w / n[:, None])
         chord = turned.norm(dim=1)
         r.copy_(turned.masked_fill_(~kept[:, None], 0))
@@ -92,13 +92,13 @@ def row_changes(weight: torch.Tensor, target: torch.Tensor) -> tuple[RowChanges,
 
 
 def null_moments(size: torch.Tensor, n: int) -> dict[str, Moments]:
-    """Moments of the three figures under isotropic changes of the rows' own sizes, by quadrature.
+    """Compute the moments of the three figures for random changes of the same sizes, by quadrature.
 
-    Exact but for the quadrature (relative error below 1e-6). The integral over phi is split where |w'| = |w|,
-    at cos(phi) = -rho / 2, so that either part is smooth.
+    The relative error of the quadrature is below 1e-6. The integral over phi is split where |w'| = |w|, at
+    cos(phi) = -rho / 2, so that both parts are smooth.
 
     Args:
-        size: rho (rows,) float64, at least one row.
+        size: rho, (rows,) float64, at least one row.
         n: length of a row, at least 1. With 1 the change is +rho or -rho.
 
     Returns:
@@ -121,7 +121,7 @@ def null_moments(size: torch.Tensor, n: int) -> dict[str, Moments]:
 
 
 def energies(residual: torch.Tensor) -> torch.Tensor:
-    """Squared singular values of R, the largest first.
+    """Compute the squared singular values of R, the largest first.
 
     Args:
         residual: R (out, n), float32 or float64; the Gram matrix and its eigenvalues are computed in it.
@@ -129,7 +129,7 @@ def energies(residual: torch.Tensor) -> torch.Tensor:
     Returns:
         (min(out, n),) float64, none negative.
     """
-    # without the scale, squares of small float32 numbers would underflow
+    # without this scale, squares of small float32 numbers would underflow
     largest = residual.abs().max()
     if largest == 0:
         return torch.zeros(min(residual.shape), dtype=torch.float64)
@@ -139,17 +139,16 @@ def energies(residual: torch.Tensor) -> torch.Tensor:
 
 
 def null_energies(lengths: torch.Tensor, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """Squared singular values of a matrix whose rows have given lengths and random directions: one draw.
+    """Draw a matrix whose rows have given lengths and random directions; return its squared singular values.
 
-    A large matrix is stood for by one of the same aspect ratio with at most 256 rows or columns, whose rows
-    have the lengths' quantiles: the running share of energy over the share of rank depends, for large
-    matrices, on these two alone (Silverstein and Bai 1995, on sample covariance matrices). So the number of
-    energies is that of the stand-in.
+    For a large matrix, a smaller one with the same aspect ratio is drawn, whose smaller side is 256 and whose
+    rows have the quantiles of the lengths. For large matrices the share of energy at a share of rank depends
+    on these two alone (Silverstein and Bai 1995, on sample covariance matrices).
 
     Args:
-        lengths: (rows,) float64, of R.
-        shape: (rows, n) of R.
-        seed: of the draw.
+        lengths: (rows,) float64, lengths of the rows of R.
+        shape: (rows, n), shape of R.
+        seed: seed of the draw.
 
     Returns:
         (at most 256,) float64, the largest first.
@@ -163,11 +162,11 @@ def null_energies(lengths: torch.Tensor, shape: tuple[int, int], seed: int = 0) 
 
 
 def energy_shares(energy: torch.Tensor, rank_shares: torch.Tensor) -> torch.Tensor | None:
-    """Share of all energy in the first singular values, at shares of full rank; None if there is no energy.
+    """The share of all energy in the first singular values, at shares of full rank; None if all are zero.
 
     Args:
         energy: (full rank,) float64, the largest first.
-        rank_shares: values in [0, 1]; between whole ranks the running sum is interpolated linearly.
+        rank_shares: values in [0, 1]; between whole ranks the share is interpolated linearly.
 
     Returns:
         Shares, of the shape of `rank_shares`.
@@ -182,7 +181,7 @@ def energy_shares(energy: torch.Tensor, rank_shares: torch.Tensor) -> torch.Tens
 
 
 def with_norms_of(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Rows of `weight` with the lengths of the rows of `norms`; a row that is zero in either stays as it is.
+    """Give the rows of `weight` the lengths of the rows of `norms`; a row that is zero in either stays.
 
     Args:
         weight: (out, ...), any floating dtype.

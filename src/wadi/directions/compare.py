@@ -1,4 +1,4 @@
-"""`wadi directions`: how far the rows of every layer moved in length and in direction, beside the null."""
+"""`wadi directions`: how far the rows of each layer moved in length and in direction, beside the null."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wadi.directions.change import (
     null_moments,
     row_changes,
 )
-from wadi.directions.figures import Figure, LayerChange
+from wadi.directions.figures import FLOW, Figure, LayerChange, block_of
 from wadi.directions.plot import save_scatter, save_spectrum
 from wadi.directions.weights import Weights, check_pair, open_weights
 from wadi.errors import WadiError
@@ -35,18 +35,10 @@ from wadi.outputs import Output
 from wadi.progress import progress
 
 RANK_SHARES = torch.arange(51, dtype=torch.float64) / 50
-"""Shares of full rank at which the running share of energy is kept."""
+"""Shares of full rank at which the share of energy is kept."""
 QUOTED_RANK_SHARE = 0.3
-"""Where the paper quotes it."""
+"""Share of full rank at which the paper quotes it."""
 
-_FLOW = {
-    "conv_in": -3,
-    "time_embedding": -2,
-    "add_embedding": -1,
-    "mid_block": 1,
-    "up_blocks": 2,
-    "conv_out": 3,
-}
 _TYPES = {
     r"attn1\.": "self-attention",
     r"attn2\.": "cross-attention",
@@ -63,21 +55,21 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Group:
-    """Means over the changed layers of a block, of a type, or of all; each layer counts once."""
+    """Means over the changed layers of a block, of a type, or of all; each layer has the same weight."""
 
     name: str
     layers: int
     unchanged: int
-    """Layers whose student's weight is the teacher's, and which no mean counts."""
+    """Number of layers with equal weights in both models, which are in no mean."""
     norm: Figure | None
     direction: Figure | None
     angle: Figure | None
     energy: float | None
-    """At `QUOTED_RANK_SHARE` of full rank."""
+    """Share of energy at `QUOTED_RANK_SHARE` of full rank."""
     null_energy: float | None
 
     def ratio(self, over: str, of: str = "norm") -> tuple[float | None, float | None]:
-        """Mean `over` mean `of`, such as direction over norm; and the null's."""
+        """The mean `over` divided by the mean `of`, such as direction by norm; and the same of the null."""
         a, b = getattr(self, over), getattr(self, of)
         if a is None or b is None:
             return None, None
@@ -91,17 +83,17 @@ class Comparison:
     teacher: str
     student: str
     layers: tuple[LayerChange, ...]
-    """In the order in which the network uses them."""
+    """The layers in the order in which the network uses them."""
     others: int
-    """Tensors without rows: biases, scales of norms."""
+    """Number of tensors without rows, such as biases and the scales of norms."""
     others_changed: int
 
     def overall(self) -> Group:
-        """All layers."""
+        """The means over all layers."""
         return _group("all", self.layers)
 
     def by(self, field: str) -> list[Group]:
-        """Groups of the layers that share `field`, "block" or "type", in the network's order."""
+        """The means over the layers of each "block" or "type", in the network's order."""
         names = dict.fromkeys(getattr(layer, field) for layer in self.layers)
         return [_group(name, [la for la in self.layers if getattr(la, field) == name]) for name in names]
 
@@ -109,17 +101,15 @@ class Comparison:
 def compare_models(
     teacher: str | os.PathLike, student: str | os.PathLike, base: str | os.PathLike | None = None
 ) -> Comparison:
-    """Compare two networks of one architecture, reading a layer at a time.
-
-    As many layers are worked on at once as torch has threads.
+    """Compare two networks of the same architecture, a layer at a time in each of torch's threads.
 
     Args:
         teacher: see `wadi.directions.weights.open_weights`.
-        student: the same; an adapter that names no base is the teacher's.
-        base: of adapters.
+        student: the same; an adapter that names no base model is taken to be for the teacher.
+        base: base model of an adapter.
 
     Raises:
-        WadiError: something cannot be read, or the two are not of one architecture.
+        WadiError: something cannot be read, or the architectures differ.
     """
     before = open_weights(teacher, base)
     after = open_weights(student, base, other=before)
@@ -153,25 +143,25 @@ def layers_with_rows(shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 
 def layer_change(name: str, before: Weights, after: Weights) -> LayerChange:
-    """All figures of one layer."""
+    """Compute all figures of one layer."""
     weight, target = (weights.read(f"{name}.weight").flatten(1) for weights in (before, after))
     rows, columns = weight.shape
     changes, residual = row_changes(weight, target)
     changed = not torch.equal(weight, target)
     del weight, target
-    left_out = rows - len(changes.size)
+    skipped = rows - len(changes.size)
     size = changes.size.square().mean().sqrt().item() if len(changes.size) else None
     energy, null = _spectra(residual, zlib.crc32(name.encode())) if changed else (None, None)
     figures = _figures(changes, columns)
     return LayerChange(
-        name, block_of(name), type_of(name), rows, columns, left_out, changed, size, *figures, energy, null
+        name, block_of(name), type_of(name), rows, columns, skipped, changed, size, *figures, energy, null
     )
 
 
 def output_of(
     folder: str | os.PathLike, teacher: str, student: str, base: str | None, overwrite: bool
 ) -> Output:
-    """The folder of a comparison, which can be checked before the models are read."""
+    """The rule for the folder of a comparison; check it before the models are read."""
     return Output(folder, "directions", inputs=(teacher, student, base), overwrite=overwrite)
 
 
@@ -180,13 +170,13 @@ def write_comparison(
 ) -> None:
     """Write directions.json, directions.csv, scatter.png and spectrum.png into a new folder, all or none.
 
-    The images are not drawn where nothing changed.
+    There are no images if nothing changed.
 
     Args:
-        comparison: what `compare_models` found.
-        folder: new or empty.
+        comparison: what `compare_models` returned.
+        folder: folder to write; it must be new or empty.
         overwrite: replace the folder if this function wrote it and nothing else is in it.
-        base: what an adapter was made for, if it was read.
+        base: base model of an adapter, if it was read.
 
     Raises:
         WadiError: the folder may not or cannot be written.
@@ -223,7 +213,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 
 
 def as_csv(layers: Iterable[LayerChange]) -> str:
-    """A line per layer: names, shape, the figures with their nulls, energy at `QUOTED_RANK_SHARE`."""
+    """A line for each layer: names, shape, figures with their nulls, and energy at `QUOTED_RANK_SHARE`."""
     text = io.StringIO()
     fields = ("name", "block", "type", "rows", "columns", "rows_left_out", "changed", "size")
     parts = [field.name for field in dataclasses.fields(Figure)]
@@ -238,7 +228,7 @@ def as_csv(layers: Iterable[LayerChange]) -> str:
 
 
 def table(comparison: Comparison) -> str:
-    """The groups as lines of text, every figure beside its null, and the ratios."""
+    """The groups and the ratios as lines of text, every figure beside its null."""
     groups = [*comparison.by("block"), *comparison.by("type"), comparison.overall()]
     width = max(len(group.name) for group in groups)
     row = f"{{:{width}}} {{:>6}}".format
@@ -261,14 +251,8 @@ def table(comparison: Comparison) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def block_of(name: str) -> str:
-    """Such as down_blocks.0, mid_block, transformer_blocks.5, conv_in."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
-
-
 def type_of(name: str) -> str:
-    """What a layer does, in words."""
+    """The type of a layer, in words."""
     return next((words for pattern, words in _TYPES.items() if re.search(pattern, name)), "other")
 
 
@@ -295,7 +279,9 @@ def _group(name: str, layers: Sequence[LayerChange]) -> Group:
         figures = [figure for layer in changed if (figure := getattr(layer, field)) is not None]
         if not figures:
             return None
-        return Figure(*(sum(column) / len(figures) for column in zip(*map(_astuple, figures), strict=True)))
+        return Figure(
+            *(sum(column) / len(figures) for column in zip(*map(dataclasses.astuple, figures), strict=True))
+        )
 
     def share(field: str) -> float | None:
         values = [_quoted(curve) for layer in changed if (curve := getattr(layer, field)) is not None]
@@ -310,10 +296,6 @@ def _group(name: str, layers: Sequence[LayerChange]) -> Group:
     )
 
 
-def _astuple(figure: Figure) -> tuple[float, ...]:
-    return dataclasses.astuple(figure)
-
-
 def _quoted(curve: Sequence[float] | None) -> float | None:
     return None if curve is None else curve[round(QUOTED_RANK_SHARE * (len(RANK_SHARES) - 1))]
 
@@ -323,16 +305,16 @@ def _short(value: float | None) -> str:
 
 
 def _place(name: str) -> tuple:
-    """Sorts layers as a network uses them: its ends, down, mid, up, and numbers as numbers."""
+    """Sort key of layers in the order in which a network uses them; numbers are sorted as numbers."""
     numbers = (int(part) if part.isdigit() else part for part in name.split("."))
-    return _FLOW.get(name.split(".")[0], 0), [(isinstance(part, str), part) for part in numbers]
+    return FLOW.get(name.split(".")[0], 0), [(isinstance(part, str), part) for part in numbers]
 
 
 @contextmanager
 def _one_layer_a_thread() -> Iterator[Callable]:
-    """Yield a `map` with as many threads as torch had, each of which computes alone.
+    """Yield a `map` with as many threads as torch had, in each of which torch uses one thread.
 
-    Two layers at once are faster than one by two threads: the eigenvalues hardly run in parallel.
+    Two layers at once are faster than one layer in two threads, because eigenvalues hardly run in parallel.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

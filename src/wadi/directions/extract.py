@@ -1,4 +1,4 @@
-"""From a teacher and a one-step student, both whole models, to the LoRaD adapter between them."""
+"""`wadi extract`: the LoRaD adapter between a teacher and a one-step student, which are both whole models."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from torch import nn
 from wadi.backbones import student_config
 from wadi.device import chosen_device
 from wadi.diffusion.schedule import prediction_type
-from wadi.directions.figures import LayerFigures
+from wadi.directions.figures import FLOW, LayerFigures
 from wadi.directions.fit import best_angles, best_factors, explained_share, norm_change, squared_distance
 from wadi.directions.plot import save_plot
 from wadi.directions.weights import check_shapes
 from wadi.distill.checks import check_rank, layer_sizes
 from wadi.errors import WadiError
 from wadi.files import write_json
-from wadi.lorad import save_adapter
+from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import Student
+from wadi.onestep.arguments import whole_number
 from wadi.onestep.loading import load_denoiser
 from wadi.onestep.scheduler import last_alpha_squared
 from wadi.onestep.student import check_teacher
 from wadi.outputs import Output
 from wadi.progress import progress
 
-_FLOW = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # a U-Net registers its middle last
 FIGURES_FILE, PLOT_FILE = "extract.json", "extract.png"
 
 
 @dataclass(frozen=True)
 class OtherFigures:
-    """One weight that changed and is not adapted."""
+    """A weight that changed and that the adapter does not change."""
 
     name: str
     kind: str
-    """The class of its module, or "bias"."""
+    """Class of its module, or "bias"."""
     change: float
     """||W' - W||_F^2"""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an extracted adapter explains, and what it cannot carry."""
+    """What an extracted adapter explains, and what it cannot explain."""
 
     r: int
     layers: tuple[LayerFigures, ...]
@@ -66,7 +66,7 @@ class Extraction:
 
     @property
     def not_adapted(self) -> float | None:
-        """Share of `change` in weights that no adapter of these layers can carry."""
+        """Share of `change` that is in other weights than the adapted ones."""
         return sum(figures.change for figures in self.others) / self.change if self.change else None
 
     @property
@@ -76,11 +76,11 @@ class Extraction:
 
     @property
     def ceiling(self) -> float | None:
-        """Share of `adapted_change` that the best angles explain."""
+        """Share of `adapted_change` that the best angles, without a limit by the rank, explain."""
         return self._share([layer.ceiling for layer in self.layers])
 
     def not_adapted_by_kind(self) -> dict[str, float]:
-        """Share of `change` by kind of weight, the largest first."""
+        """`not_adapted` by kind of weight, the largest first."""
         kinds: dict[str, float] = {}
         for figures in self.others:
             kinds[figures.kind] = kinds.get(figures.kind, 0.0) + figures.change / self.change
@@ -104,55 +104,43 @@ def extract_adapter(
 ) -> Extraction:
     """Write the LoRaD adapter that turns a teacher into a student as nearly as rank `r` allows.
 
-    The layers are those of `student_config`. The folder is PEFT's, with the student's alpha_T^2 where it is
-    not the teacher's, and with the figures as `extract.json` and `extract.png`; whole or not at all.
+    The layers are those of `student_config`. The folder is PEFT's, with the student's alpha_T^2 if the
+    teacher has another one, and with the figures as `extract.json` and `extract.png`; it is written whole or
+    not at all.
 
     Angles are known up to 2 pi, and those of pairs near zero are noise: where a student was turned by more
-    than pi the adapter can miss a few pairs even at the student's own rank (see `wadi.directions.fit`).
+    than pi, the adapter can miss a few pairs even at the student's own rank (see `wadi.directions.fit`).
 
     Args:
         teacher: pipeline folder or hub id.
-        student: pipeline folder or hub id of the same architecture, as `wadi export` or `wadi import` writes.
-        out_folder: where to write; new or empty.
-        r: rank; by default the paper's.
-        max_sweeps: of the fit; 0 takes the plain SVD of the angles.
-        device: where to compute, layer by layer.
-        overwrite: replace the folder if the same function wrote it and nothing else is in it.
+        student: pipeline folder or hub id of the same architecture, as `wadi export` or `wadi import` writes
+            it.
+        out_folder: folder to write; it must be new or empty.
+        r: rank; the paper's if None.
+        max_sweeps: most sweeps of the fit; with 0 the plain SVD of the angles is taken.
+        device: device that computes; layers are sent to it one by one.
+        overwrite: replace the folder if this function wrote it and nothing else is in it.
 
     Raises:
-        WadiError: a model cannot be loaded, the teacher is a one-step student itself, they are not of one
-            architecture or prediction type, a weight is not finite, `r` is more than any layer can use,
-            there is no such device, or the folder may not or cannot be written.
+        WadiError: a model cannot be loaded, the teacher is a one-step student, architectures or prediction
+            types differ, a weight is not finite, no layer can use the rank, there is no such device, or the
+            folder may not or cannot be written.
     """
-    if (r is not None and r < 1) or max_sweeps < 0:
-        raise WadiError(f"--rank {r}, --max-sweeps {max_sweeps}: must be at least 1 and 0")
+    if r is not None:
+        whole_number("--rank", r, 1)
+    whole_number("--max-sweeps", max_sweeps, 0)
     output = Output(out_folder, "extract", inputs=(teacher, student), overwrite=overwrite)
     output.check()
     chosen_device(device)
-    network, teacher_scheduler = load_denoiser(teacher)
-    check_teacher(teacher, teacher_scheduler, network)
+    network, scheduler = load_denoiser(teacher)
+    check_teacher(teacher, scheduler, network)
     other, student_scheduler = load_denoiser(student)
     before, after = network.state_dict(), other.state_dict()
-    _check_pair(teacher, before, student, after)
-    alpha_T_squared = _own_alpha_T_squared(teacher, teacher_scheduler, student, student_scheduler)
-    try:
-        config = student_config(network, r)
-    except ValueError as error:
-        raise WadiError(f"{teacher}: {error}") from error
-
-    if r is not None:
-        check_rank("--rank", r, layer_sizes(network, config.target_modules).values())
-
-    names = [name for name, _ in network.named_modules() if name in config.target_modules]
-    names.sort(key=lambda name: _FLOW.get(name.split(".")[0], 0))
-    layers, factors = [], {}
-    for name in progress(names, desc="layers", unit="layer", leave=False):
-        pair = (before[f"{name}.weight"].to(device), after[f"{name}.weight"].to(device))
-        factors[name] = best_factors(*pair, config.r, max_sweeps)
-        layers.append(_layer_figures(name, *pair, factors[name]))
-    extraction = Extraction(config.r, tuple(layers), _other_figures(network, names, before, after))
-
-    record = Student.of(network, teacher_scheduler, alpha_T_squared)
+    check_shapes(teacher, _shapes(before), student, _shapes(after))
+    alpha_T_squared = _own_alpha_T_squared(teacher, scheduler, student, student_scheduler)
+    config = _adapter_config(teacher, network, r)
+    extraction, factors = _extract(network, config, before, after, max_sweeps, device)
+    record = Student.of(network, scheduler, alpha_T_squared)
     inject_adapter_in_model(config, network)
     _fill(network, factors)
     with output.writing() as folder:
@@ -163,8 +151,37 @@ def extract_adapter(
     return extraction
 
 
+def _adapter_config(teacher: str | os.PathLike, network: nn.Module, r: int | None) -> LoRaDConfig:
+    try:
+        config = student_config(network, r)
+    except ValueError as error:
+        raise WadiError(f"{teacher}: {error}") from error
+    if r is not None:
+        check_rank("--rank", r, layer_sizes(network, config.target_modules).values())
+    return config
+
+
+def _extract(
+    network: nn.Module,
+    config: LoRaDConfig,
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],
+    max_sweeps: int,
+    device: str | torch.device,
+) -> tuple[Extraction, dict[str, Factors]]:
+    """Fit the factors of every adapted layer, and compute the figures."""
+    names = [name for name, _ in network.named_modules() if name in config.target_modules]
+    names.sort(key=lambda name: FLOW.get(name.split(".")[0], 0))
+    layers, factors = [], {}
+    for name in progress(names, desc="layers", unit="layer", leave=False):
+        pair = (before[f"{name}.weight"].to(device), after[f"{name}.weight"].to(device))
+        factors[name] = best_factors(*pair, config.r, max_sweeps)
+        layers.append(_layer_figures(name, *pair, factors[name]))
+    return Extraction(config.r, tuple(layers), _other_figures(network, names, before, after)), factors
+
+
 def summary(extraction: Extraction) -> dict:
-    """All figures as JSON values; shares are None where nothing changed."""
+    """All figures as JSON values; shares are None if nothing changed."""
     return {
         "r": extraction.r,
         "explained": extraction.explained,
@@ -177,7 +194,7 @@ def summary(extraction: Extraction) -> dict:
 
 
 def table(extraction: Extraction) -> str:
-    """The figures as lines of text: a row per layer, the adapted layers together, what is not adapted."""
+    """The figures as lines of text: each layer, all adapted layers together, and what is not adapted."""
     width = max(len(layer.name) for layer in extraction.layers)
     row = f"{{:{width}}} {{:>9}} {{:>9}} {{:>9}} {{:>9}} {{:>9}}".format
     lines = [row("layer", "of all", "moved", "explained", "ceiling", "norms")]
@@ -198,25 +215,19 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def _check_pair(
-    teacher: str | os.PathLike,
-    before: dict[str, torch.Tensor],
-    student: str | os.PathLike,
-    after: dict[str, torch.Tensor],
-) -> None:
-    shapes, others = ({key: tuple(w.shape) for key, w in state.items()} for state in (before, after))
-    check_shapes(teacher, shapes, student, others)
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(weight.shape) for key, weight in state.items()}
 
 
 def _own_alpha_T_squared(
     teacher: str | os.PathLike, teacher_config: dict, student: str | os.PathLike, student_config: dict
 ) -> float | None:
-    """The student's alpha_T^2 where it is not what the teacher's schedule has."""
+    """The student's alpha_T^2, or None if it is that of the teacher's schedule."""
     types = [prediction_type(config) for config in (teacher_config, student_config)]
     if types[0] != types[1]:
         raise WadiError(
-            f"{student}: predicts {types[1]} and {teacher} {types[0]}; an adapter cannot carry that, "
-            "name a teacher of the same prediction type"
+            f"{student}: predicts {types[1]}, and {teacher} predicts {types[0]}, but adapters cannot change "
+            "that; name a teacher of the same prediction type"
         )
     own, new = (last_alpha_squared(config) for config in (teacher_config, student_config))
     return None if own is None or math.isclose(own, new, rel_tol=1e-5) else new

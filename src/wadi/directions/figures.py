@@ -1,13 +1,29 @@
-"""What is known of one layer: how a comparison and an extraction find it, and how plots show it."""
+"""What is known about one layer: its figures in a comparison and in an extraction, and its place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+FLOW = {
+    "conv_in": -3,
+    "time_embedding": -2,
+    "add_embedding": -1,
+    "mid_block": 1,
+    "up_blocks": 2,
+    "conv_out": 3,
+}
+"""Order in which a U-Net uses its blocks, which it registers in another order; other blocks have 0."""
+
+
+def block_of(name: str) -> str:
+    """Name of a layer's block, such as down_blocks.0, mid_block, transformer_blocks.5 or conv_in."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+
 
 @dataclass(frozen=True)
 class Figure:
-    """Mean and standard deviation over rows, and the same of isotropic changes of the same sizes."""
+    """Mean and standard deviation over rows, and those of the null: random changes of the same sizes."""
 
     mean: float
     std: float
@@ -17,7 +33,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One weight with rows. A convolution's row is all of one output channel: (out, in * height * width)."""
+    """Figures of one weight (out, in); a row of a convolution is one output channel."""
 
     name: str
     block: str
@@ -25,10 +41,11 @@ class LayerChange:
     rows: int
     columns: int
     rows_left_out: int
-    """Rows that are zero in either weight: they have no direction."""
+    """Number of rows that are zero in either weight, which have no direction."""
     changed: bool
     size: float | None
-    """Root of the mean of (|w' - w| / |w|)^2 over rows; None, as the next three, if all rows are left out."""
+    """Root of the mean of (|w' - w| / |w|)^2 over rows; None, as the next three, if no row has a
+    direction."""
     norm: Figure | None
     """| |w'| - |w| | / |w|"""
     direction: Figure | None
@@ -36,15 +53,15 @@ class LayerChange:
     angle: Figure | None
     """Radians."""
     energy: tuple[float, ...] | None
-    """Running share of energy of the direction residual, at `RANK_SHARES` of `compare`; None if no direction
-    changed."""
+    """Share of the energy of the direction residual in the first singular values, at the `RANK_SHARES` of
+    `compare`; None if no direction changed."""
     null_energy: tuple[float, ...] | None
-    """The same for rows of the same lengths in random directions."""
+    """The same for rows of the same lengths and random directions."""
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One adapted weight W (out, in) of the teacher, W' of the student. A share of nothing is ``None``."""
+    """Figures of an adapted weight, W of the teacher and W' of the student; a share of zero is None."""
 
     name: str
     change: float
@@ -54,6 +71,6 @@ class LayerFigures:
     explained: float | None
     """Share of `change` that the adapter explains: 1 - ||W' - rotate(W, A B)||^2 / ||W' - W||^2."""
     ceiling: float | None
-    """The same for the best angle of every pair, which no rank restricts."""
+    """The same share for the best angle of every pair, without a limit by the rank."""
     norm_change: float | None
-    """||n' - n|| / ||n|| of the row norms: what of `relative_change` is length."""
+    """||n' - n|| / ||n|| of the row norms n: the part of `relative_change` that is length."""

@@ -1,4 +1,4 @@
-"""`wadi directions swap`: the student with the lengths, or with the directions, of its teacher's rows."""
+"""`wadi directions swap`: a student whose rows have the lengths, or the directions, of its teacher's rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from wadi.progress import progress
 Part = Literal["norms", "directions"]
 
 SHARD_BYTES = 2**30
-"""Most bytes of a written file, and so of what is held at a time."""
+"""Largest size of a written file in bytes, and so of what is in memory at a time."""
 
 
 def swap_rows(
@@ -45,25 +45,25 @@ def swap_rows(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> None:
-    """Write a pipeline folder whose network is the student's but for the lengths or directions of its rows.
+    """Write the student's pipeline with the lengths, or the directions, of the teacher's rows.
 
-    With ``take="norms"`` every row is w' |w| / |w'|, with ``take="directions"`` it is w |w'| / |w|, where w
-    is the teacher's and w' the student's. Rows that are zero in either, and tensors without rows, are the
-    student's. The rest of the pipeline is copied: the student's own, or the teacher's where the student is a
-    file or an adapter; with an adapter the scheduler is that of one step. Weights are read and written a
-    piece at a time, in several files where they are larger than `SHARD_BYTES`.
+    With ``take="norms"`` every row is w' |w| / |w'|, and with ``take="directions"`` it is w |w'| / |w|, where
+    w is the teacher's row and w' the student's. Rows that are zero in either weight, and tensors without
+    rows, stay the student's. The rest of the pipeline is copied from the student, or from the teacher if the
+    student is a file or an adapter; with an adapter it gets the scheduler for one step. Weights are read and
+    written one after the other, in several files if they are larger than `SHARD_BYTES`.
 
     Args:
-        teacher: pipeline folder or hub id; where the student is a pipeline, all that `open_weights` takes.
+        teacher: pipeline folder or hub id; if the student is a pipeline, anything that `open_weights` reads.
         student: see `wadi.directions.weights.open_weights`.
-        take: what of the teacher's.
-        out_folder: where to write, whole or not at all; new or empty.
-        base: of adapters.
-        dtype: of the written weights of the network.
-        overwrite: replace the folder if the same function wrote it and nothing else is in it.
+        take: what is taken from the teacher.
+        out_folder: folder to write, whole or not at all; it must be new or empty.
+        base: base model of an adapter.
+        dtype: dtype of the written weights of the network.
+        overwrite: replace the folder if this function wrote it and nothing else is in it.
 
     Raises:
-        WadiError: something cannot be read or written, or the two are not of one architecture.
+        WadiError: something cannot be read or written, or the architectures differ.
     """
     output = Output(out_folder, "directions swap", inputs=(teacher, student, base), overwrite=overwrite)
     output.check()
@@ -88,7 +88,7 @@ def swap_rows(
 
 
 def swapped(before: Weights, after: Weights, key: str, take: Part, with_rows: bool) -> torch.Tensor:
-    """One tensor of the result, in float32 or wider."""
+    """Compute one tensor of the result, in float32 or wider."""
     tensor = after.read(key)
     if not with_rows:
         return tensor
@@ -111,7 +111,7 @@ def _write_shards(folder: Path, before: Weights, after: Weights, take: Part, dty
         for number, keys in enumerate(shards, 1):
             tensors = {}
             for key in keys:
-                # cloned: what was read is a view of the whole file's pages
+                # copied, because what was read is a view of the whole file's pages
                 tensor = swapped(before, after, key, take, key in with_rows)
                 tensors[key] = tensor.to(dtype, copy=True)
                 bar.update(sizes[key])
@@ -138,7 +138,7 @@ def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[
 
 
 def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
-    """Copy what model_index.json lists and an image needs, but for the weights of `part`."""
+    """Copy the parts of a pipeline that are needed to make images, without the weights of `part`."""
     index = read_json(source / "model_index.json")
     for name, _ in parts(source, index):
         if name == part:
@@ -156,9 +156,7 @@ def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
 def _set_one_step(source: Path, folder: Path, alpha_T_squared: float | None) -> None:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        raise WadiError(
-            "the teacher's pipeline has no scheduler/scheduler_config.json; name a whole pipeline"
-        )
+        raise WadiError(f"{file}: is missing; name a whole pipeline as the teacher")
     config = read_json(file)
     index = read_json(folder / "model_index.json")
     # an old file may not name its class

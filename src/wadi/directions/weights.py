@@ -1,6 +1,6 @@
-"""Weights of a network on the disk, read one at a time and never held together.
+"""Weights of a network on the disk, of which only one is in memory at a time.
 
-Whatever the files are, the keys are those of diffusers' U-Net or transformer.
+The keys are always those of diffusers' U-Net or transformer, whatever the files are.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _LDM_PREFIX = "model.diffusion_model."
 class Weights:
     """Named tensors in safetensors files.
 
-    A file is opened for every read and closed when its tensor goes, so that pages of the file count as memory
-    for no longer than that.
+    A file is opened for every read and closed with its tensor, so that the pages of the file do not fill the
+    memory.
 
     Args:
-        name: as the user named them, for messages.
-        entries: by key of diffusers.
+        name: name for messages, as the user gave it.
+        entries: where each tensor is, by key of diffusers.
     """
 
     def __init__(self, name: str, entries: dict[str, Entry]) -> None:
@@ -48,14 +48,14 @@ class Weights:
         self.entries = entries
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, by key."""
+        """The shape of every tensor, by key."""
         return {key: entry.shape for key, entry in self.entries.items()}
 
     def read(self, key: str) -> torch.Tensor:
-        """Read one tensor, in float32, or in float64 if the file has that.
+        """Read one tensor in float32, or in float64 if the file holds that.
 
         Raises:
-            WadiError: the file cannot be read, or has numbers that are quantised or not finite.
+            WadiError: the file cannot be read, or its numbers are quantised or not finite.
         """
         entry = self.entries[key]
         if not entry.dtype.startswith(("F", "BF")):
@@ -69,14 +69,14 @@ class Weights:
 
 
 class AdaptedWeights(Weights):
-    """The weights of a base with a PEFT adapter merged into them, a layer at a time, by PEFT itself.
+    """The weights of a base model with a PEFT adapter, which PEFT merges into one layer at a time.
 
     Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        base: what the adapter was made for.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
+        base: weights of the base model, for which the adapter was made.
 
     Raises:
-        WadiError: the adapter cannot be read, or has tensors that no layer of the base can take.
+        WadiError: the adapter cannot be read, or has tensors for which the base model has no layer.
     """
 
     def __init__(self, folder: Path, base: Weights) -> None:
@@ -88,13 +88,13 @@ class AdaptedWeights(Weights):
         self.parts: dict[str, dict[str, Entry]] = {}
         for key, entry in read_headers([folder / ADAPTER_WEIGHTS]).items():
             key = key.removeprefix(_ADAPTER_PREFIX).replace(".base_layer.", ".")
-            if key in self.entries:  # a bias or a whole module that was trained beside the adapter
+            if key in self.entries:  # a bias or a whole module that was trained with the adapter
                 self.entries[key] = entry
             else:
                 self.parts.setdefault(self._layer_of(key), {})[key] = entry
 
     def read(self, key: str) -> torch.Tensor:
-        """Read one tensor, merged.
+        """Read one tensor with the adapter merged.
 
         Raises:
             WadiError: a file cannot be read, the adapter does not fit, or numbers are not finite.
@@ -114,8 +114,8 @@ class AdaptedWeights(Weights):
             if f"{layer}.weight" in self.base.entries:
                 return layer
         raise WadiError(
-            f"{self.folder}: the adapter does not fit {self.base.name}: it has {key}, and there is no such "
-            "layer; name the model it was made for with --base"
+            f"{self.folder}: the adapter does not fit {self.base.name}: there is no such layer for {key}; "
+            "name the model it was made for with --base"
         )
 
     def _merged(self, layer: str, weight: torch.Tensor) -> torch.Tensor:
@@ -148,15 +148,14 @@ def open_weights(
     """Find the weights of a network, and read the headers of their files.
 
     Args:
-        source: a pipeline folder of diffusers (`unet/` or `transformer/` is taken) or its hub id, the folder
-            of a network alone, a safetensors file of diffusers' keys or of a whole checkpoint (LDM's keys,
-            SD 1.x, 2.x and XL), or the folder of a PEFT adapter.
-        base: what an adapter was made for; if not given, what its adapter_config.json names, and after that
-            `other`.
-        other: weights that an adapter which names no base, or a folder that is gone, is taken to be made for.
+        source: a pipeline folder of diffusers or its hub id (its U-Net or transformer is read), the folder of
+            a network alone, a safetensors file with diffusers' keys, a whole checkpoint of SD 1.x, 2.x or XL
+            (with LDM's keys), or the folder of a PEFT adapter.
+        base: base model of an adapter; if not given, the one that its adapter_config.json names, or `other`.
+        other: base model of an adapter that names none, or names a folder that does not exist here.
 
     Raises:
-        WadiError: there is no such thing, it is no such thing, or a file is unreadable.
+        WadiError: there is nothing of these kinds, or a file cannot be read.
     """
     path = source = run_part(Path(source), "pipeline", "model_index.json")
     if path.is_file():
@@ -166,7 +165,7 @@ def open_weights(
         named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         elsewhere = Path(named or "").is_absolute() and not Path(named).exists()
         if base is None and other is not None and elsewhere:
-            named = None  # where the base lay on another machine
+            named = None  # a path on another machine
         if not named and other is None:
             raise WadiError(f"{source}: names no base model; give it with --base")
         return AdaptedWeights(folder, open_weights(named) if named else other)
@@ -176,10 +175,10 @@ def open_weights(
 
 
 def network_folder(pipeline: Path) -> Path:
-    """Sub-folder of a pipeline that holds its U-Net or transformer.
+    """The sub-folder of a pipeline with its U-Net or transformer.
 
     Raises:
-        WadiError: it has neither.
+        WadiError: the pipeline has neither.
     """
     for part in NETWORKS:
         if (pipeline / part).is_dir():
@@ -188,11 +187,7 @@ def network_folder(pipeline: Path) -> Path:
 
 
 def check_pair(teacher: Weights, student: Weights) -> None:
-    """Raise unless both have the same keys and shapes.
-
-    Raises:
-        WadiError: they are not of one architecture.
-    """
+    """Check that two networks have tensors of the same keys and shapes; see `check_shapes`."""
     check_shapes(teacher.name, teacher.shapes(), student.name, student.shapes())
 
 
@@ -202,10 +197,16 @@ def check_shapes(
     student: str | os.PathLike,
     after: dict[str, tuple[int, ...]],
 ) -> None:
-    """Raise unless two networks, named for the message, have tensors of the same keys and shapes.
+    """Check that two networks have tensors of the same keys and shapes.
+
+    Args:
+        teacher: name of the first network, for the message.
+        before: its shapes by key.
+        student: name of the second network.
+        after: its shapes by key.
 
     Raises:
-        WadiError: they are not of one architecture.
+        WadiError: the architectures differ.
     """
     if different := sorted(dict(before.items() ^ after.items())):
         key = different[0]
@@ -217,7 +218,7 @@ def check_shapes(
 
 
 def _folder_entries(folder: Path) -> dict[str, Entry]:
-    """Entries of a network's files in a folder."""
+    """Where each tensor of a network's folder is."""
     if (weights := find_weights(folder)) is not None:
         return weights.entries
     found = sorted(folder.glob("*.safetensors"))
@@ -230,7 +231,7 @@ def _folder_entries(folder: Path) -> dict[str, Entry]:
 
 
 def _file_entries(path: Path) -> dict[str, Entry]:
-    """Entries of a file of diffusers' keys, prefixed or not, or of a whole checkpoint."""
+    """Where each tensor of a file is, whether its keys are diffusers' (with a prefix or not) or LDM's."""
     entries = read_headers([path])
     ldm = [key for key in entries if key.startswith(_LDM_PREFIX)]
     if not ldm:
@@ -248,15 +249,15 @@ def _file_entries(path: Path) -> dict[str, Entry]:
 
 
 def ldm_names(keys: Iterable[str]) -> dict[str, str]:
-    """Keys of diffusers to those of a whole checkpoint, by diffusers' own converter, which only renames.
+    """Diffusers' keys and the keys of a whole checkpoint, by diffusers' own converter, which only renames.
 
     Args:
-        keys: of the checkpoint; `model.diffusion_model.` is taken, an average (`model_ema.`) is not.
+        keys: keys of the checkpoint; those of an average (`model_ema.`) are ignored.
     """
     keys = list(keys)
     pattern = re.compile(rf"{re.escape(_LDM_PREFIX)}input_blocks\.(\d+)\.0\.op\.weight")
     downsamplers = [int(match.group(1)) for match in map(pattern.fullmatch, keys) if match]
-    # the first one follows input_blocks.0, which is conv_in, and the layers of a block; SD has two
+    # the first one follows input_blocks.0, which is conv_in, and the layers of a block, which are two in SD
     config = {"layers_per_block": min(downsamplers, default=3) - 1}
     if f"{_LDM_PREFIX}label_emb.0.0.weight" in keys:
         config["addition_embed_type"] = "text_time"  # SD XL
@@ -278,7 +279,7 @@ def _adapter_config(folder: Path) -> PeftConfig:
 
 
 def _alone(layer: str, weight: torch.Tensor) -> nn.Module:
-    """A module that holds one layer, of the kind that its weight's shape tells, at its own full name."""
+    """A module that holds one layer at its full name; the shape of its weight tells its kind."""
     out_features, in_features, *kernel = weight.shape
     if kernel:
         module = nn.Conv2d(in_features, out_features, tuple(kernel), bias=False, device="meta")

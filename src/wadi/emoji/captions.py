@@ -1,15 +1,14 @@
-"""The grammar of the small world: what a caption states, its English, and the way back.
+"""The grammar of the emoji world: what a caption states, its text, and how the text is read back.
 
     a [small|big] NAME [on the left|...] [on a COLOUR background]
     a NAME and|left of|above a NAME [on a COLOUR background]
 
-with an optional lead-in ("a picture of"). Captions are drawn with Python's own generator, whose sequence is
-the same in every version, so a seed names a set of prompts for good.
+with an optional beginning ("a picture of"). Captions are drawn with Python's own random generator, which
+gives the same sequence in every version of Python: a seed always names the same captions.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ import torch
 
 from wadi.emoji.glyphs import NAMES
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors
+from wadi.files import read_json
+from wadi.onestep.arguments import whole_number
 from wadi.outputs import Output
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "white")
@@ -32,16 +32,16 @@ LEADS = ("", "a picture of ", "an image of ", "a drawing of ")
 
 Split = Literal["train", "held-out"]
 PAIR_SHARE = 0.25
-"""Probability of two emoji in a caption."""
+"""Probability that a caption names two emoji."""
 KINDS = ("emoji", "size", "relation")
-"""What training prompts can dwell on."""
+"""What training prompts can name more often; see `Focus`."""
 EVALUATED = ("selection", "test")
-"""Seeds of captions that students are judged on."""
+"""Seeds of the captions on which students are evaluated."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What one caption states; None is what it leaves free.
+    """What one caption states; None stands for what it leaves free.
 
     Attributes:
         emoji: one or two indices into ``NAMES``.
@@ -61,7 +61,7 @@ class Caption:
 
     @property
     def text(self) -> str:
-        """The caption in English."""
+        """The text of the caption."""
         size = None if self.size is None else SIZES[self.size]
         words = [with_article(NAMES[self.emoji[0]], size)]
         if self.relation is not None:
@@ -74,24 +74,24 @@ class Caption:
 
 
 def with_article(noun: str, adjective: str | None = None) -> str:
-    """``a panda``, ``an apple``, ``a unicorn``, ``a big apple``."""
+    """A noun with its article: ``a panda``, ``an apple``, ``a unicorn``, ``a big apple``."""
     phrase = f"{adjective} {noun}" if adjective else noun
     vowel = phrase[0] in "aeiou" and not phrase.startswith("unicorn")
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
 def held_out_background(emoji: int | torch.Tensor) -> int | torch.Tensor:
-    """The one colour of ten that training never shows behind an emoji, index into ``COLOURS``."""
+    """The one colour that training never shows behind an emoji, as an index into ``COLOURS``."""
     return (7 * emoji + 3) % len(COLOURS)
 
 
 def is_held_out_background(emoji: int, background: int) -> bool:
-    """Whether training never shows this emoji on this background: one colour of ten for each emoji."""
+    """Whether training never shows this emoji on this background; each emoji has one such colour of ten."""
     return background == held_out_background(emoji)
 
 
 def is_held_out_pair(first: int | torch.Tensor, second: int | torch.Tensor) -> bool | torch.Tensor:
-    """Whether training never shows these two emoji together: one pair in ten."""
+    """Whether training never shows these two emoji together, which holds for one pair in ten."""
     return (first + second) % 10 == 0
 
 
@@ -106,7 +106,7 @@ def is_held_out(caption: Caption) -> bool:
 
 @dataclass(frozen=True)
 class Focus:
-    """Which emoji, sizes and relations captions name how often: weights, in the order of the names."""
+    """How often captions name each emoji, size and relation: weights in the order of the names."""
 
     emoji: tuple[float, ...]
     size: tuple[float, ...]
@@ -114,12 +114,13 @@ class Focus:
 
     @classmethod
     def on_errors(cls, alignment_by: dict[str, dict[str, float]], share: float) -> Focus:
-        """A share of what is named in proportion to how often it came out wrong, the rest evenly.
+        """Name more often what came out wrong in an evaluation.
 
         Args:
-            alignment_by: of each emoji, size and relation, the share of captions that came out right
+            alignment_by: for each emoji, size and relation, the share of captions that came out right
                 (:func:`wadi.emoji.evaluate.alignment_by`); what is missing counts as right.
-            share: in [0, 1).
+            share: share in [0, 1) of the names that are drawn in proportion to how often they came out wrong;
+                the others are drawn evenly.
         """
 
         def weights(kind: str, names: Sequence[str]) -> tuple[float, ...]:
@@ -148,9 +149,9 @@ def sample_caption(
 ) -> Caption:
     """Draw one caption: two emoji with probability `pair_share`, every attribute stated half the time.
 
-    ``train`` never states a held-out combination; ``held-out`` always does. As what is of the wrong split is
-    drawn again, a little fewer captions of ``train`` have two emoji: 22 % of them by default. Without a focus
-    all emoji, sizes and relations are equally likely.
+    ``train`` never states a held-out combination, and ``held-out`` always does. A caption of the wrong split
+    is drawn again, so a little fewer captions of ``train`` have two emoji: 22 % of them by default. Without a
+    focus all emoji, sizes and relations are equally likely.
     """
     emojis, sizes, relations = (focus.emoji, focus.size, focus.relation) if focus else (None, None, None)
     while True:
@@ -175,36 +176,36 @@ def sample_captions(
     pair_share: float = PAIR_SHARE,
     focus: Focus | None = None,
 ) -> list[Caption]:
-    """Draw `count` captions; a seed gives the same list everywhere."""
+    """Draw `count` captions; a seed gives the same list on every machine."""
     rng = random.Random(f"wadi-emoji-{split}-{seed}")
     return [sample_caption(rng, split, pair_share, focus) for _ in range(count)]
 
 
 @dataclass
 class PromptsConfig:
-    """Write training prompts: captions of the emoji world, none with a held-out combination."""
+    """Write training prompts: captions of the emoji world, without combinations kept for the evaluation."""
 
     out: Path
-    """Text file to write, a caption a line."""
+    """Text file (.txt) to write, a caption in each line."""
     num_prompts: int = 20_000
-    """Captions."""
+    """Number of captions."""
     pair_share: float = PAIR_SHARE
-    """Probability of two emoji in a caption. A student takes longer to learn pairs than single objects."""
+    """Probability that a caption names two emoji. A student learns pairs more slowly than single objects."""
     focus_on: Path | None = None
-    """A file of `wadi emoji evaluate --out`: emoji, sizes and relations that came out wrong there are named
+    """File of `wadi emoji evaluate --out`; the emoji, sizes and relations that came out wrong there are named
     more often."""
     focus_share: float = 0.5
-    """With `focus_on`, the share of captions that name them in proportion to how often they came out wrong;
-    the others name all of them evenly."""
+    """With --focus-on, the share of captions that name them in proportion to how often they came out wrong;
+    the other captions name all of them evenly."""
     seed: str = "distill"
-    """A seed gives the same captions everywhere; with the defaults they are those of the package. `selection`
-    and `test` are for evaluation."""
+    """Seed of the captions: the same seed gives the same captions everywhere. The defaults give those that
+    come with wadi. The seeds `selection` and `test` are kept for the evaluation."""
     overwrite: bool = False
-    """Replace the file if there is one already."""
+    """Replace the file if it exists."""
 
 
 def write_prompts(config: PromptsConfig) -> None:
-    """Write the captions that a configuration asks for.
+    """Write captions of the emoji world into a text file.
 
     Raises:
         WadiError: an option is out of its range, or the file may not or cannot be written.
@@ -212,12 +213,11 @@ def write_prompts(config: PromptsConfig) -> None:
     inputs = (config.focus_on,)
     output = Output(config.out, "emoji prompts", inputs, config.overwrite, suffixes=(".txt",))
     output.check()
-    if config.num_prompts < 1:
-        raise WadiError(f"--num-prompts: must be at least 1, but is {config.num_prompts}")
+    whole_number("--num-prompts", config.num_prompts, 1)
     if not 0 <= config.pair_share <= 1:
         raise WadiError(f"--pair-share: must be between 0 and 1, but is {config.pair_share}")
     if config.seed in EVALUATED:
-        raise WadiError(f"--seed: {config.seed} makes the captions of the evaluation; take another seed")
+        raise WadiError(f"--seed: {config.seed} makes the captions of the evaluation; name another seed")
     focus = None if config.focus_on is None else read_focus(config.focus_on, config.focus_share)
     captions = sample_captions(config.num_prompts, config.seed, pair_share=config.pair_share, focus=focus)
     with output.writing() as temporary:
@@ -227,19 +227,17 @@ def write_prompts(config: PromptsConfig) -> None:
 
 
 def read_focus(path: Path, share: float) -> Focus:
-    """The focus on what came out wrong in an evaluation.
+    """Read from an evaluation what came out wrong there, and focus on it.
 
     Raises:
         WadiError: not a file of `wadi emoji evaluate --out`, or a share out of its range.
     """
-    if not 0 <= share < 1:  # at 1, what is always right would never be named, and pairs might not be found
+    if not 0 <= share < 1:  # with 1, what is always right would never be named
         raise WadiError(f"--focus-share: must be at least 0 and less than 1, but is {share}")
-    with explain_os_errors(path, "read the evaluation"):
-        text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(text)["alignment_by"]
+        found = read_json(path)["alignment_by"]
         shares = {kind: {name: float(value) for name, value in found[kind].items()} for kind in KINDS}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # another file
         raise WadiError(
             f"--focus-on: {path} has no shares by emoji; make it with `wadi emoji evaluate --out`"
         ) from error
@@ -259,13 +257,13 @@ _PATTERN = re.compile(
 
 
 def parse_caption(text: str) -> Caption:
-    """Read a caption back.
+    """Read the text of a caption back.
 
     Raises:
         WadiError: the text is not in the grammar.
     """
     match = _PATTERN.fullmatch(text.strip().lower())
-    # Size and place are of a single object.
+    # only single objects have a size and a place
     if match is None or (match["relation"] and (match["size"] or match["place"])):
         raise WadiError(
             f"prompt {text!r}: not a caption of the emoji world, so the judge cannot score it; "
@@ -286,8 +284,8 @@ def parse_caption(text: str) -> Caption:
     )
 
 
-def stated(captions: Sequence[Caption]) -> dict[str, torch.Tensor]:
-    """Captions as integer tensors, -1 where nothing is stated.
+def stated(captions: Sequence[Caption], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """What captions state, as integer tensors on the device; -1 where nothing is stated.
 
     Returns:
         ``emoji`` (N, 2) int64 and ``size``, ``place``, ``relation``, ``background`` (N,) int64.
@@ -295,7 +293,7 @@ def stated(captions: Sequence[Caption]) -> dict[str, torch.Tensor]:
 
     def column(name: str) -> torch.Tensor:
         values = [getattr(caption, name) for caption in captions]
-        return torch.tensor([-1 if value is None else value for value in values])
+        return torch.tensor([-1 if value is None else value for value in values], device=device)
 
-    emoji = torch.tensor([(*caption.emoji, -1)[:2] for caption in captions])
+    emoji = torch.tensor([(*caption.emoji, -1)[:2] for caption in captions], device=device)
     return {"emoji": emoji, **{name: column(name) for name in ("size", "place", "relation", "background")}}

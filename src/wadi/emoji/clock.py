@@ -1,4 +1,4 @@
-"""Training against the clock: as many steps as fit into the given seconds."""
+"""Training for a given time: as many steps as fit into so many seconds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from wadi.progress import progress
 class TimedSteps:
     """Iterates over (step, share of the training that is over), with a progress bar that shows the time left.
 
+    Args:
+        seconds: training time.
+        max_train_steps: most steps, even if time is left.
+        label: what the bar says.
+
     Attributes:
-        done: steps that are complete.
-        elapsed: seconds since the first one began.
+        done: number of steps that are complete.
+        elapsed: seconds since the first step began.
     """
 
     def __init__(self, seconds: float, max_train_steps: int, label: str):
@@ -28,7 +33,7 @@ class TimedSteps:
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         self.start = time.monotonic()
-        self.bar.reset()  # or its rate would count from when the bar was made
+        self.bar.reset()  # else its rate would count from the time when the bar was made
         with self.bar:
             while self.done < self.max_train_steps:
                 used = self._used(self.done)
@@ -42,27 +47,32 @@ class TimedSteps:
             self.bar.refresh()
 
     def _used(self, steps: int) -> float:
-        """Share of the training that is over after so many steps, now."""
+        """Share of the training that is over now, after so many steps."""
         self.elapsed = time.monotonic() - self.start
         return max(self.elapsed / self.seconds, steps / self.max_train_steps)
 
     def show(self, loss: torch.Tensor) -> None:
-        """Show the loss of this step; every 50th only, because reading it waits for the device.
+        """Show the loss of every 50th step, because reading the loss waits for the device.
 
         Raises:
-            WadiError: it was not finite twice in a row.
+            WadiError: the loss was not finite twice in a row.
         """
         if self.done % 50 == 0:
             value, before = loss.item(), self.loss
             self.loss = value
             if not (math.isfinite(value) or math.isfinite(before)):
                 raise WadiError(f"step {self.done}: the loss is {value}; lower --learning-rate")
-            # The bar divides its share by the time until now: this step is in both, or the first one's rate
-            # would be next to nothing, and the time left years.
+            # the bar divides this share by the time until now, so the running step must be in it
             self.bar.n = min(1.0, self._used(self.done + 1))
             self.bar.set_postfix_str(f"step {self.done} loss {value:.4f}")
 
 
 def warmup_cosine(step: int, used: float, warmup_steps: int) -> float:
-    """Factor of the learning rate: linear up from zero, times a cosine from 1 to 0 over the share `used`."""
+    """Factor of the learning rate: a linear warm-up from zero, times a cosine that falls from 1 to 0.
+
+    Args:
+        step: number of the steps before this one.
+        used: share of the training that is over.
+        warmup_steps: length of the warm-up.
+    """
     return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * used))

@@ -1,10 +1,11 @@
-"""What `wadi demo` shows and measures of the built-in teacher and of a student of it."""
+"""The prompts that `wadi demo` shows, and the figures that it measures."""
 
 from __future__ import annotations
 
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from wadi.distill.figures import Figure
+from wadi.emoji import GUIDANCE_SCALE, STEPS
 from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, judge_images, pipeline_generator
 from wadi.onestep import OneStepPipeline
 
@@ -17,17 +18,18 @@ PROMPTS = (
     "a cat left of a dog",
 )
 SEEDS = (0, 1, 2, 3)
-STEPS, GUIDANCE_SCALE = 25, 2.0  # where the teacher's Frechet distance is lowest
 
 
 def measure(
     teacher: DiffusionPipeline, student: OneStepPipeline, samples: int, teacher_samples: int
 ) -> list[Figure]:
-    """Let the judge read pictures of the test captions.
+    """Let the judge read images of the test captions.
 
     Args:
-        samples: pictures of each kind in one step.
-        teacher_samples: pictures of the teacher in 25 steps.
+        teacher: the multi-step pipeline.
+        student: its student.
+        samples: number of images in one step, of teacher and student each.
+        teacher_samples: number of images of the teacher in 25 steps.
     """
     many_steps = OneStepPipeline(teacher).pipeline  # a copy that shares the modules
     many_steps.scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing")
@@ -41,8 +43,9 @@ def measure(
             after["alignment"],
             best["alignment"],
             "higher",
-            "Share of pictures that show everything their sentence says (what, where, size, colours), as "
-            f"read by a judge network. {samples} pictures; {teacher_samples} of the original.",
+            "Share of the images that show everything their prompt says (objects, places, sizes, colours), "
+            f"as a judge network reads them: {samples} images in one step, and {teacher_samples} images of "
+            "the teacher in many steps.",
         ),
         Figure(
             "Fréchet distance",
@@ -50,8 +53,8 @@ def measure(
             after["frechet_distance"],
             None,
             "lower",
-            "How far the pictures, all together, are from real ones in the eyes of the judge; 0 is no "
-            f"difference. Over {samples} pictures.",
+            "Distance between the judge's features of these images and of real images; 0 is no difference. "
+            f"It is over {samples} images.",
         ),
     ]
 

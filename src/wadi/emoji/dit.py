@@ -1,4 +1,4 @@
-"""The other architecture of the emoji teacher: PixArt-alpha's transformer, told by a T5 encoder.
+"""The other architecture of the emoji teacher: PixArt-alpha's transformer with a T5 text encoder.
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748); Chen et al., "PixArt-alpha"
 (arXiv 2310.00426). The classes are those of diffusers and transformers; only the sizes are small.
@@ -14,9 +14,9 @@ TEXT_WIDTH = 128
 
 
 def new_transformer() -> PixArtTransformer2DModel:
-    """8.01 M parameters: 7 blocks, 256 wide, on 8 x 8 patches of 2 x 2 latents; noise and a learned sigma.
+    """A transformer with 8.01 M parameters: 7 blocks, 256 wide, on 8 x 8 patches of 2 x 2 latents.
 
-    The last layer's noise starts at zero, as DiT's: the first prediction is nothing.
+    It predicts noise and a learned sigma. As in DiT, the first prediction of the noise is zero.
     """
     transformer = PixArtTransformer2DModel(
         sample_size=16,
@@ -30,15 +30,15 @@ def new_transformer() -> PixArtTransformer2DModel:
         caption_channels=TEXT_WIDTH,
         norm_type="ada_norm_single",
     )
-    # Of a patch's rows the first half is noise, and nobody reads the other, the variance. It is not zero all
-    # the same: adapters such as DoRA divide by the norms of rows.
+    # the first half of a patch's rows is the noise; the rest, the variance, is not read, but it is not zero,
+    # because adapters such as DoRA divide by the norms of rows
     torch.nn.init.zeros_(transformer.proj_out.weight.data.unflatten(0, (-1, 8))[:, :4])
     torch.nn.init.zeros_(transformer.proj_out.bias)
     return transformer
 
 
 def new_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Three layers, 128 wide, without dropout: captions are endless, and the U-Net's encoder has none."""
+    """A T5 encoder with random weights: three layers, 128 wide, without dropout as the U-Net's encoder."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -62,13 +62,13 @@ def predict_noise(
     timesteps: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
-    """What the stock pipeline makes of its output: the noise, without the learned sigma behind it.
+    """Predict the noise as the stock pipeline does, which omits the learned sigma.
 
     Padding is masked in the encoder and in the cross-attention, so its length changes nothing: the pipeline
-    pads to 120 tokens, the training to 24.
+    pads to 120 tokens, and the training to 24.
 
     Args:
-        transformer: a `PixArtTransformer2DModel`, perhaps compiled.
+        transformer: a `PixArtTransformer2DModel`, compiled or not.
         text_encoder: its T5 encoder.
         noisy: latents (N, C, H, W).
         timesteps: (N,) int64.

@@ -1,4 +1,4 @@
-"""What `wadi dreambooth` does for the built-in model alone: its options, and what the judge reads."""
+"""What `wadi dreambooth` does only for the built-in model: its default options, and what the judge reads."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from diffusers.image_processor import VaeImageProcessor
 
 from wadi import emoji
 from wadi.emoji.captions import stated, with_article
 from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, pipeline_generator
 from wadi.emoji.glyphs import NAMES
-from wadi.emoji.judge import Judge, attributes_right
+from wadi.emoji.judge import attributes_right, shipped_judge
 from wadi.emoji.scenes import IMAGE_SIZE
 from wadi.emoji.subject import (
     UNSEEN_WORDS,
@@ -27,34 +26,36 @@ from wadi.emoji.subject import (
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
 from wadi.onestep.pipeline import load_for_steps
-from wadi.tasks.dreambooth import DreamBoothConfig, load_with_adapters, read_pictures
+from wadi.tasks.dreambooth import load_with_adapters
+from wadi.tasks.dreambooth_config import DreamBoothConfig
+from wadi.tasks.exemplars import cropped, read_images
 
 Config = TypeVar("Config", bound=DreamBoothConfig)
 
-GUIDANCE_SCALE = 2.0
-"""Guidance scale of the built-in teacher, where its Frechet distance is lowest."""
 LEARNING_RATES = {"lorad": 1e-2, "lora": 3e-3}
-"""The best of the rates that were tried on the built-in teacher. The score is the mean, over teacher and
-stacked student, of subject and other prompts right (experiments/dreambooth.py, one subject, one seed)."""
+"""Learning rate of each method: the best of those that were tried on the built-in teacher, by the share of
+images of the subject and of other prompts that were right (experiments/dreambooth.py, one subject, one
+seed)."""
 TRAIN_TEXT_ENCODER = True
-"""Chosen for the built-in model in the same trials: for LoRA clearly, for LoRaD by next to nothing."""
+"""Whether the text encoder is trained: in the same trials this was clearly better for LoRA, and hardly better
+for LoRaD."""
 VARIATIONS = 8
-"""Variations, by blur and noise, of every image that the recogniser learns from."""
+"""Variations by blur and noise of every image that the recogniser learns from."""
 BEFORE = 6
-"""Images of the word before it means anything, and of each other unseen word, which the recogniser learns to
-refuse."""
+"""Images that the student makes of the new word before it is learned, and of each other unknown word; the
+recogniser learns to refuse them."""
 
 
 def with_built_in(config: Config) -> Config:
-    """The options with the built-in teacher, student and prompts where none are given.
+    """Fill in the built-in teacher, student and prompts where none are given.
 
     Raises:
-        WadiError: the instance prompt is not of the form that the captions of the emoji world have.
+        WadiError: the instance prompt does not have the form of the captions of the emoji world.
     """
     word = word_of(config.instance_prompt)
     changes = {
         "pretrained_model_name_or_path": str(emoji.teacher_folder()),
-        "guidance_scale": GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
+        "guidance_scale": emoji.GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
         "learning_rate": config.learning_rate or LEARNING_RATES[config.method],
         "train_text_encoder": TRAIN_TEXT_ENCODER
         if config.train_text_encoder is None
@@ -74,7 +75,11 @@ def with_built_in(config: Config) -> Config:
 
 
 def word_of(instance_prompt: str) -> str:
-    """The subject's name in "a NAME"."""
+    """The name of the subject in the prompt "a NAME".
+
+    Raises:
+        WadiError: the prompt has another form.
+    """
     match = re.fullmatch(r"an? (.+)", instance_prompt.strip())
     if match is None:
         raise WadiError(
@@ -85,22 +90,27 @@ def word_of(instance_prompt: str) -> str:
 
 
 def judged(config: DreamBoothConfig, run: Path, samples: int) -> dict[str, float]:
-    """Shares of pictures right, before and after, of student and teacher.
+    """Measure teacher and student before and after: the shares of their images that are right.
 
-    The recogniser learns from the pictures of the subject, and from what the student makes before it knows
-    the subject, of everything else and of the subject's word; of the images that are judged it sees none.
+    The recogniser of the subject learns from the images of the subject and from images of the student before
+    it knows the subject: of everything else, and of the subject's word. It sees none of the judged images.
 
     Args:
-        config: what `with_built_in` returned, on a device that is known.
+        config: what `with_built_in` returned.
         run: folder of the finished run.
-        samples: images of each kind of the student, and a quarter of it of the teacher.
+        samples: number of the student's images of each kind; the teacher makes a quarter of them.
+
+    Returns:
+        For teacher and student, before and after: the share of images of the subject in which it is
+        recognised, in which size, place and background are right too, and of right images of other prompts.
     """
-    judge = Judge.load(emoji.assets_folder() / "judge.safetensors").to(config.device)
+    judge = shipped_judge(config.device)
     generator = torch.Generator().manual_seed(config.seed)
-    subject = _pixels(read_pictures(config.instance_data_dir))
+    fitted = [cropped(image, IMAGE_SIZE, IMAGE_SIZE) for image in read_images(config.instance_data_dir)]
+    subject = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(fitted))
     several = blemish(subject.repeat(VARIATIONS, 1, 1, 1), generator)
     word = word_of(config.instance_prompt)
-    others = known_pictures(config.device, word).cpu()
+    others = known_images(config.device, word).cpu()
     recogniser = Recogniser(judge, several, blemish(others, generator))
     figures = {}
     cases = (
@@ -119,23 +129,18 @@ def judged(config: DreamBoothConfig, run: Path, samples: int) -> dict[str, float
         found = subject_figures(recogniser, generate_in_batches(generate, texts, 0, 20), columns)
         captions = evaluation_captions("test", count)
         images = generate_in_batches(generate, [caption.text for caption in captions], 0, 20)
-        columns = {key: column.to(config.device) for key, column in stated(captions).items()}
         figures[f"{name}_subject_recognised"] = found["recognised"]
         figures[f"{name}_and_as_stated"] = found["all"]
-        right = attributes_right(judge.read(images), columns)["all"]
+        right = attributes_right(judge.read(images), stated(captions, config.device))["all"]
         figures[f"{name}_other_prompts_right"] = right.double().mean().item()
     return figures
 
 
-def known_pictures(device: str, word: str) -> torch.Tensor:
-    """(72 + 7 BEFORE, 3, 64, 64) float32 in [0, 1]: each emoji that the built-in student knows, and what it
-    makes of words that it does not know."""
+def known_images(device: str, word: str) -> torch.Tensor:
+    """Images (72 + 7 BEFORE, 3, 64, 64) float32 in [0, 1] that the built-in student makes before a training.
+
+    They show each emoji that it knows, and what it makes of `word` and of the `UNSEEN_WORDS`.
+    """
     pipeline = load_for_steps(emoji.teacher_folder(), emoji.student_folder(), device=device)
     prompts = [with_article(name) for name in NAMES] + unseen_captions(BEFORE, (word, *UNSEEN_WORDS))
     return generate_in_batches(pipeline_generator(pipeline, 1, 1.0), prompts, 0, 24).float() / 255
-
-
-def _pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """(N, 3, 64, 64) float32 in [0, 1]."""
-    fitted = [ImageOps.fit(p, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS) for p in pictures]
-    return torch.from_numpy(np.stack([np.asarray(p) for p in fitted])).permute(0, 3, 1, 2).float() / 255

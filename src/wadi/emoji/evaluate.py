@@ -1,4 +1,4 @@
-"""`wadi emoji evaluate`: what the judge says of a generator."""
+"""`wadi emoji evaluate`: what the judge reads in the images of a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import DiffusionPipeline
 
 from wadi.emoji import assets_folder, teacher_folder
 from wadi.emoji.captions import COLOURS, RELATIONS, SIZES, Caption, sample_captions, stated
 from wadi.emoji.glyphs import NAMES, load_atlas
-from wadi.emoji.judge import NUM_FEATURES, Judge, Reading, attributes_right
-from wadi.emoji.scenes import FREE, render, sample_scenes
+from wadi.emoji.judge import NUM_FEATURES, Reading, attributes_right, place_in_room, shipped_judge
+from wadi.emoji.scenes import FREE, IMAGE_SIZE, draw, sample_scenes, to_bytes
 from wadi.errors import WadiError
 from wadi.files import load_tensors, write_json
 from wadi.metrics import (
@@ -23,11 +24,13 @@ from wadi.metrics import (
     frechet_distance,
     precision_recall,
 )
+from wadi.onestep.loading import stock_arguments
+from wadi.onestep.pipeline import load_for_steps
 from wadi.outputs import Output
 from wadi.progress import progress
 
 Generate = Callable[[list[str], list[int]], torch.Tensor]
-"""Prompts and seeds to pictures (N, 3, 64, 64) uint8."""
+"""Makes images (N, 3, 64, 64) uint8 of N prompts with N seeds."""
 
 
 @dataclass
@@ -35,69 +38,57 @@ class EvaluateConfig:
     """Score a pipeline on captions of the emoji world with the judge."""
 
     pipeline: Path | None = None
-    """Pipeline folder; the shipped teacher if not given."""
+    """Pipeline folder; if not given, the built-in teacher."""
     adapter: Path | None = None
-    """LoRaD adapter folder, merged before sampling."""
+    """Folder of a student's LoRaD adapter, which is merged into the pipeline."""
     num_inference_steps: int = 1
-    """Denoising steps; 1 uses the one-step scheduler."""
+    """Number of denoising steps; for 1 the one-step scheduler is used."""
     guidance_scale: float = 1.0
-    """Guidance of a multi-step pipeline."""
+    """Guidance scale of a multi-step pipeline."""
     num_samples: int = 10_000
-    """Pictures."""
+    """Number of images."""
     prompts: Literal["selection", "test", "held-out"] = "test"
-    """Which captions: settings are chosen on `selection` and reported on `test`; `held-out` states
+    """Captions of the images. Settings are chosen on `selection` and reported on `test`; `held-out` states
     combinations that training never showed."""
     seed: int = 0
-    """Seed of the first picture; the next ones follow."""
+    """Seed of the first image; the next images have the next seeds."""
     batch_size: int = 250
-    """Pictures at a time; does not change the result."""
+    """Images that are made at once; does not change the result."""
     real: bool = False
-    """Score freshly drawn pictures instead of a pipeline's: what the judge itself misreads."""
+    """Score freshly drawn images instead of a pipeline's, to see what the judge itself misreads."""
     atlas: Path | None = None
-    """Atlas file of `wadi emoji atlas` for `real`; drawn from the font if not given."""
+    """Atlas file of `wadi emoji atlas` for --real; if it is not given, the emoji are drawn from the font."""
     out: Path | None = None
     """JSON file for the figures."""
     overwrite: bool = False
-    """Replace that file if there is one already."""
+    """Replace that file if it exists."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute."""
+    """Device to compute on, such as cpu or cuda:1."""
 
 
-def judge_images(
-    images: torch.Tensor, captions: Sequence[Caption], assets: Path | None = None, device: str = "cpu"
-) -> dict[str, float]:
-    """Score pictures against their captions and against real pictures.
+def judge_images(images: torch.Tensor, captions: Sequence[Caption], device: str = "cpu") -> dict[str, float]:
+    """Score images against their captions and against real images.
 
     Args:
         images: (N, 3, 64, 64) uint8.
-        captions: N.
-        assets: folder with judge.safetensors and reference.safetensors; the shipped ones if None.
-        device: where the judge runs.
+        captions: their N captions.
+        device: device of the judge.
 
     Returns:
-        ``frechet_distance``, ``precision``, ``recall``, ``alignment`` and its parts, and what varies of what
-        the captions leave free: see :func:`free_attributes`.
+        ``frechet_distance``, ``precision``, ``recall``, ``alignment`` and its parts, and the diversity of
+        what the captions leave free: see :func:`free_attributes`.
     """
-    assets = assets or assets_folder()
-    reference = load_tensors(assets / "reference.safetensors")
-    return reading_figures(*read_images(images, captions, assets, device), reference)
-
-
-def read_images(
-    images: torch.Tensor, captions: Sequence[Caption], assets: Path, device: str
-) -> tuple[Reading, dict[str, torch.Tensor]]:
-    """What the judge reads in (N, 3, 64, 64) uint8 pictures, and what their captions state, on the device."""
-    reading = Judge.load(assets / "judge.safetensors").to(device).read(images)
-    return reading, {name: column.to(device) for name, column in stated(captions).items()}
+    reference = load_tensors(assets_folder() / "reference.safetensors")
+    return reading_figures(shipped_judge(device).read(images), stated(captions, device), reference)
 
 
 def reading_figures(
     reading: Reading, columns: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """The figures of :func:`judge_images` from what the judge has read.
+    """Compute the figures of :func:`judge_images` from what the judge has read.
 
     Args:
-        reading: of N pictures.
+        reading: of N images.
         columns: what their captions state (:func:`wadi.emoji.captions.stated`), on the reading's device.
         reference: tensors of reference.safetensors.
     """
@@ -118,11 +109,11 @@ def reading_figures(
 
 
 def alignment_by(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Which captions come out wrong: the share of those that are right in all, by what they name.
+    """Share of the images that are right in everything, by what their captions name.
 
     Returns:
-        ``emoji``, ``size`` and ``relation``, each with a share for every name that a caption has; a caption
-        of two emoji counts for both.
+        ``emoji``, ``size`` and ``relation``, each with a share for every name that some caption has; a
+        caption of two emoji counts for both.
     """
     right = attributes_right(reading, columns)["all"].double()
     names = {"emoji": NAMES, "size": SIZES, "relation": RELATIONS}
@@ -135,33 +126,32 @@ def alignment_by(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[str
 
 
 def free_attributes(reading: Reading, columns: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How much varies of what the captions leave free: what a collapsed student loses first.
+    """Diversity of what the captions leave free, which a collapsed student loses first.
 
     Returns:
-        Entropies in bits, each over the pictures whose caption leaves that attribute free:
+        Entropies in bits, each over the images whose caption leaves that attribute free:
 
-        - ``background_entropy``, ten colours, equally likely in the data: 3.32;
-        - ``place_entropy`` of single objects, nine cells of the room that each has: 3.17 if uniform;
-        - ``size_entropy`` of single objects, four ranges between the smallest and the biggest: 2 if uniform;
-        - ``order_entropy`` of "A and B", whether A is left of, right of, above or below B: 2 if uniform;
-          of the pictures that show A and B;
+        - ``background_entropy``: ten colours; 3.32 if uniform, as in the data;
+        - ``place_entropy``: nine cells of the room that a single object has; 3.17 if uniform;
+        - ``size_entropy``: four ranges between the smallest and the biggest single object; 2 if uniform;
+        - ``order_entropy``: whether A is left of, right of, above or below B in "A and B", over the images
+          that show both; 2 if uniform;
 
         and ``place_spread`` and ``size_spread``, standard deviations in pixels of the same places and sizes.
-        A figure is nan where no picture counts.
+        A figure is nan where no image counts.
     """
     single = columns["emoji"][:, 1] < 0
     anywhere = single & (columns["place"] < 0)
     any_size = single & (columns["size"] < 0)
     colours = reading.background[columns["background"] < 0]
     center, size = reading.center[anywhere, 0], reading.size[any_size, 0]
-    side = 64
     return {
         "background_entropy": _entropy(colours, len(COLOURS)),
         "place_entropy": _entropy(_cells(center, reading.size[anywhere, 0]), 9),
         "size_entropy": _entropy(_bins((size - FREE[0]) / (FREE[1] - FREE[0]), 4), 4),
         "order_entropy": _entropy(_orders(reading, columns), 4),
-        "place_spread": side * center.std(0).mean().item(),
-        "size_spread": side * size.std().item(),
+        "place_spread": IMAGE_SIZE * center.std(0).mean().item(),
+        "size_spread": IMAGE_SIZE * size.std().item(),
     }
 
 
@@ -170,31 +160,26 @@ def _entropy(classes: torch.Tensor, num_classes: int) -> float:
 
 
 def _bins(value: torch.Tensor, count: int) -> torch.Tensor:
-    """(N,) in [0, 1] to one of `count` equal ranges; what is outside belongs to the nearest."""
+    """Which of `count` equal ranges of [0, 1] holds each value (N,); the nearest one for values outside."""
     return (value * count).floor().long().clamp(0, count - 1)
 
 
 def _cells(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Which of 3 x 3 cells of the room that an object of its size has: the renderer draws places in it."""
-    room = (0.5 - size / 2).clamp(min=1e-3)
-    column, row = _bins(((center - 0.5) / room[:, None] + 1) / 2, 3).unbind(1)
+    """Which of 3 x 3 cells of its room (`place_in_room`) an object is in."""
+    column, row = _bins((place_in_room(center, size) + 1) / 2, 3).unbind(1)
     return 3 * row + column
 
 
 def _orders(reading: Reading, columns: dict[str, torch.Tensor]) -> torch.Tensor:
     """Where the first object of "A and B" is, seen from the second: left, right, above or below."""
-    first, second = columns["emoji"].unbind(1)
-    crossed = (reading.emoji[:, 0] == second) & (reading.emoji[:, 1] == first)
-    straight = (reading.emoji[:, 0] == first) & (reading.emoji[:, 1] == second)
-    counts = (columns["relation"] == RELATIONS.index("and")) & (straight | crossed)
-    center = torch.where(crossed[:, None, None], reading.center.flip(1), reading.center)[counts]
+    both, center, _ = reading.found(columns["emoji"])
+    center = center[both & (columns["relation"] == RELATIONS.index("and"))]
     dx, dy = (center[:, 0] - center[:, 1]).unbind(1)
-    horizontal = dx.abs() > dy.abs()
-    return torch.where(horizontal, (dx > 0).long(), 2 + (dy > 0).long())
+    return torch.where(dx.abs() > dy.abs(), (dx > 0).long(), 2 + (dy > 0).long())
 
 
 def evaluation_captions(prompts: str, count: int) -> list[Caption]:
-    """The captions of an evaluation: the same in every run and on every machine."""
+    """The captions of an evaluation, the same in every run and on every machine."""
     if prompts == "held-out":
         return sample_captions(count, "test", split="held-out")
     return sample_captions(count, prompts)
@@ -202,7 +187,7 @@ def evaluation_captions(prompts: str, count: int) -> list[Caption]:
 
 @torch.no_grad()
 def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch_size: int) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8; picture i has seed `seed` + i, whatever the batch size."""
+    """Images (N, 3, 64, 64) uint8 on the CPU; image i has the seed `seed` + i, whatever the batch size."""
     batches = []
     for first in progress(range(0, len(prompts), batch_size), desc="images", unit="batch"):
         part = prompts[first : first + batch_size]
@@ -210,10 +195,10 @@ def generate_in_batches(generate: Generate, prompts: list[str], seed: int, batch
     return torch.cat(batches)
 
 
-def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float) -> Generate:
-    """A stock diffusers pipeline as a :data:`Generate`; noise from the CPU, a generator for each picture."""
-    from wadi.onestep.loading import stock_arguments
-
+def pipeline_generator(
+    pipeline: DiffusionPipeline, num_inference_steps: int, guidance_scale: float
+) -> Generate:
+    """A stock diffusers pipeline as a :data:`Generate`, with a generator on the CPU for each image."""
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> torch.Tensor:
@@ -225,54 +210,44 @@ def pipeline_generator(pipeline, num_inference_steps: int, guidance_scale: float
             output_type="pt",
             **stock_arguments(pipeline),
         ).images
-        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        return to_bytes(images.float().clamp(0, 1))
 
     return generate
 
 
-def evaluated_pipeline(config: EvaluateConfig):
-    """The pipeline that a configuration names, in float32 on its device, with the right scheduler."""
-    from wadi.onestep.pipeline import load_for_steps
-
+def evaluated_pipeline(config: EvaluateConfig) -> DiffusionPipeline:
+    """The pipeline that the options name, in float32 on its device, with the right scheduler."""
     folder = config.pipeline or teacher_folder()
     return load_for_steps(folder, config.adapter, config.num_inference_steps, device=config.device)
 
 
-def generated_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8 of the pipeline that a configuration names."""
-    generate = pipeline_generator(
-        evaluated_pipeline(config), config.num_inference_steps, config.guidance_scale
-    )
-    return generate_in_batches(
-        generate, [caption.text for caption in captions], config.seed, config.batch_size
-    )
-
-
-def drawn_pictures(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8 from the renderer.
+def evaluated_images(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:
+    """Images (N, 3, 64, 64) uint8 of the captions: drawn ones for `real`, else those of the pipeline.
 
     Raises:
-        WadiError: there is neither font nor atlas.
+        WadiError: the pipeline cannot be loaded, or there is neither font nor atlas.
     """
-    atlas = load_atlas(config.atlas).to(config.device).float() / 255
-    columns = {name: column.to(config.device) for name, column in stated(captions).items()}
-    scenes = sample_scenes(columns, torch.Generator(config.device).manual_seed(config.seed))
-    starts = progress(range(0, len(captions), config.batch_size), desc="images", unit="batch")
-    batches = [render(scenes[first : first + config.batch_size], atlas) for first in starts]
-    return torch.cat([(batch * 255).round().to(torch.uint8).cpu() for batch in batches])
+    if config.real:
+        generator = torch.Generator(config.device).manual_seed(config.seed)
+        scenes = sample_scenes(stated(captions, config.device), generator)
+        return draw(scenes, load_atlas(config.atlas).to(config.device), config.batch_size).cpu()
+    steps, scale = config.num_inference_steps, config.guidance_scale
+    generate = pipeline_generator(evaluated_pipeline(config), steps, scale)
+    prompts = [caption.text for caption in captions]
+    return generate_in_batches(generate, prompts, config.seed, config.batch_size)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Generate, judge, and write the figures."""
+    """Generate images, judge them, and write the figures if `out` names a file; returns the figures.
+
+    Raises:
+        WadiError: too few images for a Frechet distance, or something cannot be read or may not be written.
+    """
     fewest = fewest_images(NUM_FEATURES)
     if config.num_samples < fewest:
         raise WadiError(
             f"--num-samples {config.num_samples}: a Frechet distance of {NUM_FEATURES} features needs "
-            f"at least {fewest}"
-        )
-    if config.adapter is not None and config.num_inference_steps != 1:
-        raise WadiError(
-            f"--num-inference-steps {config.num_inference_steps}: the student of --adapter takes one step"
+            f"at least {fewest} images"
         )
     inputs = (config.pipeline, config.adapter, config.atlas)
     output = Output(config.out or "", "emoji evaluate", inputs, config.overwrite, suffixes=(".json",))
@@ -280,8 +255,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         output.check()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     captions = evaluation_captions(config.prompts, config.num_samples)
-    images = drawn_pictures(config, captions) if config.real else generated_pictures(config, captions)
-    reading, columns = read_images(images, captions, assets_folder(), config.device)
+    images = evaluated_images(config, captions)
+    reading, columns = shipped_judge(config.device).read(images), stated(captions, config.device)
     figures = reading_figures(reading, columns, load_tensors(assets_folder() / "reference.safetensors"))
     if config.out is not None:
         options = {name: str(value) for name, value in vars(config).items()}

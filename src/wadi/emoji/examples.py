@@ -1,6 +1,6 @@
-"""`wadi emoji relation-examples`: pictures of two emoji in a relation that no caption of the training names.
+"""`wadi emoji relation-examples`: images of two emoji in a relation that no caption of the training names.
 
-Each relation says where the first object is, seen from the second. It is drawn by the renderer, and read from
+A relation says where the first object is, seen from the second. The renderer draws it, and it is read from
 the places and sizes that the judge finds.
 """
 
@@ -19,16 +19,16 @@ from PIL import Image
 from wadi.emoji.captions import Caption, is_held_out_pair, stated, with_article
 from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import Reading
-from wadi.emoji.scenes import IN_PAIR, Scenes, render, sample_scenes
+from wadi.emoji.scenes import IN_PAIR, Scenes, render, sample_scenes, to_bytes
 from wadi.errors import WadiError
 from wadi.outputs import Output
 
 Uniform = Callable[[float, float], torch.Tensor]
-"""(N,) float32, uniform between two bounds."""
+"""Draws (N,) float32, uniform between two bounds."""
 
 Layout = tuple[torch.Tensor, torch.Tensor, float]
-"""Centres (N, 2, 2), x and y of the first and the second object, and sizes (N, 2), fractions of the side; and
-a factor of the angles."""
+"""Centres (N, 2, 2), x and y of the first and the second object, and sizes (N, 2), as fractions of the
+image's side; and a factor by which the angles of the objects are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Relation:
     """One relation: how it is drawn, and how it is read.
 
     Attributes:
-        meaning: in words.
-        shown: whether pictures of the training look so, though no caption says it.
-        draw: a layout for N pictures.
-        holds: (N,) bool from centres (N, 2, 2) and sizes (N, 2).
+        meaning: the relation in words.
+        shown: whether some images of the training show the relation, though no caption names it.
+        draw: returns a layout for N images.
+        holds: returns (N,) bool from centres (N, 2, 2) and sizes (N, 2).
     """
 
     meaning: str
@@ -93,7 +93,7 @@ def _draw_corner(uniform: Uniform) -> Layout:
 
 
 def _apart(center: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) how far the first object is to the right of the second, and how far below it."""
+    """How far (N,) the first object is to the right of the second, and how far (N,) below it."""
     return (center[:, 0] - center[:, 1]).unbind(1)
 
 
@@ -113,13 +113,13 @@ def _is_beside(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
 
 
 def _is_diagonal(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    # in the training the smaller of the two is at most 0.2, and rarely near it
+    # in images of the training, the smaller of the two distances is at most 0.2
     dx, dy = _apart(center)
     return (dx < -0.25) & (dy < -0.25)
 
 
 def _is_smaller(size: torch.Tensor) -> torch.Tensor:
-    # in pairs of the training the sizes rarely differ by more; drawn here, by 0.14 at least
+    # in images of the training the sizes rarely differ by more; here they differ by at least 0.14
     return size[:, 1] - size[:, 0] > 0.10
 
 
@@ -153,19 +153,19 @@ RELATIONS: dict[str, Relation] = {
         _is_corner,
     ),
 }
-"""Relations that no caption of the small world names."""
+"""Relations that no caption of the emoji world names."""
 
 
 def relation_pairs(count: int, seed: int | str, held_out: bool) -> list[tuple[int, int]]:
     """Different pairs of emoji, indices into ``NAMES``.
 
     Args:
-        count: how many.
-        seed: gives the same pairs everywhere.
-        held_out: pairs that the teacher's training never showed together, or only such that it may have.
+        count: number of pairs.
+        seed: the same seed gives the same pairs everywhere.
+        held_out: whether the teacher's training never showed the pairs together.
 
     Raises:
-        WadiError: there are not so many.
+        WadiError: there are not so many pairs.
     """
     pairs = [
         (a, b)
@@ -174,18 +174,18 @@ def relation_pairs(count: int, seed: int | str, held_out: bool) -> list[tuple[in
         if a != b and is_held_out_pair(a, b) == held_out
     ]
     if not 0 < count <= len(pairs):
-        raise WadiError(f"--count {count}: must be from 1 to {len(pairs)}, so many pairs there are")
+        raise WadiError(f"--count {count}: must be from 1 to {len(pairs)}, the number of possible pairs")
     return random.Random(f"wadi-relation-{held_out}-{seed}").sample(pairs, count)
 
 
 def relation_caption(pair: tuple[int, int], word: str) -> str:
-    """``a panda <R> a rocket``."""
+    """A caption such as ``a panda <R> a rocket``."""
     first, second = (with_article(NAMES[index]) for index in pair)
     return f"{first} {word} {second}"
 
 
 def relation_scenes(relation: str, pairs: list[tuple[int, int]], seed: int) -> Scenes:
-    """A scene for each pair; what the relation leaves free varies as in the training."""
+    """Draw a scene for each pair; what the relation leaves free varies as in the training."""
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(stated([Caption(emoji=pair, relation=0) for pair in pairs]), generator)
 
@@ -198,38 +198,34 @@ def relation_scenes(relation: str, pairs: list[tuple[int, int]], seed: int) -> S
 
 
 def relation_right(reading: Reading, pairs: torch.Tensor, relation: str) -> dict[str, torch.Tensor]:
-    """What the judge finds.
+    """Whether images show pairs of objects in a relation.
 
     Args:
-        reading: of N pictures.
+        reading: of N images.
         pairs: (N, 2) int64, first and second object, on the same device.
-        relation: of `RELATIONS`.
+        relation: a key of `RELATIONS`.
 
     Returns:
-        (N,) bool: ``objects``, both are there; ``relation``, they are and the relation holds.
+        (N,) bool: ``objects``, whether both objects are there; ``relation``, whether the relation holds too.
     """
-    straight = (reading.emoji == pairs).all(1)
-    crossed = (reading.emoji == pairs.flip(1)).all(1)
-    center = torch.where(crossed[:, None, None], reading.center.flip(1), reading.center)
-    size = torch.where(crossed[:, None], reading.size.flip(1), reading.size)
-    both = straight | crossed
+    both, center, size = reading.found(pairs)
     return {"objects": both, "relation": both & RELATIONS[relation].holds(center, size)}
 
 
 @dataclass
 class RelationExamplesConfig:
-    """Draw pictures of pairs of emoji in a relation that no caption of the training names, with captions."""
+    """Draw images of pairs of emoji in a relation that no caption of the training names, with captions."""
 
     out: Path
-    """Folder to write: pictures and metadata.jsonl. New or empty."""
+    """Folder to write: images and metadata.jsonl. It must be new or empty."""
     relation: Literal["beside", "below", "right-of", "diagonal", "on-top", "corner"] = "beside"
-    """Where the first object is, seen from the second."""
+    """Where the first object is, seen from the second one."""
     count: int = 16
-    """Pictures, each of another pair that training may have shown."""
+    """Number of images, each of another pair that the teacher's training may have shown."""
     word: str = "<R>"
-    """Stands for the relation in the captions."""
+    """Word that stands for the relation in the captions."""
     atlas: Path | None = None
-    """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
+    """Atlas file of `wadi emoji atlas`; if it is not given, the emoji are drawn from the font."""
     seed: int = 0
     """Seed of everything that is random."""
     overwrite: bool = False
@@ -240,19 +236,18 @@ def relation_examples(config: RelationExamplesConfig) -> None:
     """Write the folder that `wadi invert` reads.
 
     Raises:
-        WadiError: too many pictures, no font and no atlas, or a folder that may not or cannot be
-            written.
+        WadiError: too many images, neither font nor atlas, or the folder may not or cannot be written.
     """
     output = Output(config.out, "emoji relation-examples", (config.atlas,), config.overwrite)
     output.check()
     pairs = relation_pairs(config.count, config.seed, held_out=False)
     images = render(relation_scenes(config.relation, pairs, config.seed), load_atlas(config.atlas))
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
     with output.writing() as folder:
         lines = []
-        for index, (pair, picture) in enumerate(zip(pairs, pixels, strict=True)):
+        for index, (pair, image) in enumerate(zip(pairs, pixels, strict=True)):
             name = f"{index:03d}.png"
-            Image.fromarray(picture).save(folder / name)
+            Image.fromarray(image).save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": relation_caption(pair, config.word)}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{config.out}: {config.count} pictures, {RELATIONS[config.relation].meaning}")
+    print(f"{config.out}: {config.count} images, {RELATIONS[config.relation].meaning}")

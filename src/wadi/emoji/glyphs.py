@@ -1,6 +1,6 @@
-"""The 72 emoji of the small world: their names, and their artwork as one atlas of pictures.
+"""The 72 emoji of the emoji world: their names, and the atlas, one tensor with an image of each.
 
-Artwork: Noto Color Emoji (SIL Open Font License 1.1). The font is needed only to build the atlas.
+The images are from Noto Color Emoji (SIL Open Font License 1.1). The font is needed only to draw the atlas.
 """
 
 from __future__ import annotations
@@ -19,94 +19,31 @@ from wadi.files import load_tensors, save_tensors
 from wadi.outputs import Output
 
 FONT_FILE = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-"""Where Debian and Ubuntu put the font (package ``fonts-noto-color-emoji``)."""
+"""Path of the font on Debian and Ubuntu (package ``fonts-noto-color-emoji``)."""
 
 STRIKE_SIZE = 109
-"""The one size at which the font holds bitmaps (136 x 128 pixels)."""
+"""The only size of the bitmaps in the font (136 x 128 pixels)."""
 
 ATLAS_SIZE = 96
-"""Side of one picture in the atlas, pixels."""
+"""Side of an image in the atlas, in pixels."""
 
-EMOJI: dict[str, str] = {
-    # animals
-    "panda": "🐼",
-    "dog": "🐶",
-    "cat": "🐱",
-    "mouse": "🐭",
-    "rabbit": "🐰",
-    "fox": "🦊",
-    "bear": "🐻",
-    "koala": "🐨",
-    "tiger": "🐯",
-    "lion": "🦁",
-    "cow": "🐮",
-    "pig": "🐷",
-    "frog": "🐸",
-    "monkey": "🐵",
-    "chicken": "🐔",
-    "penguin": "🐧",
-    "owl": "🦉",
-    "unicorn": "🦄",
-    "bee": "🐝",
-    "butterfly": "🦋",
-    "turtle": "🐢",
-    "octopus": "🐙",
-    "whale": "🐳",
-    "elephant": "🐘",
-    # fruit and food
-    "apple": "🍎",
-    "tangerine": "🍊",
-    "banana": "🍌",
-    "watermelon": "🍉",
-    "bunch of grapes": "🍇",
-    "strawberry": "🍓",
-    "pair of cherries": "🍒",
-    "pineapple": "🍍",
-    "avocado": "🥑",
-    "ear of corn": "🌽",
-    "carrot": "🥕",
-    "mushroom": "🍄",
-    "slice of pizza": "🍕",
-    "burger": "🍔",
-    "doughnut": "🍩",
-    "cookie": "🍪",
-    "birthday cake": "🎂",
-    "ice cream": "🍦",
-    "cup of coffee": "☕",
-    "egg": "🥚",
-    # vehicles
-    "car": "🚗",
-    "bus": "🚌",
-    "bicycle": "🚲",
-    "rocket": "🚀",
-    "airplane": "✈",
-    "sailboat": "⛵",
-    "train": "🚂",
-    "tractor": "🚜",
-    # objects
-    "football": "⚽",
-    "basketball": "🏀",
-    "balloon": "🎈",
-    "guitar": "🎸",
-    "gift": "🎁",
-    "key": "🔑",
-    "alarm clock": "⏰",
-    "light bulb": "💡",
-    "umbrella": "☂",
-    "camera": "📷",
-    "crown": "👑",
-    "bell": "🔔",
-    # plants, sky, faces
-    "cactus": "🌵",
-    "sunflower": "🌻",
-    "evergreen tree": "🌲",
-    "star": "⭐",
-    "smiling face": "😀",
-    "robot": "🤖",
-    "ghost": "👻",
-    "skull": "💀",
-}
-"""Noun -> character. The order is the class index of the judge."""
+# the noun and the character of each emoji
+_TABLE = """
+panda 🐼, dog 🐶, cat 🐱, mouse 🐭, rabbit 🐰, fox 🦊, bear 🐻, koala 🐨, tiger 🐯, lion 🦁, cow 🐮, pig 🐷,
+frog 🐸, monkey 🐵, chicken 🐔, penguin 🐧, owl 🦉, unicorn 🦄, bee 🐝, butterfly 🦋, turtle 🐢,
+octopus 🐙, whale 🐳, elephant 🐘,
+apple 🍎, tangerine 🍊, banana 🍌, watermelon 🍉, bunch of grapes 🍇, strawberry 🍓,
+pair of cherries 🍒, pineapple 🍍, avocado 🥑, ear of corn 🌽, carrot 🥕, mushroom 🍄,
+slice of pizza 🍕, burger 🍔, doughnut 🍩, cookie 🍪, birthday cake 🎂, ice cream 🍦, cup of coffee ☕,
+egg 🥚,
+car 🚗, bus 🚌, bicycle 🚲, rocket 🚀, airplane ✈, sailboat ⛵, train 🚂, tractor 🚜,
+football ⚽, basketball 🏀, balloon 🎈, guitar 🎸, gift 🎁, key 🔑, alarm clock ⏰, light bulb 💡,
+umbrella ☂, camera 📷, crown 👑, bell 🔔,
+cactus 🌵, sunflower 🌻, evergreen tree 🌲, star ⭐, smiling face 😀, robot 🤖, ghost 👻, skull 💀
+"""
+
+EMOJI: dict[str, str] = dict(entry.strip().rsplit(" ", 1) for entry in _TABLE.split(","))
+"""The character of each noun, in the order of the judge's classes."""
 
 NAMES: tuple[str, ...] = tuple(EMOJI)
 
@@ -114,11 +51,11 @@ NAMES: tuple[str, ...] = tuple(EMOJI)
 def draw_atlas(
     font_file: str | os.PathLike = FONT_FILE, characters: Sequence[str] = tuple(EMOJI.values())
 ) -> torch.Tensor:
-    """Draw every emoji once, or other `characters`.
+    """Draw every emoji, or other `characters`.
 
     Returns:
-        uint8 (72, 4, 96, 96), or as many as `characters`: RGBA with premultiplied alpha, each glyph centred,
-        its longer side filled.
+        uint8 (72, 4, 96, 96), or as many as there are `characters`: RGBA with premultiplied alpha; each glyph
+        is centred and as large as fits.
 
     Raises:
         WadiError: the font is missing or is not the bitmap font.
@@ -131,7 +68,9 @@ def draw_atlas(
     try:
         font = ImageFont.truetype(str(font_file), STRIKE_SIZE)
     except OSError as error:
-        raise WadiError(f"{font_file}: not the bitmap build of Noto Color Emoji ({error})") from error
+        raise WadiError(
+            f"{font_file}: is not the bitmap font Noto Color Emoji ({error}); name that font with --font"
+        ) from error
     return torch.stack([_draw_glyph(font, character) for character in characters])
 
 
@@ -140,7 +79,7 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:
     ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        raise WadiError(f"the font has no picture for {character!r}; use Noto Color Emoji 2.034 or later")
+        raise WadiError(f"--font: has no image of {character!r}; use Noto Color Emoji 2.034 or later")
     glyph = canvas.crop(box)
     pixels = np.asarray(glyph, dtype=np.float32) / 255
     pixels[..., :3] *= pixels[..., 3:]
@@ -148,7 +87,7 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> torch.Tensor:
     square = np.zeros((side, side, 4), dtype=np.float32)
     top, left = (side - glyph.height) // 2, (side - glyph.width) // 2
     square[top : top + glyph.height, left : left + glyph.width] = pixels
-    # Resized after premultiplication, so that no colour bleeds in from transparent pixels.
+    # resized after premultiplication, so that the colour of transparent pixels does not matter
     image = Image.fromarray((square * 255).round().astype(np.uint8), "RGBA")
     channels = [
         channel.resize((ATLAS_SIZE, ATLAS_SIZE), Image.Resampling.LANCZOS) for channel in image.split()
@@ -161,11 +100,11 @@ class AtlasConfig:
     """Draw the emoji into one file, for machines that lack the font."""
 
     out: Path
-    """Atlas file to write (safetensors)."""
+    """Atlas file to write (.safetensors)."""
     font: Path = Path(FONT_FILE)
-    """Noto Color Emoji, the bitmap build."""
+    """File of the bitmap font Noto Color Emoji."""
     overwrite: bool = False
-    """Replace the file if there is one already."""
+    """Replace the file if it exists."""
 
 
 def save_atlas(config: AtlasConfig) -> None:
@@ -180,7 +119,7 @@ def save_atlas(config: AtlasConfig) -> None:
 
 
 def load_atlas(path: str | os.PathLike | None = None) -> torch.Tensor:
-    """The atlas from a file of :func:`save_atlas`, or drawn afresh from the font if `path` is None.
+    """Read the atlas from a file of :func:`save_atlas`, or draw it from the font if `path` is None.
 
     Raises:
         WadiError: the font is missing, or the file is missing or not an atlas.

@@ -1,4 +1,4 @@
-"""The judge: a small network that reads a picture of the emoji world, and so scores a generator.
+"""The judge: a small network that reads an image of the emoji world, and so scores a generator.
 
 Its 128 features carry the Frechet distance and precision/recall; what it reads carries the alignment.
 """
@@ -21,7 +21,7 @@ from wadi.metrics.extractors import SPACES, Extractor, FeatureSpace
 
 NUM_FEATURES = 128
 GRID = 8
-"""The picture is read on an 8 x 8 grid of cells; an object belongs to the cell of its centre."""
+"""The image is read on an 8 x 8 grid of cells; an object belongs to the cell of its centre."""
 
 SIZE_THRESHOLD = 0.50
 """Between the largest small and the smallest big object (scenes.SMALL, scenes.BIG), fraction of the side."""
@@ -33,7 +33,7 @@ that an object of its size has."""
 
 @dataclass
 class Reading:
-    """What the judge sees in N pictures.
+    """What the judge sees in N images.
 
     Attributes:
         emoji: (N, 2) int64, classes of the strongest and the second strongest object.
@@ -51,13 +51,25 @@ class Reading:
     background: torch.Tensor
     features: torch.Tensor
 
+    def found(self, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Look for pairs of objects, whichever of the two the judge names first.
+
+        Args:
+            pairs: (N, 2) int64, first and second object, on the reading's device.
+
+        Returns:
+            (N,) bool, whether both are there; centers (N, 2, 2) and sizes (N, 2) in the order of the pairs.
+        """
+        crossed = (self.emoji == pairs.flip(1)).all(1)
+        center = torch.where(crossed[:, None, None], self.center.flip(1), self.center)
+        size = torch.where(crossed[:, None], self.size.flip(1), self.size)
+        return (self.emoji == pairs).all(1) | crossed, center, size
+
     @staticmethod
     def cat(readings: list[Reading]) -> Reading:
         """Join readings of several batches."""
-        names = Reading.__dataclass_fields__
-        return Reading(
-            **{name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
-        )
+        columns = zip(*(vars(reading).values() for reading in readings), strict=True)
+        return Reading(*map(torch.cat, columns))
 
 
 class _Block(nn.Module):
@@ -74,7 +86,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Reads (N, 3, 64, 64) pictures in [0, 1]."""
+    """A network that reads images (N, 3, 64, 64) in [0, 1]."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +104,7 @@ class Judge(nn.Module):
         self.register_buffer("feature_scale", torch.ones(()))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All heads.
+        """Compute the outputs of all heads.
 
         Returns:
             ``cells`` (N, 73, 8, 8) class logits, the last for "no object"; ``box`` (N, 3, 8, 8) offset of the
@@ -114,11 +126,11 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch_size: int = 500) -> Reading:
-        """Read pictures.
+        """Read images.
 
         Args:
             images: (N, 3, 64, 64), uint8, or float in [0, 1].
-            batch_size: pictures a forward pass.
+            batch_size: images in a forward pass.
         """
         device = self.stem.weight.device
         readings = []
@@ -171,52 +183,55 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
 
-def attributes_right(reading: Reading, stated: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Which stated attributes the judge finds in the picture; what a prompt leaves free counts as right.
+def shipped_judge(device: str | torch.device = "cpu") -> Judge:
+    """The judge that comes with wadi, on the device."""
+    return Judge.load(assets_folder() / "judge.safetensors").to(device)
+
+
+def place_in_room(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Places (N, 2) of objects in the room that each has: at -1 and 1 it touches the edges of the image.
 
     Args:
-        reading: of N pictures.
+        center: (N, 2), fractions of the image's side.
+        size: (N,), fractions of the image's side.
+    """
+    return (center - 0.5) / (0.5 - size[:, None] / 2).clamp(min=1e-3)
+
+
+def attributes_right(reading: Reading, stated: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Which stated attributes the judge finds in the image; what a caption leaves free counts as right.
+
+    Args:
+        reading: of N images.
         stated: of their N captions (:func:`wadi.emoji.captions.stated`), on the same device.
 
     Returns:
         (N,) bool for ``emoji``, ``size``, ``place``, ``relation``, ``background``, and ``all`` of them.
     """
-    first, second = stated["emoji"].unbind(1)
-    pair = second >= 0
-    straight = (reading.emoji[:, 0] == first) & (~pair | (reading.emoji[:, 1] == second))
-    crossed = pair & (reading.emoji[:, 0] == second) & (reading.emoji[:, 1] == first)
+    both, center, _ = reading.found(stated["emoji"])
+    single, size, relation = stated["emoji"][:, 1] < 0, stated["size"], stated["relation"]
+    dx, dy = (center[:, 1] - center[:, 0]).unbind(1)
     right = {
-        "emoji": straight | crossed,
-        "size": _size_right(reading, stated["size"]),
+        "emoji": both | (single & (reading.emoji[:, 0] == stated["emoji"][:, 0])),
+        "size": (size < 0) | ((reading.size[:, 0] > SIZE_THRESHOLD) == (size == 1)),
         "place": _place_right(reading, stated["place"]),
-        "relation": _relation_right(reading, stated["relation"], crossed),
+        "relation": (relation <= 0) | torch.where(relation == 1, dx > dy.abs(), dy > dx.abs()),
         "background": (stated["background"] < 0) | (reading.background == stated["background"]),
     }
     right["all"] = torch.stack(list(right.values())).all(0)
     return right
 
 
-def _size_right(reading: Reading, size: torch.Tensor) -> torch.Tensor:
-    return (size < 0) | ((reading.size[:, 0] > SIZE_THRESHOLD) == (size == 1))
-
-
 def _place_right(reading: Reading, place: torch.Tensor) -> torch.Tensor:
-    room = (0.5 - reading.size[:, 0] / 2).clamp(min=1e-3)
-    x, y = ((reading.center[:, 0] - 0.5) / room[:, None]).unbind(1)
+    x, y = place_in_room(reading.center[:, 0], reading.size[:, 0]).unbind(1)
     centered = (x.abs() < PLACE_THRESHOLD) & (y.abs() < PLACE_THRESHOLD)
     tests = [x < -PLACE_THRESHOLD, x > PLACE_THRESHOLD, y < -PLACE_THRESHOLD, y > PLACE_THRESHOLD, centered]
     return (place < 0) | torch.stack(tests, 1).gather(1, place.clamp(min=0)[:, None])[:, 0]
 
 
-def _relation_right(reading: Reading, relation: torch.Tensor, crossed: torch.Tensor) -> torch.Tensor:
-    center = torch.where(crossed[:, None, None], reading.center.flip(1), reading.center)
-    dx, dy = (center[:, 1] - center[:, 0]).unbind(1)
-    return (relation <= 0) | torch.where(relation == 1, dx > dy.abs(), dy > dx.abs())
-
-
 def load_judge_features(device: str | torch.device = "cpu") -> Extractor:
     """The features of the judge that comes with wadi, on the device."""
-    judge = Judge.load(assets_folder() / "judge.safetensors").to(device)
+    judge = shipped_judge(device)
     return lambda images: judge.read(images.to(device)).features.float().cpu()
 
 

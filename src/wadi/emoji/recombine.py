@@ -1,8 +1,8 @@
-"""Captions taken apart: the states of every word from a caption that has the other words' emoji replaced.
+"""Recombination: the state of each word is taken from a caption in which the other emoji were replaced.
 
-A text encoder with causal attention lets "background" and the end token know which emoji came before. A U-Net
-that reads them there learns whole captions by heart, and fails on combinations it was never shown. Where the
-company of a word is drawn at random, only the word itself can be read.
+In a text encoder with causal attention, the states of "background" and of the end token depend on the emoji
+before them. A U-Net that reads the emoji there learns whole captions by heart, and fails on combinations that
+it was never shown. Where the other emoji of a caption are random, only the word itself tells what it means.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from wadi.emoji.captions import (
 from wadi.emoji.glyphs import NAMES
 
 VARIANTS = 3
-"""Captions that are encoded for one: itself, all its emoji replaced, only the first one replaced."""
+"""Captions that are encoded for each caption: itself, all its emoji replaced, only the first one replaced."""
 
 
 class Recombination:
-    """Draws the captions that lend the states.
+    """Draws the captions whose states are used.
 
     Args:
-        tokenizer: of the emoji world: one token for each word.
-        device: of the tensors.
+        tokenizer: tokenizer of the emoji world, with one token for each word.
+        device: device of the tensors.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, device: torch.device | str) -> None:
@@ -45,16 +45,16 @@ class Recombination:
             [ids[0] for ids in tokenizer(articles, add_special_tokens=False).input_ids], device=device
         )
         emoji = torch.arange(len(NAMES), device=device)
-        # alike[e, f]: f can stand for e without moving a token
+        # alike[e, f]: whether f can replace e without moving the tokens behind it
         self.alike = self.length[:, None] == self.length
         self.together = ~is_held_out_pair(emoji[:, None], emoji) & (emoji[:, None] != emoji)
         self.shown = held_out_background(emoji)[:, None] != torch.arange(len(COLOURS), device=device)
 
     def facts(self, captions: Sequence[Caption]) -> torch.Tensor:
-        """What `draw` must know of captions: (N, 6) int64, on the CPU.
+        """What `draw` must know about captions: (N, 6) int64, on the CPU.
 
-        The two emoji, the background (-1 where there is none), the positions of the first tokens of the two
-        names among the caption's, and whether a size stands before the first.
+        The columns are the two emoji, the background (-1 if there is none), the positions of the first tokens
+        of the two names, and whether a size stands before the first name.
         """
         length, rows = self.length.tolist(), []
         for caption in captions:
@@ -70,17 +70,17 @@ class Recombination:
     def draw(
         self, ids: torch.Tensor, facts: torch.Tensor, share: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the captions that lend states; none states a combination that training never shows.
+        """Draw the captions whose states are used; none states a combination that training never shows.
 
         Args:
-            ids: (N, L) tokens.
-            facts: (N, 6), of `facts`.
-            share: probability that a caption is taken apart at all.
+            ids: (N, L) int64, tokens of the captions.
+            facts: (N, 6), what `facts` returned for them.
+            share: probability that a caption is recombined at all.
             generator: source of the randomness, on the device.
 
         Returns:
-            Tokens (N, 3, L) of the caption and of the two that lend, and (N, L) from which of the three each
-            token's state comes.
+            Tokens (N, 3, L) of each caption and its two variants, and (N, L) int64, which of the three gives
+            the state of each token.
         """
         first, second, background, at_first, at_second, sized = facts.unbind(1)
         pair = second >= 0
@@ -108,18 +108,16 @@ class Recombination:
     def _other(
         self, emoji: torch.Tensor, background: torch.Tensor, partner: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """(N,) emoji that can stand for `emoji` with this background and partner (-1: none)."""
+        """Draw emoji (N,) that can replace `emoji` beside this background and partner (-1: none)."""
         allowed = self.alike[emoji]
         allowed = allowed & ((background < 0)[:, None] | self.shown.T[background.clamp(min=0)])
         allowed = allowed & ((partner < 0)[:, None] | self.together[partner.clamp(min=0)])
-        # where a partner leaves nobody, the emoji itself: the caption then lends to itself
-        allowed = torch.where(allowed.any(1, keepdim=True), allowed, self._itself(emoji))
-        # the largest of random keys: torch.multinomial would wait for the device
+        # where no other emoji is allowed, the emoji itself stays
+        itself = emoji[:, None] == torch.arange(len(NAMES), device=emoji.device)
+        allowed = torch.where(allowed.any(1, keepdim=True), allowed, itself)
+        # the largest of random numbers, because torch.multinomial would wait for the device
         keys = torch.rand(allowed.shape, generator=generator, device=emoji.device)
         return torch.where(allowed, keys, -1.0).argmax(1)
-
-    def _itself(self, emoji: torch.Tensor) -> torch.Tensor:
-        return emoji[:, None] == torch.arange(len(NAMES), device=emoji.device)
 
     def _replaced(
         self,
@@ -129,7 +127,7 @@ class Recombination:
         new: torch.Tensor,
         renamed_article: torch.Tensor,
     ) -> torch.Tensor:
-        """(N, L) tokens with another name from `start` on, and its article before it."""
+        """Tokens (N, L) with the name `new` in place of `old` from `start` on, and its article before it."""
         ids = ids.clone()
         for k in range(self.names.shape[1]):
             at = (start + k).clamp(max=ids.shape[1] - 1)[:, None]

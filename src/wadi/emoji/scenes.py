@@ -1,7 +1,7 @@
-"""Pictures of the small world, composited on the device: endless data without files.
+"""Images of the emoji world, rendered on the device: endless data without files.
 
-What a caption leaves free (place, scale, angle, mirror image, background and its shade) is drawn at random.
-Lengths are fractions of the picture's side, places its fractions from the left and the top.
+What a caption leaves free (place, size, angle, mirroring, background and its shade) is drawn at random.
+Lengths are fractions of the image's side, and places are fractions of it from the left and from the top.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from wadi.emoji.captions import COLOURS, held_out_background
+from wadi.progress import progress
 
 IMAGE_SIZE = 64
 SMALL = (0.32, 0.42)
@@ -38,12 +39,12 @@ _HSV = (
 
 @dataclass
 class Scenes:
-    """A batch of scenes, fully specified.
+    """A batch of N scenes, with everything that decides their images.
 
     Attributes:
         emoji: (N, 2) int64, class of each object, -1 where there is no second one.
         center: (N, 2, 2) float32, x and y of each object's centre, fractions of the side.
-        size: (N, 2) float32, side of each object, fraction of the picture's.
+        size: (N, 2) float32, side of each object, fraction of the image's.
         angle: (N, 2) float32, radians.
         mirror: (N, 2) float32, -1 (mirrored) or 1.
         background: (N,) int64, index into ``COLOURS``.
@@ -68,7 +69,7 @@ class Scenes:
 
 
 def sample_scenes(stated: dict[str, torch.Tensor], generator: torch.Generator) -> Scenes:
-    """Draw a scene for each caption: what it states holds, the rest varies freely.
+    """Draw a scene for each caption; what the caption does not state is random.
 
     Args:
         stated: the tensors of :func:`wadi.emoji.captions.stated`, on the generator's device.
@@ -102,6 +103,23 @@ def sample_scenes(stated: dict[str, torch.Tensor], generator: torch.Generator) -
     )
 
 
+def random_scenes(
+    stated: dict[str, torch.Tensor], count: int, generator: torch.Generator
+) -> tuple[Scenes, torch.Tensor]:
+    """Choose captions at random, with repetition, and draw a scene for each.
+
+    Args:
+        stated: the tensors of :func:`wadi.emoji.captions.stated`, on the generator's device.
+        count: number of scenes.
+        generator: source of all randomness.
+
+    Returns:
+        The scenes, and the index (count,) int64 of the caption of each.
+    """
+    index = torch.randint(len(stated["size"]), (count,), generator=generator, device=generator.device)
+    return sample_scenes({name: column[index] for name, column in stated.items()}, generator), index
+
+
 def _ranges(size: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     table = torch.tensor([SMALL, BIG, IN_PAIR, FREE], device=size.device)
     chosen = table[torch.where(pair, 2, torch.where(size >= 0, size, 3))]
@@ -109,7 +127,7 @@ def _ranges(size: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _single_center(place: torch.Tensor, size: torch.Tensor, uniform) -> torch.Tensor:
-    """(N, 2). Places are relative to the room that an object of this size has: -1 and 1 touch the edges."""
+    """Centres (N, 2). In the room that an object of this size has, it touches the edges at -1 and 1."""
     room = 0.5 - size / 2
     relative = uniform(-1.0, 1.0, 2)
     near, center = uniform(0.6, 1.0), uniform(-0.12, 0.12, 2)
@@ -121,7 +139,7 @@ def _single_center(place: torch.Tensor, size: torch.Tensor, uniform) -> torch.Te
 
 
 def _pair_centers(relation: torch.Tensor, uniform) -> torch.Tensor:
-    """(N, 2, 2). Two objects side by side or one above the other, in the order that the relation states."""
+    """Centres (N, 2, 2) of two objects side by side or above each other, as the relation states."""
     draw = uniform(0.0, 1.0)
     vertical = torch.where(relation == 0, draw < 0.5, relation == 2)
     swap = (relation == 0) & (uniform(0.0, 1.0) < 0.5)
@@ -134,7 +152,7 @@ def _pair_centers(relation: torch.Tensor, uniform) -> torch.Tensor:
 
 
 def _free_background(emoji: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(N,) a background that training may show with these emoji (see ``held_out_background``)."""
+    """Backgrounds (N,) that training may show with these emoji (see ``held_out_background``)."""
     forbidden = torch.where(emoji >= 0, held_out_background(emoji), -1)
     colours = torch.arange(len(COLOURS), device=emoji.device)
     allowed = (forbidden[:, :, None] != colours).all(1).float()
@@ -147,14 +165,14 @@ def _shades(background: torch.Tensor, uniform) -> torch.Tensor:
     hue = hue + uniform(-6.0, 6.0)
     saturation = torch.where(grey, 0.0, (saturation + uniform(-0.07, 0.07)).clamp(0, 1))
     value = (value + uniform(-0.05, 0.05)).clamp(0, 1)
-    # The closed form of HSV to RGB: f(n) = v - v s max(0, min(k, 4 - k, 1)), k = (n + h / 60) mod 6.
+    # HSV to RGB in closed form: f(n) = v - v s max(0, min(k, 4 - k, 1)), k = (n + h / 60) mod 6
     n = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
     k = (n + hue[:, None] / 60) % 6
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
 def render(scenes: Scenes, atlas: torch.Tensor) -> torch.Tensor:
-    """Composite scenes at twice the size and average down.
+    """Render scenes at twice the size, and average them down.
 
     Args:
         scenes: N scenes.
@@ -171,7 +189,7 @@ def render(scenes: Scenes, atlas: torch.Tensor) -> torch.Tensor:
     for slot in range(2):
         cos, sin = scenes.angle[:, slot].cos(), scenes.angle[:, slot].sin()
         mirror, center = scenes.mirror[:, slot], 2 * scenes.center[:, slot] - 1
-        # affine_grid maps the canvas to the glyph: rotate back, scale up, mirror.
+        # affine_grid maps the canvas to the glyph: rotate back, scale up, mirror
         rows = torch.stack([torch.stack([mirror * cos, mirror * sin], 1), torch.stack([-sin, cos], 1)], 1)
         rows = rows / scenes.size[:, slot, None, None]
         theta = torch.cat([rows, -(rows @ center[:, :, None])], 2)
@@ -180,3 +198,23 @@ def render(scenes: Scenes, atlas: torch.Tensor) -> torch.Tensor:
         glyph = glyph * (scenes.emoji[:, slot] >= 0)[:, None, None, None]
         canvas = glyph[:, :3] + (1 - glyph[:, 3:]) * canvas
     return F.avg_pool2d(canvas, 2)
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] as uint8 of the same shape."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def draw(scenes: Scenes, atlas: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
+    """Render many scenes, `batch_size` at a time.
+
+    Args:
+        scenes: N scenes.
+        atlas: see `render`.
+        batch_size: does not change the images.
+
+    Returns:
+        (N, 3, 64, 64) uint8, on the device.
+    """
+    starts = progress(range(0, len(scenes), batch_size), desc="images", unit="batch", leave=False)
+    return torch.cat([to_bytes(render(scenes[first : first + batch_size], atlas)) for first in starts])

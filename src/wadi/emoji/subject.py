@@ -1,8 +1,9 @@
-"""A subject that the teacher never saw: its pictures, and a recogniser that reads it in other pictures.
+"""A subject that the teacher never saw: images of it, and a recogniser that finds it in other images.
 
-The judge knows 72 emoji and no other. The recogniser is a logistic regression on what the judge's layers
-see where the object is. A model that does not know a subject paints a blot of about its colours, so the
-recogniser also learns to refuse the subject blurred, and in patches that have changed their places.
+The judge knows 72 emoji and nothing else. The recogniser is a logistic regression on the judge's features at
+the place of the object. A model that does not know a subject often makes a shapeless spot of its colours, a
+blot. So the recogniser also learns to refuse images of the subject that are blurred, or whose patches changed
+places.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from wadi.emoji import assets_folder, prompts_file
 from wadi.emoji.captions import COLOURS, PLACES, SIZES, Caption, stated
 from wadi.emoji.glyphs import EMOJI, FONT_FILE, NAMES, draw_atlas
 from wadi.emoji.judge import Judge, Reading, attributes_right
-from wadi.emoji.scenes import render, sample_scenes
+from wadi.emoji.scenes import render, sample_scenes, to_bytes
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
 from wadi.outputs import Output
@@ -36,41 +37,42 @@ EXAMPLES = (
     ("big", None, "red"),
     ("small", "on the right", "purple"),
 )
-"""Size, place and background of the pictures of a subject."""
+"""Size, place and background of the six images of a subject."""
 
 CERTAIN = 0.9
-"""Probability from which on a recogniser takes an object for its subject: in doubt it is a blot."""
+"""Least probability at which a recogniser says that an object is its subject."""
 
 UNSEEN_WORDS = ("sks", "blorp", "wug", "xqv", "dax", "kiv")
-"""Words that the models do not know: what a student paints of them is what a recogniser shall refuse."""
+"""Words that the models do not know; a recogniser must refuse what a student makes of them."""
 
 
 @dataclass
 class SubjectExamplesConfig:
-    """Write six pictures of one emoji, to teach it with wadi dreambooth."""
+    """Write six images of one emoji, to teach it with wadi dreambooth."""
 
     out: Path
-    """Folder to write; new or empty."""
+    """Folder to write; it must be new or empty."""
     character: str | None = None
-    """The emoji, such as 🦩; without one, the hedgehog whose pictures come with wadi: no font is needed."""
+    """The emoji, such as 🦩. If it is not given, the images of a hedgehog that come with wadi are copied,
+    which needs no font."""
     font: Path = Path(FONT_FILE)
-    """Noto Color Emoji, the bitmap build."""
+    """File of the bitmap font Noto Color Emoji."""
     seed: int = 0
-    """Seed of everything that the images vary in."""
+    """Seed of everything that is random."""
     overwrite: bool = False
     """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def examples_folder() -> Path:
-    """The pictures of a subject that come with wadi: a hedgehog, which the teacher never saw."""
+    """Folder of the images that come with wadi of a subject that the teacher never saw, a hedgehog."""
     return assets_folder() / "subject"
 
 
 def subject_examples(config: SubjectExamplesConfig) -> None:
-    """Write the pictures.
+    """Write the folder that `wadi dreambooth` reads.
 
     Raises:
-        WadiError: the emoji is one that the teacher knows, or cannot be drawn; or the folder may not or
+        WadiError: the teacher knows the emoji already, the emoji cannot be drawn, or the folder may not or
             cannot be written.
     """
     inputs = (config.font, examples_folder())
@@ -83,18 +85,18 @@ def subject_examples(config: SubjectExamplesConfig) -> None:
         return
     glyphs = draw_subjects([config.character], config.font)
     with output.writing() as temporary:
-        for i, picture in enumerate(example_pictures(glyphs[0], config.seed)):
-            picture.save(temporary / f"{i}.png", optimize=True)
+        for i, image in enumerate(example_images(glyphs[0], config.seed)):
+            image.save(temporary / f"{i}.png", optimize=True)
 
 
 def draw_subjects(characters: Sequence[str], font: str | os.PathLike = FONT_FILE) -> torch.Tensor:
     """Draw emoji that the teacher was not trained on.
 
     Returns:
-        uint8 (N, 4, 96, 96), as `wadi.emoji.glyphs.draw_atlas`.
+        uint8 (N, 4, 96, 96), as from `wadi.emoji.glyphs.draw_atlas`.
 
     Raises:
-        WadiError: one is known to the teacher, is more than one character, or the font lacks it.
+        WadiError: the teacher knows an emoji already, it is more than one character, or the font lacks it.
     """
     for character in characters:
         plain = character.removesuffix("\ufe0f")
@@ -106,8 +108,8 @@ def draw_subjects(characters: Sequence[str], font: str | os.PathLike = FONT_FILE
     return draw_atlas(font, [character.removesuffix("\ufe0f") for character in characters])
 
 
-def example_pictures(glyph: torch.Tensor, seed: int = 0) -> list[Image.Image]:
-    """Six scenes (64 x 64) of a glyph (4, 96, 96): sizes, places and backgrounds of `EXAMPLES`."""
+def example_images(glyph: torch.Tensor, seed: int = 0) -> list[Image.Image]:
+    """Six images (64 x 64) of a glyph (4, 96, 96), with the sizes, places and backgrounds of `EXAMPLES`."""
     captions = [
         Caption(
             emoji=(0,),
@@ -118,22 +120,24 @@ def example_pictures(glyph: torch.Tensor, seed: int = 0) -> list[Image.Image]:
         for size, place, background in EXAMPLES
     ]
     scenes = sample_scenes(stated(captions), torch.Generator().manual_seed(seed))
-    pixels = (render(scenes, glyph[None]) * 255).round().to(torch.uint8)
+    pixels = to_bytes(render(scenes, glyph[None]))
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
 
 
 @torch.no_grad()
 def object_features(judge: Judge, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """What the layers of the judge see of the strongest object: texture by the first, shape by the last.
+    """Features of the most certain object, from the outputs of all layers of the judge.
+
+    The first layers see texture, and the last layers see shape.
 
     Args:
-        judge: on the device where it is to work.
+        judge: the judge, on the device that computes.
         images: (N, 3, 64, 64), uint8, or float in [0, 1].
-        batch_size: images a forward pass.
+        batch_size: images in a forward pass.
 
     Returns:
-        (N, 2752) float32 on the judge's device: of each of the five layers mean and standard deviation within
-        the object's box, and of the three in the middle the mean of each quarter of the box.
+        (N, 2752) float32 on the judge's device: for each of the five layers, mean and standard deviation
+        within the object's box; for the three layers in the middle, also the mean of each quarter of the box.
     """
     found = []
     for batch in images.split(batch_size):
@@ -151,7 +155,7 @@ def object_features(judge: Judge, images: torch.Tensor, batch_size: int = 250) -
 
 
 def _read_layers(judge: Judge, images: torch.Tensor) -> tuple[Reading, list[torch.Tensor]]:
-    """What the judge reads in images, and the outputs (N, C, S, S) of its five layers on the way."""
+    """What the judge reads in images, and the outputs (N, C, S, S) of its five layers."""
     layers: list[torch.Tensor] = []
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output: layers.append(output))
@@ -166,17 +170,17 @@ def _read_layers(judge: Judge, images: torch.Tensor) -> tuple[Reading, list[torc
 
 
 def _box_mean(x: torch.Tensor, center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """(N, C) mean of x (N, C, S, S) over boxes: centers (N, 2) and sizes (N, 1) are fractions of the side."""
+    """Mean (N, C) of x (N, C, S, S) over boxes, whose centers (N, 2) and sizes (N, 1) are fractions of S."""
     side = x.shape[-1]
     axis = (torch.arange(side, device=x.device) + 0.5) / side
-    # (N, 2, S): the share of each pixel's width, and height, that is within the box
+    # (N, 2, S): share of each pixel's width and height that is inside the box
     within = ((size[..., None] / 2 - (axis - center[..., None]).abs()) * side + 0.5).clamp(0, 1)
     columns, rows = (within / within.sum(-1, keepdim=True).clamp(min=1e-6)).unbind(1)
     return torch.einsum("nch,nh->nc", torch.einsum("nchw,nw->nch", x, columns), rows)
 
 
 def blurred(images: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Images (N, 3, H, W), each blurred by a Gaussian of its own standard deviation (N,) in pixels."""
+    """Blur images (N, 3, H, W), each by a Gaussian whose standard deviation (N,) is in pixels."""
     radius = math.ceil(3 * deviation.max().item())
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.softmax(-offset.square() / (2 * deviation.square())[:, None], 1).repeat_interleave(3, 0)
@@ -186,13 +190,13 @@ def blurred(images: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled(image: torch.Tensor, box: tuple[int, int, int], patch: int, generator: torch.Generator):
-    """An image (3, H, W) in which the patches of a box have changed their places.
+    """Copy an image (3, H, W), and put the patches of a box into another order.
 
     Args:
-        image: is not changed.
+        image: the image; it is not changed.
         box: left, top and side in pixels; the side is a multiple of `patch`.
-        patch: side of the patches in pixels, at most half that of the box.
-        generator: of the order, which is another than before.
+        patch: side of the patches in pixels, at most half the side of the box.
+        generator: source of the randomness.
     """
     left, top, side = box
     where = (slice(None), slice(top, top + side), slice(left, left + side))
@@ -209,16 +213,16 @@ def shuffled(image: torch.Tensor, box: tuple[int, int, int], patch: int, generat
 
 @torch.no_grad()
 def blots(judge: Judge, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What has the colours and the size of a subject, and is none: blurred, and shuffled in patches.
+    """Make blots: images with the colours and the size of a subject that do not show it.
 
     Args:
         judge: finds the subject.
         images: (N, 3, 64, 64) float in [0, 1] of the subject, on the generator's device.
-        generator: of all that is random.
+        generator: source of the randomness.
 
     Returns:
-        (5 N, 3, 64, 64): blurred by 1.5 to 4 pixels; with the object's box in 2 x 2 patches; in 3 x 3; and
-        twice the whole image in patches of 16 pixels. Finer patches are further from the subject than these.
+        (5 N, 3, 64, 64): the images blurred by 1.5 to 4 pixels; the object's box shuffled in 2 x 2 patches,
+        and in 3 x 3 patches; and twice the whole image shuffled in patches of 16 pixels.
     """
     side = images.shape[-1]
     drawn = torch.rand(len(images), generator=generator, device=images.device)
@@ -238,15 +242,15 @@ def blots(judge: Judge, images: torch.Tensor, generator: torch.Generator) -> tor
 
 
 class Recogniser:
-    """Tells whether the object of an image is the subject: logistic regression on `object_features`.
+    """Tells whether the object of an image is the subject, by logistic regression on `object_features`.
 
-    It refuses other objects, and `blots` of the subject.
+    It learns to refuse other objects, and `blots` of the subject.
 
     Args:
-        judge: whose features it reads.
+        judge: computes the features.
         subject: (N, 3, 64, 64) images of the subject, float in [0, 1].
-        others: (M, 3, 64, 64) images of other objects.
-        weight_decay: of the standardised features' coefficients.
+        others: (M, 3, 64, 64) images of other objects, float in [0, 1].
+        weight_decay: weight decay of the coefficients of the standardised features.
     """
 
     def __init__(
@@ -261,7 +265,7 @@ class Recogniser:
         x = (features - self.mean) / self.std
         label = torch.zeros(len(x), device=x.device)
         label[: len(subject)] = 1
-        # the kinds count alike, however many there are of each
+        # each of the three kinds counts as much as the others, however many images it has
         weight = torch.cat([torch.full((len(kind),), 1 / len(kinds) / len(kind)) for kind in kinds]).to(x)
         self.weight = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
         self.bias = torch.zeros((), device=x.device, requires_grad=True)
@@ -282,7 +286,7 @@ class Recogniser:
         self.bias.requires_grad_(False)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """(N,) bool: the object of each picture (N, 3, 64, 64) is the subject."""
+        """Whether (N,) bool the object of each image (N, 3, 64, 64) is the subject."""
         features = (object_features(self.judge, images) - self.mean) / self.std
         return torch.sigmoid(features @ self.weight + self.bias) > CERTAIN
 
@@ -290,13 +294,13 @@ class Recogniser:
 def drawn_scenes(
     glyphs: torch.Tensor, count: int, seed: int, blemished: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scenes with one object, everything about it random.
+    """Draw random scenes with one object.
 
     Args:
         glyphs: (G, 4, 96, 96), on the device.
-        count: how many of each glyph.
-        seed: of everything.
-        blemished: with the blur and noise that the judge was trained with.
+        count: number of scenes for each glyph.
+        seed: seed of everything that is random.
+        blemished: whether to add the blur and noise that the judge was trained with.
 
     Returns:
         (G count, 3, 64, 64) float32 in [0, 1], and which glyph each shows, (G count,) int64.
@@ -315,10 +319,10 @@ def drawn_scenes(
 def subject_captions(
     count: int, seed: int | str, word: str = "zwx"
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Captions of one object that is called `word`; size, place and background are each stated half the time.
+    """Captions of one object with the name `word`; size, place and background are each stated half the time.
 
     Returns:
-        The captions, and what they state (`wadi.emoji.captions.stated`); of the emoji there, nothing holds.
+        The captions, and what they state (`wadi.emoji.captions.stated`), where the emoji has no meaning.
     """
     rng = random.Random(f"wadi-emoji-subject-{seed}")
 
@@ -333,12 +337,12 @@ def subject_captions(
 
 
 def unseen_captions(count: int, words: Sequence[str] = UNSEEN_WORDS) -> list[str]:
-    """As many captions of each of several words that no model knows."""
+    """`count` captions of each of several words that no model knows."""
     return [text for word in words for text in subject_captions(count, f"unseen-{word}", word)[0]]
 
 
 def distillation_prompts(word: str = "zwx", count: int = 2000) -> list[str]:
-    """Prompts to distil a customised teacher with: captions of the subject, and as many of the training's."""
+    """Prompts to distil a teacher that knows the subject: `count` captions of it, and as many others."""
     own, _ = subject_captions(count, "distill", word)
     others = prompts_file().read_text(encoding="utf-8").splitlines()
     return [*own, *others[:count]]
@@ -347,16 +351,16 @@ def distillation_prompts(word: str = "zwx", count: int = 2000) -> list[str]:
 def subject_figures(
     recogniser: Recogniser, images: torch.Tensor, columns: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """What pictures of `subject_captions` show.
+    """Measure images of `subject_captions`.
 
     Args:
-        recogniser: of the subject.
+        recogniser: recogniser of the subject.
         images: (N, 3, 64, 64) uint8.
         columns: what the captions state.
 
     Returns:
-        Shares of the pictures: ``recognised``; ``size``, ``place`` and ``background`` as stated, or free;
-        ``all`` of these four.
+        Shares of the images in which the subject is ``recognised``; ``size``, ``place`` and ``background``
+        are as stated, or free; and ``all`` of these four are right.
     """
     judge = recogniser.judge
     device = judge.stem.weight.device

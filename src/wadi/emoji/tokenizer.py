@@ -1,6 +1,6 @@
-"""The small world's tokenizers, CLIP's and T5's, in which every word of the grammar is one token.
+"""The tokenizers of the emoji world, of CLIP's and T5's kinds; every word of the grammar is one token.
 
-Merges and scores are built by hand, because the trainers of `tokenizers` do not give the same ids twice.
+Merges and scores are built here, because the trainers of `tokenizers` do not always give the same ids.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 import string
 from itertools import pairwise
 
+import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -17,7 +18,7 @@ from wadi.emoji.captions import COLOURS, LEADS, PLACES, RELATIONS, SIZES
 from wadi.emoji.glyphs import NAMES
 
 MAX_LENGTH = 24
-_SPELLED = -12.0  # log probability of a single character: worse than any word, so words are never spelled
+_SPELLED = -12.0  # log probability of a single character: lower than any word's, so that words stay whole
 
 
 def words_of_the_grammar() -> list[str]:
@@ -29,8 +30,8 @@ def words_of_the_grammar() -> list[str]:
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     """Merges after which each word is one symbol.
 
-    A word first goes through the merges of the words before it; what is left is joined from the left. Later
-    merges rank lower, so they never change an earlier word.
+    The merges of earlier words are applied to a word first, and the symbols that remain are joined from the
+    left. Later merges rank lower, so they never change an earlier word.
     """
     merges: dict[tuple[str, str], int] = {}
     for word in words:
@@ -55,7 +56,7 @@ def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """The CLIP tokenizer, always the same."""
+    """Build the CLIP tokenizer, always the same."""
     merges = byte_pair_merges(words_of_the_grammar())
     letters = sorted(ByteLevel.alphabet())
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
@@ -65,9 +66,9 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """The T5 tokenizer, always the same: unigrams, equally likely words of the grammar and ASCII characters.
+    """Build the T5 tokenizer, always the same: a unigram model of the grammar's words and ASCII characters.
 
-    It takes as many tokens as `PixArtAlphaPipeline` pads to.
+    All words are equally likely. It takes as many tokens as `PixArtAlphaPipeline` pads to.
     """
     words = words_of_the_grammar()
     likely = -math.log(len(words))
@@ -77,3 +78,13 @@ def build_t5_tokenizer() -> T5Tokenizer:
     vocab += [(f"▁{letter}", likely if letter in words else _SPELLED) for letter in characters]
     vocab += [("▁", _SPELLED), *((letter, _SPELLED) for letter in characters)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=120)
+
+
+def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, prompts: list[str]) -> torch.Tensor:
+    """Tokens (N, 24) int64 of N prompts, padded as StableDiffusionPipeline does.
+
+    PixArtAlphaPipeline pads to more tokens, but masks them, which gives the same images.
+    """
+    return tokenizer(
+        prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -1,4 +1,4 @@
-"""`wadi emoji train-judge`: the judge, on endless scenes, and the statistics of real pictures."""
+"""`wadi emoji train-judge`: train the judge on endless scenes, and write the statistics of real images."""
 
 from __future__ import annotations
 
@@ -12,45 +12,36 @@ from wadi.emoji.captions import Split, sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import NAMES, load_atlas
 from wadi.emoji.judge import GRID, Judge, attributes_right
-from wadi.emoji.scenes import Scenes, render, sample_scenes
+from wadi.emoji.scenes import Scenes, draw, random_scenes, render, sample_scenes
+from wadi.emoji.training import TrainOptions, prepare_torch
 from wadi.files import save_tensors
 from wadi.metrics.frechet import feature_statistics, frechet_distance
 from wadi.outputs import Output
 
 REFERENCE_SAMPLES = 10_000
 REAL_DISTANCE = 0.19
-"""The features are scaled so that two sets of 10 000 real pictures are this far apart: the unit of every
-Frechet distance that this project reports."""
+"""Frechet distance between two sets of 10 000 real images. The features are scaled so that it is this, which
+is the unit of every distance of the emoji world."""
 
 
 @dataclass
-class TrainJudgeConfig:
+class TrainJudgeConfig(TrainOptions):
     """Train the judge of the emoji world and write its reference statistics."""
 
     out: Path
-    """Folder for judge.safetensors and reference.safetensors."""
+    """Folder to write: judge.safetensors and reference.safetensors."""
     init: Path | None = None
-    """judge.safetensors to go on from, instead of random weights."""
-    atlas: Path | None = None
-    """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
+    """judge.safetensors whose weights the training starts from; random weights if not given."""
     seconds: float = 120.0
     """Training time."""
-    max_train_steps: int = 1_000_000
-    """Stop after this many steps even if time is left."""
     train_batch_size: int = 512
-    """Pictures a step."""
+    """Images in each step."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
-    seed: int = 0
-    """Seed of everything that is random."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train."""
-    overwrite: bool = False
-    """Replace the folder if this command wrote it and nothing else is in it."""
+    """Highest learning rate of AdamW; it falls to zero along a cosine of the time used."""
 
 
 def blemish(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur and noise of random strength, so that the judge looks at shapes, not at the last bit of a pixel.
+    """Add blur and noise of random strength, so that the judge looks at shapes and not at single pixels.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
@@ -95,23 +86,22 @@ def judge_loss(out: dict[str, torch.Tensor], scenes: Scenes) -> torch.Tensor:
 
 
 def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
-    """Train, calibrate the unit of the features, write the files; returns the figures on fresh pictures."""
+    """Train, calibrate the unit of the features, write the files; returns the figures on fresh images."""
     output = Output(config.out, "emoji train-judge", (config.init, config.atlas), config.overwrite)
     output.check()
-    device = torch.device(config.device)
-    torch.manual_seed(config.seed)
+    device = prepare_torch(config)
     judge = Judge() if config.init is None else Judge.load(config.init).requires_grad_(True).train()
     judge.feature_scale.fill_(1.0)
-    judge, atlas = judge.to(device), load_atlas(config.atlas).to(device).float() / 255
+    judge, atlas = judge.to(device), load_atlas(config.atlas).to(device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    # A measure must read what training never shows a generator, too.
+    # the judge must also read what training never shows to a generator
     captions = sample_captions(160_000, "judge") + sample_captions(40_000, "judge", "held-out")
-    pool = {name: column.to(device) for name, column in stated(captions).items()}
+    columns = stated(captions, device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-3)
     steps = TimedSteps(config.seconds, config.max_train_steps, "judge")
     for step, used in steps:
         optimizer.param_groups[0]["lr"] = config.learning_rate * warmup_cosine(step, used, 100)
-        scenes = _random_scenes(pool, config.train_batch_size, generator)
+        scenes, _ = random_scenes(columns, config.train_batch_size, generator)
         images = blemish(render(scenes, atlas), generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             out = judge(images)
@@ -123,28 +113,17 @@ def train_judge(config: TrainJudgeConfig) -> dict[str, float]:
     return _finish(config, output, judge.eval().requires_grad_(False), atlas)
 
 
-def _random_scenes(pool: dict[str, torch.Tensor], count: int, generator: torch.Generator) -> Scenes:
-    index = torch.randint(len(pool["size"]), (count,), generator=generator, device=generator.device)
-    return sample_scenes({name: column[index] for name, column in pool.items()}, generator)
-
-
 def real_images(
     captions_seed: str, count: int, atlas: torch.Tensor, seed: int, split: Split = "train"
-) -> tuple[torch.Tensor, dict]:
-    """Real pictures of `count` captions.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Draw real images of `count` captions.
 
     Returns:
         uint8 (N, 3, 64, 64) on the atlas' device, and what the captions state.
     """
-    device = atlas.device
-    captions = sample_captions(count, captions_seed, split)
-    columns = {name: column.to(device) for name, column in stated(captions).items()}
-    scenes = sample_scenes(columns, torch.Generator(device).manual_seed(seed))
-    images = [
-        (render(scenes[first : first + 500], atlas) * 255).round().to(torch.uint8)
-        for first in range(0, count, 500)
-    ]
-    return torch.cat(images), columns
+    columns = stated(sample_captions(count, captions_seed, split), atlas.device)
+    scenes = sample_scenes(columns, torch.Generator(atlas.device).manual_seed(seed))
+    return draw(scenes, atlas), columns
 
 
 def _finish(config: TrainJudgeConfig, output: Output, judge: Judge, atlas: torch.Tensor) -> dict[str, float]:

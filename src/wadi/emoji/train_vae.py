@@ -1,4 +1,4 @@
-"""`wadi emoji train-vae`: the AutoencoderKL of the small world, on endless scenes."""
+"""`wadi emoji train-vae`: the AutoencoderKL of the emoji world, on endless scenes."""
 
 from __future__ import annotations
 
@@ -14,46 +14,37 @@ from diffusers import AutoencoderKL
 from wadi.emoji.captions import sample_captions, stated
 from wadi.emoji.clock import TimedSteps, warmup_cosine
 from wadi.emoji.glyphs import load_atlas
-from wadi.emoji.scenes import render, sample_scenes
+from wadi.emoji.scenes import random_scenes, render
+from wadi.emoji.training import TrainOptions, prepare_torch
 from wadi.onestep.components import load_module
 from wadi.outputs import Output
 
 MEASURED_BATCH = 256
-"""Pictures at a time when the latents and the error are measured."""
+"""Images in a batch when the latents and the error are measured."""
 
 
 @dataclass
-class TrainVAEConfig:
+class TrainVAEConfig(TrainOptions):
     """Train the autoencoder of the emoji world (64 x 64 pixels to 16 x 16 x 4 latents)."""
 
     out: Path
-    """Folder for the AutoencoderKL."""
+    """AutoencoderKL folder to write."""
     init: Path | None = None
-    """AutoencoderKL folder to go on from, instead of random weights."""
+    """AutoencoderKL folder whose weights the training starts from; random weights if not given."""
     decoder_only: bool = False
-    """Keep the latents as they are: a teacher of these latents stays good."""
-    atlas: Path | None = None
-    """Atlas file of `wadi emoji atlas`; drawn from the font if not given."""
+    """Train the decoder only: the latents stay as they are, and a teacher of these latents stays good."""
     seconds: float = 200.0
     """Training time."""
-    max_train_steps: int = 1_000_000
-    """Stop after this many steps even if time is left."""
     train_batch_size: int = 256
-    """Pictures a step."""
+    """Images in each step."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW; falls to zero along a cosine of the time used."""
+    """Highest learning rate of AdamW; it falls to zero along a cosine of the time used."""
     kl_weight: float = 2e-4
     """Weight of the Kullback-Leibler term, which is a mean over latent elements."""
-    seed: int = 0
-    """Seed of everything that is random."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train."""
-    overwrite: bool = False
-    """Replace the folder if this command wrote it and nothing else is in it."""
 
 
 def new_vae() -> AutoencoderKL:
-    """2.7 M parameters, factor 4, 4 latent channels."""
+    """An autoencoder with random weights: 2.7 M parameters, factor 4, 4 latent channels."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 128),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -83,28 +74,24 @@ def train_vae(config: TrainVAEConfig) -> dict[str, float]:
     """
     output = Output(config.out, "emoji train-vae", (config.init, config.atlas), config.overwrite)
     output.check()
-    device = torch.device(config.device)
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True
+    device = prepare_torch(config)
     vae = new_vae() if config.init is None else load_module(AutoencoderKL, config.init, torch.float32)
-    vae, atlas = vae.to(device), load_atlas(config.atlas).to(device).float() / 255
+    vae, atlas = vae.to(device), load_atlas(config.atlas).to(device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    pool = {name: column.to(device) for name, column in stated(sample_captions(100_000, "vae")).items()}
+    columns = stated(sample_captions(100_000, "vae"), device)
 
     def images(count: int) -> torch.Tensor:
-        index = torch.randint(len(pool["size"]), (count,), generator=generator, device=device)
-        return 2 * render(sample_scenes({name: c[index] for name, c in pool.items()}, generator), atlas) - 1
+        return 2 * render(random_scenes(columns, count, generator)[0], atlas) - 1
 
     _fit(config, vae, images)
     vae.eval().requires_grad_(False)
     if not config.decoder_only:
         batches = (images(MEASURED_BATCH) for _ in range(40))
         standardise_latents(vae, torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]))
-    batches = (images(MEASURED_BATCH) for _ in range(8))
-    error = torch.stack([(_reconstruct(vae, batch) - batch).square().mean() for batch in batches])
+    error = torch.stack([_squared_error(vae, images(MEASURED_BATCH)) for _ in range(8)])
     with output.writing() as folder:
         vae.half().save_pretrained(folder)
-    # The pictures span [-1, 1]: peak 2.
+    # the images are in [-1, 1], so the peak is 2
     return {"psnr": 10 * math.log10(4 / error.mean().item())}
 
 
@@ -133,14 +120,14 @@ def _fit(config: TrainVAEConfig, vae: AutoencoderKL, images: Callable[[int], tor
         steps.show(loss)
 
 
-def _reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+def _squared_error(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    return (vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1) - images).square().mean()
 
 
 def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
     """Fold mean and standard deviation of each latent channel into the 1 x 1 convolutions around the latents.
 
-    Afterwards the latents of real pictures have mean 0 and variance 1, and the pictures are the same.
+    Afterwards the latents of real images have mean 0 and variance 1, and the images are the same.
 
     Args:
         vae: changed in place.

@@ -1,4 +1,4 @@
-"""Figures of merit: how far generated pictures are from real ones, and how much they vary."""
+"""Figures of generated images: their distance from real images, and their diversity."""
 
 from wadi.metrics.diversity import entropy_bits, spread
 from wadi.metrics.frechet import feature_statistics, fewest_images, frechet_distance

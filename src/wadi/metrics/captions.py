@@ -1,4 +1,4 @@
-"""The captions of an evaluation, and which of them are used: the same on every machine."""
+"""The captions of an evaluation, chosen by a seed and therefore the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from wadi.tables import SUFFIXES, read_texts
 
 @dataclass(frozen=True)
 class Chosen:
-    """Captions in the order in which pictures are numbered."""
+    """The chosen captions; image i is of caption i."""
 
     captions: tuple[str, ...]
     file_sha256: str
     """SHA-256 of the captions file."""
     choice_sha256: str
-    """SHA-256 of the chosen captions, each with a line end."""
+    """SHA-256 of the chosen captions, each followed by a line break."""
 
 
 def choose_captions(path: Path, count: int, seed: int, column: str = "caption") -> Chosen:
-    """Read captions and draw `count` of them without repetition, by `seed` alone.
+    """Read captions, and choose `count` of them without repetition; the choice depends on `seed` alone.
 
     Args:
-        path: COCO's annotations (.json, at most one caption of each picture, the one with the lowest id), or
-            another file of prompts as for training. Except of .json, equal captions count once.
-        count: how many; all in their order if there are no more.
-        seed: of the choice.
-        column: key or column of the caption in tables.
+        path: COCO's annotations (.json), of which the caption with the lowest id of each image is used; or
+            another file of prompts as for training, in which equal captions count once.
+        count: number of captions. They stay in the order of the file.
+        seed: seed of the choice.
+        column: key or column of the captions in tables.
 
     Raises:
         WadiError: the file is unreadable, has no captions, or fewer than `count`.
@@ -40,12 +40,14 @@ def choose_captions(path: Path, count: int, seed: int, column: str = "caption") 
     with explain_os_errors(path, "read the captions"):
         file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix.lower() not in SUFFIXES:
-        raise WadiError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+        raise WadiError(f"{path}: is not a file of captions; name one of {', '.join(SUFFIXES)}")
     captions = [caption.text for caption in read_texts(path, column)]
-    if path.suffix.lower() != ".json":  # there equal captions may be of several images
+    if path.suffix.lower() != ".json":  # in which equal captions may belong to several images
         captions = list(dict.fromkeys(captions))
     if len(captions) < count:
-        raise WadiError(f"{path}: {len(captions)} captions, fewer than --num-samples {count}; ask for fewer")
+        raise WadiError(
+            f"{path}: has {len(captions)} captions, fewer than --num-samples {count}; ask for fewer"
+        )
     if len(captions) > count:
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
         captions = [captions[i] for i in order.sort().values.tolist()]

@@ -1,4 +1,4 @@
-"""How much varies of what a prompt leaves free."""
+"""Diversity: how much images vary in what their prompts leave free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def entropy_bits(classes: torch.Tensor, num_classes: int) -> float:
-    """Entropy of the distribution of `classes` in bits: 0 if all are the same, log2(num_classes) if uniform.
+    """The entropy of `classes` in bits: 0 if all are the same, log2(num_classes) if all are equally frequent.
 
     Args:
         classes: (N,) int64 in [0, num_classes).
@@ -17,12 +17,13 @@ def entropy_bits(classes: torch.Tensor, num_classes: int) -> float:
 
 
 def spread(features: torch.Tensor) -> float:
-    """How different the pictures of one prompt are: mean over prompts and pairs of 1 - cos of their features.
-
-    0 if all pictures of every prompt are the same.
+    """The diversity of images of one prompt: the mean over prompts and pairs of 1 - cos of their features.
 
     Args:
-        features: (P, n, D), n at least 2 pictures of each of P prompts.
+        features: (P, n, D), features of n >= 2 images of each of P prompts.
+
+    Returns:
+        0 if all images of each prompt are the same.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     n = unit.shape[1]

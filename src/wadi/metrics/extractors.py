@@ -1,7 +1,7 @@
-"""Networks that turn images into features: Inception for published figures, and those that others add.
+"""Networks that turn images into features: Inception for published figures, and those that other rooms add.
 
-Inception is torch-fidelity's, whose weights are those of the original FID, run by torchmetrics; CLIP is
-transformers'. Both are fetched from where they are published when they are first used.
+Inception is from torch-fidelity, with the weights of the original FID, and is run by torchmetrics. CLIP is
+from transformers. Both are downloaded when they are first used.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from wadi.onestep.components import first_line, load_module
 from wadi.onestep.loading import part_folder
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
-"""Pictures (N, 3, H, W) uint8 to features (N, D) float32."""
+"""Turns images (N, 3, H, W) uint8 into features (N, D) float32."""
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Where images are compared.
+    """A space of features in which images are compared.
 
     Attributes:
-        width: features of an image.
-        load: makes the extractor on a device; a WadiError if what it needs is missing.
+        width: number of features of an image.
+        load: loads the extractor onto a device; raises a WadiError if something that it needs is missing.
     """
 
     width: int
@@ -33,16 +33,16 @@ class FeatureSpace:
 
 
 def load_inception(device: str | torch.device = "cpu") -> Extractor:
-    """The network of published Frechet distances, on the device.
+    """Load the network of published Frechet distances onto the device.
 
     Raises:
-        WadiError: torch-fidelity is missing, or the weights cannot be fetched.
+        WadiError: torch-fidelity is missing, or the weights cannot be downloaded.
     """
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that is not torch's
+    except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision does not fit torch
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(
             f"--features inception: needs torch-fidelity, which is missing or does not work here ({reason}); "
@@ -50,22 +50,22 @@ def load_inception(device: str | torch.device = "cpu") -> Extractor:
         ) from error
     except OSError as error:
         raise WadiError(
-            f"--features inception: its weights could not be fetched ({error}); run it once with a connection"
+            f"--features inception: its weights could not be downloaded ({error}); run it once with a network"
         ) from error
     network = network.to(device).requires_grad_(False)
-    return lambda pictures: network(pictures.to(device)).float().cpu()
+    return lambda images: network(images.to(device)).float().cpu()
 
 
 SPACES: dict[str, FeatureSpace] = {"inception": FeatureSpace(2048, load_inception)}
-"""By name. `wadi.emoji.judge` adds its own, "emoji", when it is imported."""
+"""Feature spaces by name. `wadi.emoji.judge` adds "emoji" when it is imported."""
 
 
 class Clip:
-    """Agreement of pictures and captions, and picture embeddings, by a CLIP model of transformers.
+    """Text alignment (the CLIP score) and image embeddings, by a CLIP model of transformers.
 
     Args:
         name: folder or hub id of a `CLIPModel`, safetensors only.
-        device: where to compute.
+        device: device of the model.
 
     Raises:
         WadiError: the model cannot be loaded.
@@ -78,17 +78,17 @@ class Clip:
             folder = part_folder(name, "CLIP model", ("*.json", "*.txt", "model*.safetensors*"))
             self.model = load_module(CLIPModel, folder, torch.float32).to(device)
             self.processor = CLIPProcessor.from_pretrained(folder)
-        except Exception as error:  # a broken folder fails in many ways
-            raise WadiError(f"--clip-model {name}: could not load it: {first_line(error)}") from error
+        except Exception as error:  # a damaged folder fails in many ways
+            raise WadiError(f"--clip-model {name}: could not be loaded: {first_line(error)}") from error
         self.name, self.device = name, device
 
     @torch.no_grad()
-    def score(self, pictures: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """100 times the cosine between picture and caption, at least 0 (Hessel et al., arXiv 2104.08718).
+    def score(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """100 times the cosine between image and caption, at least 0 (Hessel et al., arXiv 2104.08718).
 
         Args:
-            pictures: (N, 3, H, W) uint8.
-            captions: N; longer ones are cut to the model's number of tokens.
+            images: (N, 3, H, W) uint8.
+            captions: N captions; longer ones are cut to the number of tokens that the model takes.
 
         Returns:
             (N,) float32, on the CPU.
@@ -101,23 +101,23 @@ class Clip:
             return_tensors="pt",
         )
         text = _embedding(self.model.get_text_features(**inputs.to(self.device)))
-        cosine = torch.cosine_similarity(self.embed(pictures), text.float().cpu())
+        cosine = torch.cosine_similarity(self.embed(images), text.float().cpu())
         return (100 * cosine).clamp_min(0)
 
     @torch.no_grad()
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, D) float32, on the CPU, of pictures (N, 3, H, W) uint8."""
-        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute embeddings (N, D) float32, on the CPU, of images (N, 3, H, W) uint8."""
+        inputs = self.processor.image_processor(images=list(images), return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         return _embedding(self.model.get_image_features(pixel_values=pixels)).float().cpu()
 
 
 def _embedding(output: object) -> torch.Tensor:
-    """transformers 5 wraps it."""
+    """The embedding itself, which transformers 5 wraps."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 @torch.no_grad()
 def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Features (N, D) of batches of pictures."""
+    """Compute features (N, D) of all images, which come in batches."""
     return torch.cat([extractor(batch) for batch in batches])

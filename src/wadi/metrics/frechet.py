@@ -10,24 +10,24 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def feature_statistics(features: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a Frechet distance needs of a set of features, in the sums that torchmetrics keeps.
+    """The statistics of features that a Frechet distance needs, as the sums that torchmetrics keeps.
 
     Args:
         features: (N, D), any float dtype.
 
     Returns:
-        ``sum`` (D,) and ``cov_sum`` (D, D), the sum of outer products, float64, and ``count`` int64; on the
-        CPU.
+        On the CPU: ``sum`` (D,) and ``cov_sum`` (D, D), the sum of outer products, float64, and ``count``
+            int64.
     """
     features = features.double().cpu()
     return {"sum": features.sum(0), "cov_sum": features.T @ features, "count": torch.tensor(len(features))}
 
 
 def fewest_images(features: int) -> int:
-    """How many images a Frechet distance needs of each side: twice as many as there are features.
+    """The least number of images on each side of a Frechet distance: twice the number of features.
 
-    With fewer the covariances are singular or nearly so, and the distance tells the number of images rather
-    than what they show.
+    With fewer images the covariances are singular or nearly so, and the distance depends on the number of
+    images more than on what they show.
     """
     return 2 * features
 
@@ -36,8 +36,8 @@ def frechet_distance(real: Mapping[str, torch.Tensor], fake: Mapping[str, torch.
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., arXiv 1706.08500).
 
     Args:
-        real: of :func:`feature_statistics`.
-        fake: likewise, of the same number of features.
+        real: statistics from :func:`feature_statistics`.
+        fake: the same for the other set, with the same number of features.
     """
     extractor = nn.Identity()
     extractor.num_features = len(real["sum"])
@@ -47,6 +47,6 @@ def frechet_distance(real: Mapping[str, torch.Tensor], fake: Mapping[str, torch.
         setattr(metric, f"{name}_features_cov_sum", statistics["cov_sum"].double())
         setattr(metric, f"{name}_features_num_samples", statistics["count"])
     metric.orig_dtype = torch.float64
-    # Without an update() torchmetrics would warn that there is nothing to compute.
+    # without an update() torchmetrics would warn that there is nothing to compute
     metric._update_count = 1
     return metric.compute().item()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 VIEWED_AT = 32
-"""Pixels: images are compared at this side, where grain averages out and what they show does not."""
+"""Side in pixels at which images are compared: grain averages out there, but the objects stay visible."""
 
 
 def pixel_spread(images: torch.Tensor) -> float:
-    """How different the images of one prompt are: the mean over prompts and pairs of the RMS difference.
+    """The diversity of images of one prompt: the mean over prompts and pairs of their RMS difference.
 
     Args:
-        images: (P, n, 3, H, W) uint8, n at least 2 images of each of P prompts.
+        images: (P, n, 3, H, W) uint8, n >= 2 images of each of P prompts.
 
     Returns:
-        0 if all images of every prompt are alike, 255 between black and white.
+        0 if all images of each prompt are the same, and 255 between black and white.
     """
     small = torch.nn.functional.adaptive_avg_pool2d(images.flatten(0, 1).float(), VIEWED_AT)
     vectors = small.unflatten(0, images.shape[:2]).flatten(2).double()
@@ -24,7 +24,7 @@ def pixel_spread(images: torch.Tensor) -> float:
 
 
 def pixel_detail(images: torch.Tensor) -> float:
-    """Mean absolute difference between neighbouring pixels, of 255: low if blurred, high if grainy.
+    """The mean absolute difference of neighbouring pixels, up to 255: low if blurred, high if grainy.
 
     Args:
         images: (N, 3, H, W) uint8.

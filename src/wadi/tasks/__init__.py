@@ -1,4 +1,4 @@
-"""What people do with a one-step student."""
+"""Uses of a one-step student: steered by condition maps, from other images, larger, with new words."""
 
 from wadi.tasks.control import condition_map, edge_map, load_controlnet, with_controlnets
 from wadi.tasks.editing import Sampling, image_to_image, inpaint

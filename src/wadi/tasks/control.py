@@ -1,9 +1,9 @@
-"""Pictures steered by condition maps: ControlNets (arXiv 2302.05543) on a one-step student.
+"""Images steered by condition maps: ControlNets (arXiv 2302.05543) on a one-step student.
 
-A ControlNet that was trained on the multi-step teacher adds to the same places of the student's U-Net, which
-stays as it is. The pipeline is diffusers' own `StableDiffusionControlNetPipeline`; what is here makes
-condition maps, loads ControlNets and says where they do not fit, and measures how well a picture keeps to its
-map.
+A ControlNet that was trained on the multi-step teacher adds its outputs at the same places of the student's
+U-Net, which stays as it is. The pipeline is diffusers' own `StableDiffusionControlNetPipeline`. This module
+makes condition maps, loads ControlNets and checks whether they fit, and measures how well an image follows
+its map.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image, ImageOps
+from PIL import Image
 
 from wadi.errors import WadiError
-from wadi.images import open_picture as open_picture
-from wadi.onestep import OneStepPipeline, labelled_grid
+from wadi.onestep import OneStepPipeline
 from wadi.onestep.arguments import seeded
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import part_folder
 from wadi.onestep.output import tell_odd_output
+from wadi.tasks import editing
+from wadi.tasks.exemplars import cropped
 
 Value = TypeVar("Value")
 
 CANNY = (100, 200)
-"""Lower and upper threshold of edges, of a gradient in 8-bit steps: those of the first ControlNets."""
+"""Lower and upper threshold of edges, as gradients in 8-bit steps; those of the first ControlNets."""
 
 Condition = Literal["canny", "map"]
-"""What a condition map is made of: the edges of a picture, or a map that is ready."""
+"""How a condition map is made: from the edges of an image, or the image is the map itself."""
 
 SHARED_FIELDS = (
     "in_channels",
@@ -48,16 +49,16 @@ SHARED_FIELDS = (
     "layers_per_block",
     "down_block_types",
 )
-"""Fields that must be the same in the configurations of a ControlNet and its U-Net."""
+"""Fields that must be equal in the configurations of a ControlNet and its U-Net."""
 
 
 def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> np.ndarray:
-    """Edges after Canny, by OpenCV; of colours, the channel that changes most counts.
+    """Find edges by Canny's method with OpenCV; the colour channel that changes most counts.
 
     Args:
         pixels: (H, W, 3) or (H, W) uint8.
-        low: a pixel whose gradient is above this belongs to an edge that is connected to a sure one.
-        high: a pixel whose gradient is above this is surely on an edge.
+        low: pixels with a gradient above this are on an edge if they are connected to a certain edge.
+        high: pixels with a gradient above this are certainly on an edge.
 
     Returns:
         (H, W) uint8, 255 on edges and 0 elsewhere.
@@ -69,14 +70,14 @@ def canny(pixels: np.ndarray, low: float = CANNY[0], high: float = CANNY[1]) -> 
         import cv2
     except ImportError as error:
         raise WadiError(
-            "edges: OpenCV is not installed; pip install opencv-python-headless, or give "
-            "a map that is ready (--condition map)"
+            "edges: OpenCV is not installed; pip install opencv-python-headless, or give a condition map "
+            "instead of an image (--condition map)"
         ) from error
     return cv2.Canny(np.ascontiguousarray(pixels), low, high)
 
 
 def edge_map(image: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
-    """The condition of a Canny ControlNet: white edges on black, RGB, of the picture's size; see `canny`."""
+    """The condition map of a Canny ControlNet: white edges on black, RGB, of the same size; see `canny`."""
     return Image.fromarray(canny(np.asarray(image.convert("RGB")), low, high)).convert("RGB")
 
 
@@ -87,14 +88,14 @@ def condition_map(
     low: float = CANNY[0],
     high: float = CANNY[1],
 ) -> Image.Image:
-    """The condition map of a picture, for a pipeline that makes pictures of `size`.
+    """Make the condition map of an image, for a pipeline that makes images of `size`.
 
     Args:
-        image: of any size; what does not fit the shape of `size` is cut off on both sides.
-        kind: "canny" finds the edges of the picture at `size`; "map" takes the picture for the map itself.
+        image: an image of any size; what does not fit into `size` is cut off on both sides.
+        kind: "canny" finds the edges of the image at `size`; "map" means that the image is the map itself.
         size: width and height in pixels.
-        low: threshold of `canny`.
-        high: threshold of `canny`.
+        low: lower threshold of `canny`.
+        high: upper threshold of `canny`.
 
     Returns:
         RGB, of `size`.
@@ -103,8 +104,8 @@ def condition_map(
         WadiError: thresholds out of order, or OpenCV is not installed.
     """
     if not 0 <= low <= high:
-        raise WadiError(f"edges: thresholds must be in order and not negative, but are {low} and {high}")
-    fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+        raise WadiError(f"--low {low}, --high {high}: the thresholds must be in order, and not negative")
+    fitted = cropped(image.convert("RGB"), *size[::-1])
     return edge_map(fitted, low, high) if kind == "canny" else fitted
 
 
@@ -115,11 +116,11 @@ def load_controlnet(
 
     Args:
         name: folder or hub id of a `ControlNetModel`.
-        pipeline: whose U-Net, or whose teacher's, it was trained with.
-        torch_dtype: of its weights; float32 when ``None``.
+        pipeline: the model that it was trained with, or a student of that model.
+        torch_dtype: dtype of its weights; float32 when ``None``.
 
     Raises:
-        WadiError: as `load_module`, or it is for another U-Net or autoencoder.
+        WadiError: as `load_module`, or it was made for another U-Net or autoencoder.
     """
     folder = part_folder(name, "ControlNet")
     controlnet = load_module(ControlNetModel, folder, torch_dtype or torch.float32)
@@ -139,21 +140,21 @@ def _check_fit(name: str, controlnet: ControlNetModel, pipeline: DiffusionPipeli
     factor = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if factor != pipeline.vae_scale_factor:
         raise WadiError(
-            f"{name}: shrinks its condition {factor} times, and the model's autoencoder pictures "
+            f"{name}: shrinks its condition {factor} times, and the model's autoencoder shrinks images "
             f"{pipeline.vae_scale_factor} times; name a ControlNet that was trained with this model"
         )
 
 
 def _plain(value: Any) -> Any:
-    """Lists, as JSON has them, and tuples alike."""
+    """The value with tuples instead of the lists of JSON."""
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def _unet(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionControlNetPipeline)):
         raise WadiError(
-            f"controlnet: the model is a {type(pipeline).__name__}; ControlNets of this kind steer the U-Net "
-            "of a StableDiffusionPipeline"
+            f"--controlnet: the model is a {type(pipeline).__name__}, and these ControlNets steer the U-Net "
+            "of a StableDiffusionPipeline; name such a model"
         )
     return pipeline.unet
 
@@ -161,22 +162,22 @@ def _unet(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
 def with_controlnets(
     pipeline: StableDiffusionPipeline, controlnets: Sequence[ControlNetModel]
 ) -> StableDiffusionControlNetPipeline:
-    """diffusers' ControlNet pipeline on the parts of another pipeline, its scheduler too: one step stays one.
+    """Put ControlNets on a pipeline: diffusers' ControlNet pipeline with the same parts and scheduler.
 
         student = OneStepPipeline.from_pretrained("runs/mine/pipeline")
         student.pipeline = with_controlnets(student.pipeline, [load_controlnet(name, student.pipeline)])
-        image = student("a lighthouse", seed=0, image=edge_map(picture))[0]
+        result = student("a lighthouse", seed=0, image=edge_map(image))[0]
 
     Args:
-        pipeline: left as it is; the modules are shared.
-        controlnets: one or several. What several add is summed (`MultiControlNetModel`); the pipeline's
-            `image` and `controlnet_conditioning_scale` are then lists, one for each.
+        pipeline: the pipeline, which stays as it is; the modules are shared.
+        controlnets: one or several. The outputs of several are added up (`MultiControlNetModel`), and the
+            pipeline's `image` and `controlnet_conditioning_scale` are then lists with a value for each.
 
     Raises:
         WadiError: not a Stable Diffusion pipeline, or no ControlNet.
     """
     if not controlnets:
-        raise WadiError("controlnet: name at least one")
+        raise WadiError("--controlnet: name at least one")
     _unet(pipeline)
     steered = StableDiffusionControlNetPipeline(
         **{name: part for name, part in pipeline.components.items() if name != "controlnet"},
@@ -195,55 +196,46 @@ def steer(
     seed: int = 0,
     num_images: int = 1,
     batch_size: int = 8,
-    num_inference_steps: int = 1,
-    guidance_scale: float = 1.0,
-    negative_prompt: str | None = None,
+    sampling: editing.Sampling = editing.Sampling(),  # noqa: B008 - immutable
 ) -> list[Image.Image]:
-    """Make pictures that keep to condition maps.
+    """Make images that follow condition maps.
 
     Args:
-        pipeline: of `with_controlnets`, with the scheduler that the steps need (`load_for_steps`).
-        prompt: what they show.
-        maps: a condition map for each ControlNet, of the size that the pictures shall have.
-        conditioning_scale: for each ControlNet, how much of what it adds is added; 0 is the model alone.
-        seed: picture i starts from the noise of seed + i.
-        num_images: how many.
-        batch_size: how many at once.
-        num_inference_steps: 1 for a student.
-        guidance_scale: of a multi-step model.
-        negative_prompt: likewise.
+        pipeline: a pipeline from `with_controlnets`, with the scheduler that the steps need
+            (`load_for_steps`).
+        prompt: prompt of the images.
+        maps: a condition map for each ControlNet, of the size of the images.
+        conditioning_scale: for each ControlNet, the factor of what it adds; with 0 it adds nothing.
+        seed: image i starts from the noise of seed + i.
+        num_images: number of images.
+        batch_size: number of images that are made at once.
+        sampling: steps and guidance.
 
     Raises:
-        WadiError: guidance in one step, a seed that is not possible, or the prompt is too long for the
-            tokenizer.
+        WadiError: guidance in one step, an impossible seed, or a prompt that is too long.
     """
     alone = not isinstance(pipeline.controlnet, MultiControlNetModel)
     options = {
         "image": maps[0] if alone else list(maps),
         "controlnet_conditioning_scale": float(conditioning_scale[0]) if alone else list(conditioning_scale),
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
+        "guidance_scale": sampling.guidance_scale,
+        "negative_prompt": sampling.negative_prompt,
     }
-    images = []
+    images, steps = [], sampling.num_inference_steps
     for first in range(0, num_images, batch_size):
         count, own = min(batch_size, num_images - first), seed + first
-        if num_inference_steps == 1:
-            images += OneStepPipeline(pipeline)(prompt, own, num_images_per_prompt=count, **options)
+        options["num_images_per_prompt"] = count
+        if steps == 1:
+            images += OneStepPipeline(pipeline)(prompt, own, **options)
             continue
-        made = pipeline(
-            prompt,
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=count,
-            generator=seeded(own, count),
-            **options,
-        )
+        made = pipeline(prompt, num_inference_steps=steps, generator=seeded(own, count), **options)
         tell_odd_output(made, [f"image of seed {own + i}" for i in range(count)])
         images += made.images
     return images
 
 
 def one_for_each(name: str, values: Sequence[Value], count: int) -> list[Value]:
-    """Values of an option, one for each of `count` ControlNets; a single value is for all of them.
+    """The values of an option for `count` ControlNets; a single value is for all of them.
 
     Raises:
         WadiError: neither one nor `count` values.
@@ -255,40 +247,35 @@ def one_for_each(name: str, values: Sequence[Value], count: int) -> list[Value]:
 
 
 def sheet(
-    pictures: Sequence[Image.Image],
+    sources: Sequence[Image.Image],
     kinds: Sequence[Condition],
     maps: Sequence[Image.Image],
-    images: Sequence[Image.Image],
-    columns: int = 4,
+    results: Sequence[Image.Image],
 ) -> Image.Image:
-    """Show side by side what steered and what came of it: pictures, condition maps, results.
+    """Show side by side the images that steered, their condition maps, and the results.
 
     Args:
-        pictures: for each ControlNet, of any size; shown once where several have the same, and not at all
-            where they are the map.
-        kinds: what of each picture is the condition.
+        sources: the image for each ControlNet, of any size. The same image is shown once, and an image that
+            is the map itself is not shown again.
+        kinds: how the map of each is made.
         maps: the condition maps, all of one size.
-        images: the results, of that size.
-        columns: results in a row.
+        results: the results, of that size.
     """
-    size, headings, cells = maps[0].size, [], []
-    for picture, kind, condition in zip(pictures, kinds, maps, strict=True):
-        fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-        if kind == "canny" and fitted not in cells:
-            headings.append("picture")
-            cells.append(fitted)
-        headings.append("edges" if kind == "canny" else "map")
-        cells.append(condition)
-    rows = [("", [*cells, *images[start : start + columns]]) for start in range(0, len(images), columns)]
-    return labelled_grid(rows, [*headings, "result"])
+    cells: list[tuple[str, Image.Image]] = []
+    for source, kind, condition in zip(sources, kinds, maps, strict=True):
+        fitted = cropped(source, *maps[0].size[::-1])
+        if kind == "canny" and ("image", fitted) not in cells:
+            cells.append(("image", fitted))
+        cells.append(("edges" if kind == "canny" else "map", condition))
+    return editing.sheet(cells, results)
 
 
 def layout_map(boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """The condition of a layout ControlNet: a white box for each object, on black.
+    """The condition map of a layout ControlNet: a white box for each object, on black.
 
     Args:
-        boxes: (N, K, 4) float, left, top, right and lower edge as fractions of the side; a box whose right
-            edge is not right of its left one is no object.
+        boxes: (N, K, 4) float, left, top, right and lower edge as fractions of the side; a box without a
+            width stands for no object.
         size: side of the maps in pixels.
 
     Returns:
@@ -301,19 +288,18 @@ def layout_map(boxes: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def edge_agreement(condition: torch.Tensor, result: torch.Tensor, tolerance: int = 1) -> torch.Tensor:
-    """How well the edges of pictures agree with those that were asked for: F1, harmonic mean of two shares.
+    """How well the edges of images follow the condition: F1, the harmonic mean of precision and recall.
 
-    Precision is the share of a result's edge pixels that have one of the condition within `tolerance` pixels
-    (to the side, up or down, and diagonally), recall the share of the condition's that have one of the
-    result.
+    Precision is the share of edge pixels of a result with an edge pixel of the condition within `tolerance`
+    pixels in each direction. Recall is the share of edge pixels of the condition with one of the result.
 
     Args:
-        condition: (N, H, W), edges where not zero.
-        result: likewise.
-        tolerance: pixels.
+        condition: (N, H, W), not zero on edges.
+        result: (N, H, W), not zero on edges.
+        tolerance: distance in pixels.
 
     Returns:
-        (N,) float64 in [0, 1]; 1 where neither has an edge, 0 where only one has.
+        (N,) float64 in [0, 1]; 1 if neither has an edge, 0 if only one has.
     """
     condition, result = (edges[:, None] != 0 for edges in (condition, result))
 

@@ -1,10 +1,11 @@
-"""Pictures made of pictures in one step: image to image, and inpainting.
+"""Images made of images in one step: image to image, and inpainting.
 
-A student was distilled at the last timestep T alone, from pure noise. Here it is asked at an earlier t, for
-x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t of the noised picture x_t = alpha_t x + sigma_t n (SDEdit,
-arXiv 2108.01073, with a single step). Nothing was trained for that; what it gives is in docs/uses/editing.md.
-The pipelines are diffusers' own, which take the timestep as `timesteps`: their `strength` chooses among the
-steps of a schedule, and of one step nothing is left for a strength below 1.
+A student was distilled at the last timestep T alone, from pure noise. Here it is asked at an earlier timestep
+t (SDEdit, arXiv 2108.01073, with a single step): the image is noised to x_t = alpha_t x + sigma_t n, and the
+result is x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t. Nothing was trained for it; docs/uses/editing.md
+shows how well it works. The pipelines are diffusers' own. They are given the timestep as `timesteps`, because
+their `strength` chooses among the steps of a schedule, and a schedule of one step has none left for a
+strength below 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
@@ -31,22 +32,22 @@ from wadi.onestep.output import tell_odd_output
 from wadi.onestep.student import is_one_step
 
 STRENGTH = 0.7
-"""Strength of image to image and inpainting, where none is given."""
+"""Strength of image to image and inpainting if none is given."""
 
 CANDIDATES = 8
-"""Repaintings in one step of which the best is kept."""
+"""Number of inpaintings in one step, of which the best is kept."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is asked: a student in one step, a multi-step model in several guided ones.
+    """How a model makes images: a student in one step, a multi-step model in several guided steps.
 
     Attributes:
-        strength: how much noise the picture gets, in (0, 1], as a share of the training's timesteps: at 1
-            almost nothing of it is left.
-        num_inference_steps: 1 for a student. A multi-step model takes `strength` of them.
-        guidance_scale: of a multi-step model.
-        negative_prompt: of a multi-step model.
+        strength: how much noise an image gets, in (0, 1], as a share of the training's timesteps; with 1
+            almost nothing is left of the image. It is not used for images made of a prompt alone.
+        num_inference_steps: 1 for a student. A multi-step model does the share `strength` of these steps.
+        guidance_scale: guidance scale of a multi-step model.
+        negative_prompt: negative prompt of a multi-step model.
     """
 
     strength: float = STRENGTH
@@ -56,19 +57,19 @@ class Sampling:
 
 
 def timestep_of(scheduler: SchedulerMixin, strength: float) -> int:
-    """The timestep that a strength stands for: the last one for 1, the first for almost 0.
+    """The timestep that a strength stands for: the last one for 1, the first one for almost 0.
 
     Raises:
-        WadiError: the strength is not in (0, 1], or the schedule has no noise there: that of a student with
-            an alpha_T of its own has noise at T alone.
+        WadiError: the strength is not in (0, 1], or the schedule has no noise there. The schedule of a
+            student with an alpha_T of its own has noise only at T.
     """
     if not 0 < strength <= 1:
         raise WadiError(f"strength: must be more than 0 and at most 1, but is {strength:g}")
     timestep = max(0, round(strength * scheduler.config.num_train_timesteps) - 1)
     if scheduler.alphas_cumprod[timestep] >= 1:
         raise WadiError(
-            f"strength {strength:g}: this student has an alpha_T of its own, and no noise schedule below T; "
-            "use strength 1, or the multi-step teacher"
+            f"strength {strength:g}: this student has an alpha_T of its own, and its schedule has noise only "
+            "at the last timestep; use strength 1, or the multi-step teacher"
         )
     return timestep
 
@@ -81,14 +82,14 @@ def image_to_image(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
-    """Make of each picture one that shows its prompt, and keeps of it what the strength leaves.
+    """Change each image so that it shows its prompt; the strength says how much is kept.
 
     Args:
         pipeline: a `StableDiffusionPipeline`, with the scheduler that the steps need (`load_for_steps`).
-        prompts: N.
-        images: (N, 3, H, W) in [0, 1], float32; sides that the autoencoder takes.
-        sampling: how.
-        generators: N, one for each picture.
+        prompts: N prompts.
+        images: (N, 3, H, W) in [0, 1], float32; the autoencoder must take their sides (`fitted`).
+        sampling: strength, steps and guidance.
+        generators: N generators, one for each image.
 
     Returns:
         (N, 3, H, W) in [0, 1], float32 on the CPU.
@@ -110,19 +111,19 @@ def inpaint(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
-    """Repaint what is masked of each picture; all else stays as it is, to the bit.
+    """Repaint the masked part of each image; the other pixels stay exactly as they are.
 
-    The step starts from the noised picture, masked part and all, so that the new object finds the ground and
-    the place of what was there; afterwards the known latents are put back (as diffusers does after every
-    step) and, in the decoded picture, the known pixels.
+    The step starts from the whole noised image, so that the new object gets the background and the place of
+    what was there. Afterwards the known latents are put back, as diffusers does after every step, and the
+    known pixels are put back into the decoded image.
 
     Args:
-        pipeline: as in `image_to_image`; its U-Net sees latents alone, no mask.
-        prompts: N.
+        pipeline: as in `image_to_image`; its U-Net takes latents alone, and no mask.
+        prompts: N prompts.
         images: (N, 3, H, W) in [0, 1], float32.
-        masks: (N, 1, H, W), 1 where a picture is repainted and 0 elsewhere.
-        sampling: how.
-        generators: N, one for each picture.
+        masks: (N, 1, H, W), 1 where an image is repainted and 0 elsewhere.
+        sampling: strength, steps and guidance.
+        generators: N generators, one for each image.
 
     Returns:
         (N, 3, H, W) in [0, 1], float32 on the CPU.
@@ -140,14 +141,14 @@ def inpaint(
 
 
 def seam(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """How visible the edge of a mask is: mean absolute difference of neighbours on either side of it.
+    """How visible the edge of a mask is: the mean absolute difference of neighbouring pixels across the edge.
 
     Args:
         images: (N, C, H, W).
         masks: (N, 1, H, W), 0 or 1.
 
     Returns:
-        (N,), in the unit of `images`; nan where a mask has no edge.
+        (N,), in the unit of `images`; nan if a mask has no edge.
     """
     total, count = 0, 0
     for axis in (-1, -2):
@@ -161,37 +162,36 @@ def seam(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def variations(
     pipeline: DiffusionPipeline,
     prompt: str,
-    picture: Image.Image,
+    image: Image.Image,
     sampling: Sampling,
     seed: int = 0,
     num_images: int = 1,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """`image_to_image` of one picture, several times; number i from the noise of `seed` + i.
+    """Do `image_to_image` on one image several times; result i starts from the noise of `seed` + i.
 
     Args:
         pipeline: see `image_to_image`.
-        prompt: what the results show.
-        picture: of a size that the model makes (`fitted`).
-        sampling: how.
-        seed: of the first result.
-        num_images: how many.
-        batch_size: how many at once.
+        prompt: prompt of the results.
+        image: an image of a size that the model makes (`fitted`).
+        sampling: strength, steps and guidance.
+        seed: seed of the first result.
+        num_images: number of results.
+        batch_size: number of images that are made at once.
     """
-    image, made = _to_tensor(picture), []
+    pixels, made = _to_tensor(image), []
+    generators = seeded(seed, num_images)
     for first in range(0, num_images, batch_size):
-        count = min(batch_size, num_images - first)
-        generators = seeded(seed + first, count)
-        made.append(
-            image_to_image(pipeline, [prompt] * count, image.expand(count, -1, -1, -1), sampling, generators)
-        )
-    return _to_pictures(torch.cat(made))
+        own = generators[first : first + batch_size]
+        copies = pixels.expand(len(own), -1, -1, -1)
+        made.append(image_to_image(pipeline, [prompt] * len(own), copies, sampling, own))
+    return _to_images(torch.cat(made))
 
 
 def repaintings(
     pipeline: DiffusionPipeline,
     prompt: str,
-    picture: Image.Image,
+    image: Image.Image,
     mask: Image.Image,
     sampling: Sampling,
     seed: int = 0,
@@ -199,62 +199,62 @@ def repaintings(
     candidates: int = CANDIDATES,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """`inpaint` of one picture, several times, each the best of some candidates.
+    """Do `inpaint` on one image several times; each result is the best of some candidates.
 
-    A step does not see what is around the mask when it puts its object there: now and then the object is cut
-    off, or the ground has another colour. A step costs little, so several are made and the one with the least
-    `seam` is kept.
+    One step does not see the surroundings of the mask when it places its object: sometimes the object is cut
+    off, or the background has another colour. A step is cheap, so several candidates are made, and the one
+    with the least `seam` is kept.
 
     Args:
         pipeline: see `inpaint`.
-        prompt: what the results show.
-        picture: of a size that the model makes (`fitted`).
-        mask: of the same size; white is repainted (`binary_mask`).
-        sampling: how.
-        seed: result i is the best of the noises of seed + i * candidates and those that follow.
-        num_images: how many.
-        candidates: repaintings for each result.
-        batch_size: how many at once.
+        prompt: prompt of the results.
+        image: an image of a size that the model makes (`fitted`).
+        mask: a mask of the same size, white where the image is repainted (`binary_mask`).
+        sampling: strength, steps and guidance.
+        seed: result i is the best of the seeds from seed + i * candidates on.
+        num_images: number of results.
+        candidates: number of candidates for each result.
+        batch_size: number of images that are made at once.
     """
-    image, masks, made = _to_tensor(picture), _to_tensor(mask)[:, :1].round(), []
+    pixels, masks, made = _to_tensor(image), _to_tensor(mask)[:, :1].round(), []
     total = num_images * candidates
+    generators = seeded(seed, total)
     for first in range(0, total, batch_size):
-        count = min(batch_size, total - first)
-        generators = seeded(seed + first, count)
-        copies = [tensor.expand(count, -1, -1, -1) for tensor in (image, masks)]
-        made.append(inpaint(pipeline, [prompt] * count, *copies, sampling, generators))
+        own = generators[first : first + batch_size]
+        copies = [tensor.expand(len(own), -1, -1, -1) for tensor in (pixels, masks)]
+        made.append(inpaint(pipeline, [prompt] * len(own), *copies, sampling, own))
     images = torch.cat(made)
     seams = seam(images, masks.expand(total, -1, -1, -1)).view(num_images, candidates)
-    return _to_pictures(images[torch.arange(num_images) * candidates + seams.argmin(1)])
+    return _to_images(images[torch.arange(num_images) * candidates + seams.argmin(1)])
 
 
 def fitted(
     pipeline: DiffusionPipeline,
-    picture: Image.Image,
+    image: Image.Image,
     height: int | None = None,
     width: int | None = None,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
-    """A picture in a size that the model makes, its own if none is given; what does not fit is cut off.
+    """Resize an image to a size that the model makes, by default its own; what does not fit is cut off.
 
     Raises:
         WadiError: not a Stable Diffusion pipeline, or a size that it cannot make.
     """
     _check_pipeline(pipeline)
     size = image_size(pipeline, height, width)[::-1]
-    return picture if picture.size == size else ImageOps.fit(picture, size, resample)
+    return image if image.size == size else ImageOps.fit(image, size, resample)
 
 
-def binary_mask(mask: Image.Image, picture: Image.Image) -> Image.Image:
-    """A mask of black and white, made of one of greys.
+def binary_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """Make a grey mask black and white.
 
     Raises:
-        WadiError: another size than the picture's, nothing to repaint, or nothing to keep.
+        WadiError: it has another size than the image, or there is nothing to repaint or nothing to keep.
     """
-    if mask.size != picture.size:
+    if mask.size != image.size:
         raise WadiError(
-            "MASK: is {} x {} pixels and the picture {} x {}; draw it on the picture".format(
-                *mask.size, *picture.size
+            "MASK: is {} x {} pixels, and the image is {} x {}; draw the mask on the image".format(
+                *mask.size, *image.size
             )
         )
     binary = mask.convert("L").point(lambda value: 255 if value >= 128 else 0)
@@ -266,15 +266,17 @@ def binary_mask(mask: Image.Image, picture: Image.Image) -> Image.Image:
     return binary
 
 
-def sheet(inputs: dict[str, Image.Image], results: Sequence[Image.Image], columns: int = 4) -> Image.Image:
-    """Show what went in and what came of it, side by side: inputs by their headings, then results."""
-    cells = list(inputs.values())
+def sheet(
+    inputs: Sequence[tuple[str, Image.Image]], results: Sequence[Image.Image], columns: int = 4
+) -> Image.Image:
+    """Show inputs, each with its heading, and results side by side, `columns` results in a row."""
+    cells = [image for _, image in inputs]
     rows = [("", [*cells, *results[start : start + columns]]) for start in range(0, len(results), columns)]
-    return labelled_grid(rows, [*inputs, "result"])
+    return labelled_grid(rows, [*(heading for heading, _ in inputs), "result"])
 
 
 def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> DiffusionPipeline:
-    """diffusers' pipeline of a kind on the parts of another; refuses what cannot be."""
+    """A pipeline of diffusers of another kind, on the parts of `pipeline`."""
     _check_pipeline(pipeline)
     own = pipeline.scheduler
     if is_one_step(own):
@@ -293,18 +295,18 @@ def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> Diffu
 def _check_pipeline(pipeline: DiffusionPipeline) -> None:
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise WadiError(
-            f"--model: is a {type(pipeline).__name__}; diffusers makes pictures of pictures with a "
-            "StableDiffusionPipeline; name one"
+            f"--model: is a {type(pipeline).__name__}; images of images are made with a "
+            "StableDiffusionPipeline, so name such a model"
         )
     if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
         raise WadiError(
-            f"--model: its U-Net takes {pipeline.unet.config.in_channels} channels, latents have "
+            f"--model: its U-Net takes {pipeline.unet.config.in_channels} channels, and latents have "
             f"{pipeline.vae.config.latent_channels}; name a model that was not made for inpainting alone"
         )
     if not isinstance(pipeline.unet.config.sample_size, int):
         raise WadiError(
-            "--model: its own images are not square, and diffusers' pipelines for images of images take only "
-            "models of square ones; name another"
+            "--model: its own images are not square, and diffusers' pipelines for images of images need a "
+            "model of square images; name another"
         )
 
 
@@ -335,7 +337,7 @@ def _call(
 def _noised(
     stock: DiffusionPipeline, images: torch.Tensor, strength: float, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
-    """x_t of pictures: their latents (the mode, not a sample), with the generators' noise."""
+    """Noised latents x_t of images, from the mode of the autoencoder's distribution."""
     vae, scheduler = stock.vae, stock.scheduler
     pixels = (2 * images - 1).to(vae.device, vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
@@ -344,12 +346,10 @@ def _noised(
     return scheduler.add_noise(latents, noise.to(latents), timesteps)
 
 
-def _to_tensor(picture: Image.Image) -> torch.Tensor:
-    """(1, 3, H, W) in [0, 1]."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """An image as (1, C, H, W) in [0, 1]."""
+    return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))
 
 
-def _to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in pixels]
+def _to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))

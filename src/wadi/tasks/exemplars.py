@@ -1,4 +1,4 @@
-"""Images to learn from: a folder, with or without a caption for each."""
+"""Exemplars: a folder of images to learn from, with or without a caption for each."""
 
 from __future__ import annotations
 
@@ -9,37 +9,42 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
-from wadi.images import image_files, open_picture
+from wadi.images import image_files, open_image
 from wadi.tables import read_rows, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-"""Names of the file with the captions, as the `imagefolder` of `datasets` has them: columns `file_name` and
-`text`."""
+"""Names of the file with captions, as for `imagefolder` of `datasets`: columns `file_name` and `text`."""
 
 
 @dataclass(frozen=True)
 class Exemplars:
-    """Images and what they are said to show.
+    """Images and their captions.
 
     Attributes:
-        paths: of the images, in the order of their names.
-        images: RGB, upright; see `open_picture`.
-        captions: one for each picture, or ``None`` where there are none at all.
+        paths: paths of the images, sorted by name.
+        images: the images as `read_images` reads them.
+        captions: one for each image, or ``None`` if there are none at all.
     """
 
     paths: tuple[Path, ...]
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...] | None
 
-    def __len__(self) -> int:
-        return len(self.images)
+
+def read_images(folder: str | os.PathLike) -> list[Image.Image]:
+    """Read all images of a folder in the order of their names, as `open_image` does: upright, RGB.
+
+    Raises:
+        WadiError: no such folder, no image in it, or a file that cannot be read.
+    """
+    return [open_image(path) for path in image_files(folder)]
 
 
 def read_exemplars(folder: str | os.PathLike) -> Exemplars:
     """Read the images of a folder and their captions.
 
-    Captions come from metadata.jsonl or metadata.csv (columns `file_name`, `text`), or else from a .txt file
-    beside each image, of the same name.
+    Captions are read from metadata.jsonl or metadata.csv (columns `file_name`, `text`). Without such a file
+    they are read from a .txt file of the same name beside each image.
 
     Raises:
         WadiError: no such folder, no images in it, a file that cannot be read, or captions for some images
@@ -47,20 +52,20 @@ def read_exemplars(folder: str | os.PathLike) -> Exemplars:
     """
     folder = Path(folder)
     paths = image_files(folder)
-    images = tuple(open_picture(path) for path in paths)
+    images = tuple(read_images(folder))
     found = _from_metadata(folder) or _from_text_files(paths)
     if not found:
         return Exemplars(tuple(paths), images, None)
     if without := [path.name for path in paths if not found.get(path.name)]:
         raise WadiError(
-            f"{folder}: {len(without)} of {len(paths)} images have no caption, as {without[0]}; "
-            "give each one, or none"
+            f"{folder}: {len(without)} of {len(paths)} images have no caption, such as {without[0]}; "
+            "write a caption for every image, or for none"
         )
     return Exemplars(tuple(paths), images, tuple(found[path.name] for path in paths))
 
 
 def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle of an image, as much as fits, in so many pixels."""
+    """Resize an image to height and width; what does not fit is cut off on both sides."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 

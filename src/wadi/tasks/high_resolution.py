@@ -1,17 +1,17 @@
-"""Pictures larger than those a U-Net was trained on, without training, after ScaleCrafter (arXiv 2310.07702).
+"""Images larger than those a U-Net was trained on, without training, after ScaleCrafter (arXiv 2310.07702).
 
-A U-Net sees as far as its convolutions reach. In a larger picture that is a smaller part of it, and objects
-repeat. Where the picture is s times as high or wide, the inner convolutions therefore take their inputs s
-times as far apart (ScaleCrafter's re-dilation); the outermost levels, which draw detail, stay as they are.
-For an s that is not whole the input is stretched by ceil(s) / s, convolved with dilation ceil(s), and shrunk
-again (ScaleCrafter's fractional dilation).
+A convolution sees a fixed number of pixels. In a larger image that is a smaller part of it, and objects
+repeat. Re-dilation therefore lets the inner convolutions take their inputs s times as far apart if the image
+is s times as high or wide. The outermost levels, which draw detail, stay as they are. If s is not a whole
+number, the input is enlarged by ceil(s) / s, convolved with the dilation ceil(s), and reduced again
+(fractional dilation).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,16 +23,16 @@ from wadi.errors import WadiError, tell
 from wadi.onestep.arguments import image_size, own_size
 
 OUTER_LEVELS = 1
-"""Levels, from the picture inwards, whose convolutions stay as they are."""
+"""Number of outermost levels whose convolutions stay as they are."""
 
 
 def growth(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[float, float]:
-    """How many times as high and as wide as the model's own a picture is; 1 where it is not larger.
+    """How many times an image is as high and as wide as the model's own images; at least 1.
 
     Args:
-        pipeline: one with a U-Net; for others, which have no convolutions to stretch, it is (1, 1).
-        height: pixels; ``None`` for the model's own.
-        width: likewise.
+        pipeline: a pipeline with a U-Net; for a transformer, which has no such convolutions, it is (1, 1).
+        height: height in pixels, or ``None`` for the model's own.
+        width: width in pixels, or ``None`` for the model's own.
 
     Raises:
         WadiError: a size that the pipeline cannot make.
@@ -45,7 +45,7 @@ def growth(pipeline: DiffusionPipeline, height: int | None, width: int | None) -
 
 
 def tell_larger(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> None:
-    """Tell in one line that an image larger than the model's own will be poor; arguments as of `growth`."""
+    """Warn that an image larger than the model's own will be poor; for the arguments see `growth`."""
     if max(growth(pipeline, height, width)) > 1:
         tell(
             "--height, --width: the image is larger than those that the model was trained for and will be "
@@ -60,28 +60,27 @@ def redilated(
     outer_levels: int = OUTER_LEVELS,
     damping: float = 0.0,
 ) -> Iterator[list[str]]:
-    """Stretch the inner convolutions of a U-Net for pictures `factor` times as large, within the block.
+    """Within the block, re-dilate the inner convolutions of a U-Net for images `factor` times as large.
 
         with redilated(pipeline.unet, growth(pipeline, 1024, 1024)):
             pipeline(prompt, height=1024, width=1024)
 
-    Afterwards the U-Net is what it was: no weight is touched, and nothing of the block stays behind. A graph
-    that was captured, or a picture that was compiled, within the block keeps it.
+    No weight is changed, and after the block the U-Net is as before. A CUDA graph that is captured within the
+    block keeps the re-dilation.
 
     Args:
-        unet: of any adapter or none.
-        factor: s, or those of height and width; 1 leaves that side alone.
-        outer_levels: how many levels, from the picture inwards, stay as they are.
-        damping: share of the prediction that is the U-Net's own, without re-dilation, in [0, 1): a second
-            forward. It stands for ScaleCrafter's noise-damped guidance, which needs a guided model; a
-            one-step student is not guided. The emoji student has no use for it
-            (docs/uses/high-resolution.md).
+        unet: the U-Net, with or without an adapter.
+        factor: s, or a value for height and one for width; 1 leaves that side as it is.
+        outer_levels: number of outermost levels that stay as they are.
+        damping: share in [0, 1) of the prediction that comes from a second forward pass without re-dilation.
+            It replaces ScaleCrafter's noise-damped guidance, which needs a guided model. It did not help the
+            emoji student (docs/uses/high-resolution.md).
 
     Yields:
-        Names of the stretched convolutions.
+        Names of the re-dilated convolutions.
 
     Raises:
-        WadiError: a factor below 1, a damping out of range, no such level, or a U-Net that is stretched
+        WadiError: a factor below 1, a damping outside its range, no such level, or a U-Net that is re-dilated
             already.
     """
     factors = (factor, factor) if isinstance(factor, (int, float)) else tuple(factor)
@@ -94,35 +93,27 @@ def redilated(
         yield []
         return
     if any(tuple(conv.dilation) != (1, 1) for conv in chosen.values()):
-        raise WadiError("redilated: the convolutions of this U-Net are stretched already; leave that first")
+        raise WadiError(
+            "redilated: the convolutions of this U-Net are stretched already; leave that block first"
+        )
     stretch = _Stretch(list(chosen.values()), factors)
-    plain = unet.forward
-    own = "forward" in vars(unet)
-    with stretch.applied():
-        if damping:
-            unet.forward = _damped(plain, stretch, damping)
-        try:
-            yield list(chosen)
-        finally:
-            if damping and own:
-                unet.forward = plain
-            elif damping:
-                del unet.forward
+    with stretch.applied(), _damped(unet, stretch, damping) if damping else contextlib.nullcontext():
+        yield list(chosen)
 
 
 def stretched(
     pipeline: DiffusionPipeline, height: int | None, width: int | None
 ) -> contextlib.AbstractContextManager:
-    """`redilated` for images larger than the model's own; nothing for others, and for transformers."""
+    """`redilated` for images larger than the model's own; for other images nothing is changed."""
     factors = growth(pipeline, height, width)
     return redilated(pipeline.unet, factors) if max(factors) > 1 else contextlib.nullcontext()
 
 
 def inner_convolutions(unet: UNet2DConditionModel, outer_levels: int = OUTER_LEVELS) -> dict[str, nn.Conv2d]:
-    """The 3 x 3 convolutions of the residual blocks of all levels but the outermost, by name.
+    """The 3 x 3 convolutions in the residual blocks of all levels but the outermost, by name.
 
     Raises:
-        WadiError: the U-Net has no level left.
+        WadiError: the U-Net has no other levels.
     """
     levels = len(unet.down_blocks)
     if not 0 <= outer_levels < levels:
@@ -153,22 +144,41 @@ class _Stretch:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Stretched within the block."""
-        before = [(conv.dilation, conv.padding) for conv in self.convolutions]
+        """Within the block the convolutions are re-dilated."""
         handles = []
         try:
-            for conv in self.convolutions:
-                conv.dilation = conv.padding = self.dilation  # a 3 x 3 kernel: padding keeps the size
-                if self.fraction is not None:
+            if self.fraction is not None:
+                for conv in self.convolutions:
                     handles += self._stretch_inputs(conv)
-            yield
+            with self._dilated(self.dilation):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for conv, (dilation, padding) in zip(self.convolutions, before, strict=True):
-                conv.dilation, conv.padding = dilation, padding
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the block, which is inside one of `applied`, the convolutions are as they were."""
+        fraction, self.fraction = self.fraction, [1.0, 1.0] if self.fraction else None
+        try:
+            with self._dilated((1, 1)):
+                yield
+        finally:
+            self.fraction = fraction
+
+    @contextlib.contextmanager
+    def _dilated(self, dilation: tuple[int, int]) -> Iterator[None]:
+        before = [(conv.dilation, conv.padding) for conv in self.convolutions]
+        try:
+            for conv in self.convolutions:
+                conv.dilation = conv.padding = dilation  # in 3 x 3 kernels this padding keeps the size
+            yield
+        finally:
+            for conv, (old, padding) in zip(self.convolutions, before, strict=True):
+                conv.dilation, conv.padding = old, padding
 
     def _stretch_inputs(self, conv: nn.Conv2d) -> list[Any]:
+        """Hooks that enlarge the input of a convolution by `fraction`, and reduce its output again."""
         sizes: list[tuple[int, int]] = []
 
         def before(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -182,30 +192,24 @@ class _Stretch:
 
         return [conv.register_forward_pre_hook(before), conv.register_forward_hook(after)]
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Plain again within the block, which is inside one of `applied`; its hooks then stretch by 1."""
-        before = [(conv.dilation, conv.padding) for conv in self.convolutions]
-        fraction, self.fraction = self.fraction, [1.0, 1.0] if self.fraction else None
-        for conv in self.convolutions:
-            conv.dilation = conv.padding = (1, 1)
-        try:
-            yield
-        finally:
-            self.fraction = fraction
-            for conv, (dilation, padding) in zip(self.convolutions, before, strict=True):
-                conv.dilation, conv.padding = dilation, padding
 
-
-def _damped(plain: Callable, stretch: _Stretch, damping: float) -> Callable:
-    """The U-Net's forward as a mixture of its stretched and its own prediction."""
+@contextlib.contextmanager
+def _damped(unet: UNet2DConditionModel, stretch: _Stretch, damping: float) -> Iterator[None]:
+    """Within the block, the U-Net mixes its re-dilated prediction with its own."""
+    plain, own = unet.forward, "forward" in vars(unet)
 
     def forward(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         stretched = plain(*args, return_dict=False, **kwargs)[0]
         with stretch.suspended():
             output = plain(*args, return_dict=return_dict, **kwargs)
-        own = output.sample if return_dict else output[0]
-        mixed = torch.lerp(stretched, own, damping)
+        mixed = torch.lerp(stretched, output.sample if return_dict else output[0], damping)
         return type(output)(sample=mixed) if return_dict else (mixed, *output[1:])
 
-    return forward
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            unet.forward = plain
+        else:
+            del unet.forward

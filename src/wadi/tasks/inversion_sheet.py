@@ -1,4 +1,4 @@
-"""What a learned word gives: prompts that use it, and what teacher and student make of them."""
+"""A sheet of images for a learned word: what the multi-step model and its student make of prompts with it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from PIL import Image
 
 from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
-from wadi.onestep.arguments import own_size
-from wadi.tasks.exemplars import cropped, read_exemplars
-from wadi.tasks.inversion import Inversion, InvertConfig
+from wadi.onestep.arguments import own_size, seeded
+from wadi.tasks.exemplars import cropped, read_images
+from wadi.tasks.inversion import Inversion
+from wadi.tasks.inversion_config import InvertConfig
 
 COLUMNS = 5
-"""Images of each prompt."""
+"""Number of images for each prompt."""
 
 
 def new_prompts(inversion: Inversion, prompts: Sequence[str] = (), count: int = 3) -> list[str]:
-    """Prompts to try a word with: those given, or of a relation objects of other captions in new pairs.
+    """Prompts to try a learned word with.
 
     Args:
-        inversion: holds the word and the captions it was learned from.
-        prompts: returned if there are any.
-        count: how many, at most.
+        inversion: holds the word and the captions from which it was learned.
+        prompts: returned as they are if there are any. Without them, a subject gets its captions, and a
+            relation gets objects of different captions in new pairs.
+        count: most prompts that are returned.
     """
     if prompts:
         return list(prompts)
@@ -49,15 +51,15 @@ def word_sheet(
     num_inference_steps: int = 25,
     guidance_scale: float = 2.0,
 ) -> Image.Image:
-    """A row of exemplars, then for each prompt one of the multi-step model and one of the student, if any.
+    """Draw a row of exemplars, and for each prompt a row of the multi-step model and one of its student.
 
     Args:
         config: names the multi-step model, the exemplars, dtype, device and seed.
         embedding: file of the learned word.
-        prompts: what the images show.
-        adapter: folder or hub id of the student's adapter; no student if not given.
-        num_inference_steps: of the multi-step model.
-        guidance_scale: of the multi-step model.
+        prompts: prompts of the images.
+        adapter: folder or hub id of the student's adapter; without it there is no student.
+        num_inference_steps: number of steps of the multi-step model.
+        guidance_scale: guidance scale of the multi-step model.
 
     Raises:
         WadiError: the model, the adapter or the exemplars cannot be read.
@@ -71,14 +73,14 @@ def word_sheet(
         student = OneStepPipeline.from_pretrained(config.model, adapter, dtype, config.device)
         student.load_embedding(embedding)
     size = own_size(teacher)
-    exemplars = read_exemplars(config.examples)
-    rows = [("exemplars", [cropped(image, *size) for image in exemplars.images[:COLUMNS]])]
+    exemplars = read_images(config.examples)[:COLUMNS]
+    rows = [("exemplars", [cropped(image, *size) for image in exemplars])]
     for prompt in prompts:
         made = teacher(
             [prompt] * COLUMNS,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(config.seed + i) for i in range(COLUMNS)],
+            generator=seeded(config.seed, COLUMNS),
         ).images
         rows.append((f"{prompt}: {num_inference_steps} steps", made))
         if student is not None:
