@@ -63,9 +63,11 @@ def test_plain_iteration_holds_three_networks(benchmarks):
     assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-def test_tables(benchmarks, tmp_path, capsys):
-    common = {"model": "tiny", "batch_sizes": (1,), "repeats": 1, "device": "cpu"}
+def test_tables(benchmarks, tmp_path, capsys, monkeypatch):
     adapters, iteration = benchmarks
+    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+    monkeypatch.setitem(adapters.CONFIGS, "tiny", adapters.CONFIGS["tiny"] | small)
+    common = {"model": "tiny", "batch_sizes": (1,), "repeats": 1, "device": "cpu"}
     adapters.main(adapters.Options(methods=("lorad", "full"), out=tmp_path / "a.json", **common))
     report = json.loads((tmp_path / "a.json").read_text())
     network = UNet2DConditionModel(**adapters.CONFIGS["tiny"])

