@@ -169,7 +169,7 @@ def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, 
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=45)
+    out, err = process.communicate(timeout=120)
     assert process.returncode not in (0, -signal.SIGKILL), err
     assert out.count(f"wadi distill --resume-from-checkpoint {run}") == 1
     (last,) = (run / "checkpoints").iterdir()
