@@ -88,34 +88,6 @@ def test_options_that_do_not_go_together(options):
         DistillConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["sd15-paper", "sd21-base-paper", "sd21-paper"])
-def test_stable_diffusion_presets_hold_the_papers_values(name):
-    config = PRESETS[name]
-    assert (config.student_rank, config.fake_rank) == (256, 32)
-    assert (config.student_learning_rate, config.fake_learning_rate) == (1e-4, 1e-2)
-    assert (config.guidance_scale, config.fake_guidance_scale) == (1.5, 1.5)
-    assert (config.min_timestep, config.max_timestep, config.null_prompt_probability) == (0.02, 0.98, 0.1)
-    assert (config.fake_updates, config.weighting, config.fake_weighting) == (
-        1,
-        "sigma_squared",
-        "alpha_squared",
-    )
-    assert config.fake_layers == "attention"
-
-
-def test_emoji_paper_preset_keeps_the_papers_proportions():
-    config = PRESETS["emoji-paper"]
-    assert (config.student_rank, config.fake_rank, config.fake_updates) == (24, 4, 1)
-    assert config.fake_layers == "attention"
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_fake_model_is_guided_in_the_papers_presets_only(name):
-    paper, config = name.endswith("-paper"), PRESETS[name]
-    found = config.fake_guidance_scale, config.null_prompt_probability
-    assert found == ((1.5, 0.1) if paper else (1.0, 0.0))
-
-
 @pytest.mark.parametrize("name", [n for n in PRESETS if f"{n}-paper" in PRESETS and n != "emoji"])
 def test_other_presets_have_a_fake_model_that_keeps_up(name):
     """The student's layers and rank, and several updates; all else is the paper's."""
