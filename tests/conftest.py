@@ -20,12 +20,13 @@ LONGEST = (
     "distill/test_regions.py",
     "distill/test_processes.py",
     "experiments/test_dreambooth.py",
-    "experiments/test_stacked.py",
     "distill/test_resume.py",
-    "experiments/test_control.py",
-    "emoji/test_subject.py",
+    "experiments/test_stacked.py",
+    "benchmarks/test_adapters.py",
+    "tests/test_package.py",
     "experiments/test_editing.py",
-    "distill/test_toy.py",
+    "emoji/test_subject.py",
+    "experiments/test_control.py",
 )
 """Files that take long. They begin first, so that none of them is left to one worker at the end."""
 
