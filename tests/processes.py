@@ -1,4 +1,4 @@
-"""Processes of their own that begin without importing torch again: a server that has it forks them."""
+"""Processes of their own, forked by a server that has imported torch once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.tiny", "pytest", "wadi.cli", "wadi.distill.run", "wadi.emoji.judge"])
 
 
 class Process:
-    """A function of a module that runs in a process, with what it prints in files.
+    """A function of a module, run in a process of its own; what it prints goes into files.
 
     Args:
         folder: where stdout and stderr go.
         work: the function; a whole number that it returns is the exit status.
-        arguments: of it.
-        environment: what is set before it runs.
-        name: of the files.
+        arguments: what it is called with.
+        environment: variables that are set before it runs.
+        name: how the files begin.
     """
 
     def __init__(
@@ -35,20 +37,14 @@ class Process:
         name: str = "process",
     ) -> None:
         self.files = [folder / f"{name}.{stream}" for stream in ("out", "err")]
+        for path in self.files:
+            path.touch()
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (environment or {})
         self.process = SERVER.Process(target=_run, args=(self.files, environment, work, arguments))
         self.process.start()
 
-    def poll(self) -> int | None:
-        """Its exit status, or None as long as it runs; negative is the signal that ended it."""
-        return self.process.exitcode
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        os.kill(self.process.pid, number)
-
-    def communicate(self, timeout: float) -> tuple[int, str, str]:
-        """Wait for its end: exit status, stdout and stderr; it is killed where it takes longer."""
+    def communicate(self, timeout: float = 250) -> tuple[int, str, str]:
+        """Wait for its end: exit status, stdout and stderr. It is killed after `timeout` seconds."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
@@ -62,9 +58,6 @@ def _run(files: list[Path], environment: dict[str, str], work: Callable[..., Any
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-
-    import torch
-
     torch.set_num_threads(1)
     status = work(*arguments)
     if isinstance(status, int):

@@ -1,4 +1,4 @@
-"""Options: round trip through YAML, every number checked, presets that hold the paper's values."""
+"""Options: they come back from YAML, every number is checked, and presets go together."""
 
 import dataclasses
 

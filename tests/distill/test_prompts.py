@@ -1,4 +1,4 @@
-"""Prompt files of every kind, and the one clear line for each mistake."""
+"""Which prompts a training takes from its source, and the one clear line for each mistake."""
 
 import sys
 

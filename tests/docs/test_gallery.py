@@ -1,4 +1,4 @@
-"""The gallery runs the commands that it shows, and the page in the repository is what they are."""
+"""The gallery runs the commands that it shows, and the committed page is what it writes."""
 
 import importlib.util
 import sys

@@ -4,7 +4,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,19 +61,6 @@ def test_scenes_are_held_out(options):
     assert all(map(is_held_out, captions))
     assert images.shape == (3, 3, 64, 64)
     assert control.edges_of(images).shape == (3, 64, 64)
-
-
-def test_a_map_for_each_of_two_objects(options):
-    captions, scenes, images = control.draw(replace(options, samples=30))
-    edges = control.edges_of(images)
-    maps = control.map_for_each(scenes, edges)
-    assert len(maps) == 30
-    for i, (pair, caption) in enumerate(zip(maps, captions, strict=True)):
-        own = [torch.from_numpy(np.array(image))[..., 0] for image in pair]
-        assert not ((own[0] | own[1]) & ~edges[i]).any()
-        # corners of the atlas's turned squares are outside
-        assert (own[0] | own[1]).bool().sum() >= 0.6 * edges[i].bool().sum()
-        assert own[1].any() == (len(caption.emoji) == 2)
 
 
 def test_a_controlnet_that_does_nothing_changes_no_figure(options, monkeypatch, capsys):

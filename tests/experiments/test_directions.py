@@ -1,4 +1,4 @@
-"""The experiment on the comparison runs, and removes its files."""
+"""The experiment measures a command in a process of its own, and removes its files."""
 
 import sys
 from pathlib import Path

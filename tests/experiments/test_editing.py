@@ -1,4 +1,4 @@
-"""The experiment on edits: its scenes are what it says, and its figures count what they say."""
+"""The experiment on edits runs, and a lower strength keeps the background as it says."""
 
 import importlib
 import sys
@@ -30,42 +30,6 @@ def atlas():
     axis = torch.linspace(-1, 1, 96)
     disc = (axis**2 + axis[:, None] ** 2 < 1).float()
     return (255 * disc).to(torch.uint8).expand(72, 4, 96, 96).contiguous()
-
-
-def test_scenes_to_replace(editing, atlas):
-    edit = editing.replaced(8, atlas.float() / 255)
-    for old, new, text in zip(edit.before, edit.after, edit.texts, strict=True):
-        assert old.emoji != new.emoji
-        assert (old.size, old.place, old.background) == (new.size, new.place, new.background)
-        assert None not in (old.size, old.place, old.background)
-        assert "background" not in text
-    white = (edit.images > 0.97).all(1, keepdim=True)  # the disc, where the ground is not white
-    for i, caption in enumerate(edit.before):
-        if caption.background not in (2, 6, 9):
-            assert white[i].any()
-            assert not (white[i] & (edit.masks[i] < 0.5)).any()
-            assert white[i].sum() > 0.35 * edit.masks[i].sum()
-
-
-def test_scenes_to_add_to(editing, atlas):
-    edit = editing.added(6, atlas.float() / 255)
-    for old, new, text in zip(edit.before, edit.after, edit.texts, strict=True):
-        assert new.emoji[:1] == old.emoji
-        assert " left of " in text
-        assert old.background == new.background
-    spread = (edit.images * edit.masks).amax((1, 2, 3))
-    assert ((edit.images[..., 34:] - edit.images[..., 33:34]).abs() < 0.2).all()  # a plain ground
-    assert (spread > 0).all()
-
-
-def test_best_of_several(editing):
-    masks = torch.zeros(2, 1, 4, 4)
-    masks[..., 2:] = 1
-    flat = torch.zeros(2, 3, 4, 4)
-    step = flat + 0.3 * masks
-    mixed = torch.stack([step[0], flat[1]])
-    assert torch.equal(editing.best([step, mixed], masks), mixed)
-    assert torch.equal(editing.best([step, mixed, flat], masks), flat)
 
 
 def test_it_runs(editing, atlas, tmp_path, monkeypatch):

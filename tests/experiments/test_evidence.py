@@ -1,4 +1,4 @@
-"""docs/evidence.md says what the files of the trainings say, and its intervals cover as often as they say."""
+"""docs/evidence.md says what the result files say, and the intervals are those of the statistics."""
 
 import importlib
 import math

@@ -102,16 +102,6 @@ def test_speckle_and_patches_are_not_right_however_they_look_when_reduced(judge,
     assert shuffled["right"] == 0
 
 
-def test_kept_images_are_read_again_and_not_made_again(tmp_path):
-    pipeline = load_for_steps(assets_folder() / "teacher", assets_folder() / "student", 1)
-    options = high_resolution.Options(images=tmp_path, batch_size=1, device="cpu")
-    made, seconds = high_resolution.kept(pipeline, ["a panda"], 64, None, 1, options)
-    again = high_resolution.kept(None, ["a panda", "a rocket"], 64, None, 1, options)
-    assert made.shape == (1, 3, 64, 64)
-    assert torch.equal(again[0], made)
-    assert again[1] == seconds
-
-
 def test_two_objects_are_counted_as_two(judge):
     pipeline = load_for_steps(assets_folder() / "teacher", assets_folder() / "student", 1)
     texts = ["a big panda on a red background"] * 4 + ["a panda left of an apple on a red background"] * 4

@@ -1,4 +1,4 @@
-"""Sheets of every use: how they are laid out, and that what was called right belongs to the images shown."""
+"""What was called right on a sheet belongs to the images that the sheet shows."""
 
 import importlib
 import sys
@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from wadi.errors import WadiError
 from wadi.files import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +50,6 @@ def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(sheets, one,
     sheets.main(options)
     assert read_json(options.out)["one"]["right"] == ([0, 5] if kept else None)
     assert ("look at it" in capsys.readouterr().out) == (not kept)
-
-
-def test_what_cannot_be_made_is_omitted_and_unknown_names_are_refused(sheets, one, monkeypatch, capsys):
-    options, _ = one
-    monkeypatch.setitem(sheets.SHEETS, "one", sheets.Sheet(lambda _: None, "", "subject_adapter"))
-    sheets.main(options)
-    assert "one: needs --subject-adapter; it is omitted" in capsys.readouterr().err
-    options.only = ("two",)
-    with pytest.raises(WadiError, match="--only two: known are one"):
-        sheets.main(options)
 
 
 def test_the_committed_sheets_were_looked_at(sheets):

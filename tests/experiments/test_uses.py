@@ -1,4 +1,4 @@
-"""docs/uses.md and its pages say what the files of the uses say."""
+"""docs/uses.md and its pages say what the result files of the uses say."""
 
 import importlib
 import json
