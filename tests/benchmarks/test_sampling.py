@@ -1,24 +1,13 @@
 """The benchmark runs, its model is the one that it names, and its table says what its JSON says."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import sampling
 import torch
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "sampling.py"
 
-
-@pytest.fixture(scope="module")
-def sampling():
-    spec = importlib.util.spec_from_file_location("sampling", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tiny_run(sampling, tmp_path, capsys, monkeypatch):
+def test_tiny_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sampling, "STEPS", 2)
     out = tmp_path / "sampling.json"
     options = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--repeats", "3"]
@@ -40,7 +29,7 @@ def test_tiny_run(sampling, tmp_path, capsys, monkeypatch):
     assert report["pixels"] == 16
 
 
-def test_it_is_stable_diffusion_1_5(sampling, monkeypatch):
+def test_it_is_stable_diffusion_1_5():
     """Parameter counts as published: U-Net 859.5 M, VAE 83.7 M, CLIP ViT-L/14's text encoder 123.1 M."""
     pipeline, tiny_vae = sampling.build("sd15", "meta", torch.bfloat16)
     counts = [

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import sys
-from pathlib import Path
 
+import ablation
 import pytest
 import torch
 from peft import inject_adapter_in_model
@@ -18,10 +17,6 @@ from wadi.emoji import teacher_folder
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json
 from wadi.onestep import load_pipeline
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import ablation  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """The experiment on ControlNets: what it counts, and that it runs."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import control
 import pytest
 import torch
 from PIL import Image
@@ -17,9 +16,6 @@ from wadi.emoji.train_controlnet import new_controlnet, open_captions, write_con
 from wadi.files import read_json, save_tensors
 from wadi.onestep.loading import load_pipeline
 from wadi.outputs import Output
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import control
 
 
 def test_errors_of_place_and_size_whatever_the_order():

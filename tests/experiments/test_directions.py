@@ -1,12 +1,8 @@
 """The experiment measures a command in a process of its own, and removes its files."""
 
-import sys
-from pathlib import Path
+import directions
 
 from wadi.files import read_json
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import directions
 
 
 def test_a_command_is_measured(tmp_path, capfd):

@@ -1,9 +1,9 @@
 """The experiment on subjects: it measures one smallest training, and the page shows its committed results."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
+import dreambooth as experiment
 import pytest
 import torch
 from PIL import Image
@@ -11,10 +11,6 @@ from PIL import Image
 from tests.emoji.cases import synthetic_atlas
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, save_tensors
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import dreambooth as experiment  # noqa: E402
 
 SHAPE = {"subjects": len(experiment.SUBJECTS), "known_decoys": 1, "new_decoys": 1}
 
@@ -79,7 +75,7 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(experiment, "train", train)
     monkeypatch.setattr(experiment, "read_glyphs", train)
-    docs = EXPERIMENTS.parent / "docs" / "results"
+    docs = Path(__file__).parents[2] / "docs" / "results"
     out = tmp_path / "dreambooth.json"
     page = tmp_path / "page.md"
     page.write_text((docs.parent / "uses" / "dreambooth.md").read_text())
@@ -96,7 +92,7 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
 
 
 def test_the_results_on_the_page_are_those_of_the_file():
-    docs = EXPERIMENTS.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     page = docs / "uses" / "dreambooth.md"
     blocks = experiment.tables(read_json(docs / "results" / "dreambooth.json"))
     text = page.read_text(encoding="utf-8")

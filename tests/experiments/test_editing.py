@@ -1,9 +1,6 @@
 """The experiment on edits runs, and a lower strength keeps the background as it says."""
 
-import importlib
-import sys
-from pathlib import Path
-
+import editing
 import pytest
 import torch
 from PIL import Image
@@ -14,15 +11,6 @@ from wadi.emoji.judge import Judge, attributes_right
 from wadi.errors import WadiError
 from wadi.files import read_json, save_tensors
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def editing():
-    sys.path.insert(0, str(EXPERIMENTS))
-    yield importlib.import_module("editing")
-    sys.path.remove(str(EXPERIMENTS))
-
 
 @pytest.fixture(scope="module")
 def atlas():
@@ -32,7 +20,7 @@ def atlas():
     return (255 * disc).to(torch.uint8).expand(72, 4, 96, 96).contiguous()
 
 
-def test_it_runs(editing, atlas, tmp_path, monkeypatch):
+def test_it_runs(atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "STEPS", 2)
     monkeypatch.setattr(editing, "CANDIDATES", 2)
     monkeypatch.setattr(editing, "guidance_study", lambda *_: [])  # a Fréchet distance takes 256 pictures
@@ -61,7 +49,7 @@ def test_it_runs(editing, atlas, tmp_path, monkeypatch):
         editing.main(editing.Options(guided_samples=255))
 
 
-def test_the_student_keeps_ground_at_lower_strengths(editing):
+def test_the_student_keeps_ground_at_lower_strengths():
     """The finding itself, on pictures of the student's own."""
     from wadi.emoji import student_folder, teacher_folder
     from wadi.emoji.captions import Caption

@@ -1,24 +1,17 @@
 """docs/evidence.md says what the result files say, and the intervals are those of the statistics."""
 
-import importlib
 import math
 import re
-import sys
 from pathlib import Path
 
+import ablation
+import evidence
 import numpy as np
 import pytest
 
 from wadi.errors import WadiError
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "evidence.py"
-
-
-@pytest.fixture(scope="module")
-def evidence():
-    sys.path.insert(0, str(SCRIPT.parent))
-    yield importlib.import_module("evidence")
-    sys.path.remove(str(SCRIPT.parent))
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
@@ -32,11 +25,11 @@ def evidence():
         (0.025, 4, -2.77645),
     ],
 )
-def test_quantiles(evidence, probability, freedom, expected):
+def test_quantiles(probability, freedom, expected):
     assert evidence.student_t_quantile(probability, freedom) == pytest.approx(expected, rel=3e-6)
 
 
-def test_interval(evidence):
+def test_interval():
     """1, 2, 3: deviation 1, so 4.30265 / sqrt(3)."""
     found = evidence.estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.count) == (2, 3)
@@ -44,7 +37,7 @@ def test_interval(evidence):
     assert evidence.estimate([1.0]).half is None
 
 
-def test_difference(evidence):
+def test_difference():
     """Equal sizes and deviations: 2 (n - 1) degrees of freedom, as in the classical test."""
     found = evidence.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
     assert found.mean == 1
@@ -55,7 +48,7 @@ def test_difference(evidence):
     assert evidence.difference([1.0], [2.0, 2.1]).half is None
 
 
-def test_interval_covers(evidence):
+def test_interval_covers():
     """Of 2000 intervals of five normal numbers each 95 % hold the truth; so do Welch's."""
     generator = np.random.default_rng(0)
     samples = generator.normal(0, (1, 3), (2000, 5, 2))
@@ -65,7 +58,7 @@ def test_interval_covers(evidence):
     assert sum(abs(each.mean) < each.half for each in found) / 2000 == pytest.approx(0.95, abs=0.015)
 
 
-def test_choice(evidence):
+def test_choice():
     assert evidence.choose_rate({1e-3: [2.0, 2.2], 3e-3: [1.5, 2.6], 1e-4: [3.0]}) == 3e-3
     # the best of the runs that finished, but another of its rate did not
     assert evidence.choose_rate({1e-3: [2.0, 2.2], 3e-3: [1.0, None]}) == 1e-3
@@ -74,20 +67,19 @@ def test_choice(evidence):
         evidence.choose_rate({1e-3: [None], 3e-3: [None]})
 
 
-def test_there_is_a_table_for_every_suite(evidence):
-    suites = importlib.import_module("ablation").SUITES
-    assert set(suites) <= set(evidence.TABLES)
+def test_there_is_a_table_for_every_suite():
+    assert set(ablation.SUITES) <= set(evidence.TABLES)
 
 
-def test_the_page_is_what_the_files_give(evidence, tmp_path):
+def test_the_page_is_what_the_files_give(tmp_path):
     """Written again from the results, no letter of it changes, and every plot that it shows is drawn."""
-    docs, page = SCRIPT.parents[1] / "docs", tmp_path / "evidence.md"
-    text = (docs / "evidence.md").read_text(encoding="utf-8")
+    page, results = tmp_path / "evidence.md", DOCS / "results" / "ablation"
+    text = (DOCS / "evidence.md").read_text(encoding="utf-8")
     page.write_text(text, encoding="utf-8")
-    evidence.main(evidence.Options(page, docs / "results" / "ablation", tmp_path / "images"))
+    evidence.main(evidence.Options(page, results, tmp_path / "images"))
     assert page.read_text(encoding="utf-8") == text
     shown = set(re.findall(r"\(images/(evidence-[^)]+)\)", text))
     assert {path.name for path in (tmp_path / "images").iterdir()} == shown
     page.write_text(text.replace("<!-- /table -->", "a line by hand\n<!-- /table -->", 1), encoding="utf-8")
-    options = evidence.Options(page, docs / "results" / "ablation", tmp_path / "images", check=True)
+    options = evidence.Options(page, results, tmp_path / "images", check=True)
     assert evidence.main(options) == 1

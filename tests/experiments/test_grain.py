@@ -1,27 +1,14 @@
 """The experiment on grain runs, and its cleaned image is the one of the equation."""
 
-import importlib
-import sys
-from pathlib import Path
-
-import pytest
+import grain
 import torch
 
 from wadi.emoji import teacher_folder
 from wadi.files import read_json
 from wadi.onestep.pipeline import load_for_steps
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
-
-@pytest.fixture(scope="module")
-def grain():
-    sys.path.insert(0, str(EXPERIMENTS))
-    yield importlib.import_module("grain")
-    sys.path.remove(str(EXPERIMENTS))
-
-
-def test_a_cleaned_latent_is_the_equations(grain):
+def test_a_cleaned_latent_is_the_equations():
     """alpha x0 + sigma n, and x0 again without the predicted noise, by diffusers' own scheduler."""
     teacher = load_for_steps(teacher_folder(), None, 25)
     x0, noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -35,7 +22,7 @@ def test_a_cleaned_latent_is_the_equations(grain):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_runs(grain, tmp_path, capsys):
+def test_it_runs(tmp_path, capsys):
     out = tmp_path / "grain.json"
     grain.main(grain.Options(samples=2, batch_size=2, device="cpu", out=out))
     rows = read_json(out)["rows"]

@@ -1,8 +1,6 @@
 """The experiment on larger pictures runs, and counts objects."""
 
-import sys
-from pathlib import Path
-
+import high_resolution
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +12,6 @@ from wadi.emoji.evaluate import generate_in_batches, pipeline_generator
 from wadi.emoji.judge import Judge
 from wadi.files import read_json
 from wadi.onestep.pipeline import load_for_steps
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import high_resolution  # noqa: E402
 
 
 def test_figures_and_picture(tmp_path, monkeypatch):

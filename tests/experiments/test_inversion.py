@@ -1,18 +1,13 @@
 """The experiment on relations runs, and its words and pairs are what it says."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import inversion
 from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
 from wadi.emoji.captions import is_held_out_pair
 from wadi.files import read_json, save_tensors
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import inversion  # noqa: E402
 
 TINY = inversion.Options(
     relations=("below", "diagonal"),

@@ -1,9 +1,6 @@
 """The table of kinds of prompts: what is drawn is held out where it says so, and the experiment runs."""
 
-import importlib
-import sys
-from pathlib import Path
-
+import prompts
 import pytest
 from PIL import Image
 
@@ -11,17 +8,8 @@ from wadi.emoji.captions import is_held_out, parse_caption
 from wadi.errors import WadiError
 from wadi.files import read_json
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
-
-@pytest.fixture(scope="module")
-def prompts():
-    sys.path.insert(0, str(EXPERIMENTS))
-    yield importlib.import_module("prompts")
-    sys.path.remove(str(EXPERIMENTS))
-
-
-def test_kinds_are_what_they_say(prompts):
+def test_kinds_are_what_they_say():
     for kind in prompts.KINDS:
         drawn = prompts.drawn(kind, 40)
         assert drawn == prompts.drawn(kind, 40)
@@ -35,7 +23,7 @@ def test_kinds_are_what_they_say(prompts):
                     parse_caption(each.text)
 
 
-def test_it_runs(prompts, tmp_path, monkeypatch):
+def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "STEPS", 2)
     monkeypatch.setattr(prompts, "KINDS", (prompts.KINDS[3], prompts.KINDS[-1]))
     out, picture = tmp_path / "figures.json", tmp_path / "picture.png"

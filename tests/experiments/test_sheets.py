@@ -1,10 +1,9 @@
 """What was called right on a sheet belongs to the images that the sheet shows."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
+import sheets
 import torch
 from PIL import Image
 
@@ -14,15 +13,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture(scope="module")
-def sheets():
-    sys.path.insert(0, str(ROOT / "experiments"))
-    yield importlib.import_module("sheets")
-    sys.path.remove(str(ROOT / "experiments"))
-
-
 @pytest.fixture
-def one(sheets, monkeypatch, tmp_path):
+def one(monkeypatch, tmp_path):
     """Options, and a way to say what the only sheet shows."""
     shown = {}
     monkeypatch.setattr(sheets, "SHEETS", {"one": sheets.Sheet(lambda options: shown["made"], "a square")})
@@ -39,7 +31,7 @@ def one(sheets, monkeypatch, tmp_path):
     ("level", "text", "kept"),
     [(200, "a square", True), (202, "a square", True), (150, "a square", False), (200, "a circle", False)],
 )
-def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(sheets, one, capsys, level, text, kept):
+def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(one, capsys, level, text, kept):
     options, show = one
     sheets.main(options)
     assert "look at it" in capsys.readouterr().out
@@ -52,7 +44,7 @@ def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(sheets, one,
     assert ("look at it" in capsys.readouterr().out) == (not kept)
 
 
-def test_the_committed_sheets_were_looked_at(sheets):
+def test_the_committed_sheets_were_looked_at():
     found = read_json(DOCS / "results" / "sheets.json")
     assert list(found) == list(sheets.SHEETS)
     files = {path.name: path for path in (DOCS / "images" / "sheets").iterdir()}

@@ -1,10 +1,9 @@
 """Students trained as one network against each trained by its own `Trainer`."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
+import stacked
 import torch
 
 from tests.distill.test_trainer import CONFIG, make
@@ -12,9 +11,6 @@ from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.distill import PixArtBackbone, Trainer, encode_prompts, make_accelerator
 from wadi.distill.config import DistillConfig
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import stacked
 
 # not 1 above: before the first update teacher and fake model are the same, and their difference is rounding
 INTERVAL = {"guidance_scale": 1.5, "guidance_max_timestep": 0.5, "guidance_scale_above": 3.0}
