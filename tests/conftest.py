@@ -4,14 +4,40 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.tiny import tiny_pipeline
 from wadi.lorad import rotation
 
 torch.set_num_threads(1)
+ALLOWED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+# no limits of time: the machine may be busy
+settings.register_profile("wadi", deadline=None, max_examples=25, suppress_health_check=ALLOWED)
+settings.load_profile("wadi")
+
+
+LONGEST = (
+    "distill/test_regions.py",
+    "distill/test_processes.py",
+    "experiments/test_dreambooth.py",
+    "distill/test_resume.py",
+    "experiments/test_stacked.py",
+    "benchmarks/test_adapters.py",
+    "tests/test_package.py",
+    "experiments/test_editing.py",
+    "emoji/test_subject.py",
+    "experiments/test_control.py",
+)
+"""Files that take long. They begin first, so that none of them is left to one worker at the end."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
 
 
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

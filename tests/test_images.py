@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
@@ -46,7 +46,6 @@ def test_the_same_greys_of_every_kind_of_file(tmp_path, kind):
     assert abs(np.asarray(open_mask(tmp_path / name)).astype(int) - RAMP).max() <= 1
 
 
-@settings(max_examples=25, deadline=None)
 @given(values=arrays(np.uint16, (3, 5)))
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("images") / "depth.png"

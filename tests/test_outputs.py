@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -297,7 +297,6 @@ def test_what_appears_while_the_command_works_stays(place, overwrite):
 names = st.lists(st.sampled_from(["a", "b", "c/d", "c/e/f", "sub/weights", "index"]), unique=True)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(written=names, later=names, overwrite=st.booleans())
 def test_a_folder_is_replaced_exactly_if_all_that_is_in_it_was_written(place, written, later, overwrite):
     out = place / "out"

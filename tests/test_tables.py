@@ -5,7 +5,7 @@ import json
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wadi.errors import WadiError, WadiWarning
@@ -53,7 +53,6 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, suffix, end, mark):
 ONE_LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), min_size=1)
 
 
-@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(ONE_LINE.filter(lambda text: text == text.strip() and text), min_size=1))
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".tsv", ".json"])
 def test_any_text_survives(tmp_path_factory, suffix, texts):

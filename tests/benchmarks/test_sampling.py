@@ -1,24 +1,14 @@
-"""The benchmark runs, is of the model that it names, and its table says what its JSON says."""
+"""The benchmark runs, its model is the one that it names, and its table says what its JSON says."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import sampling
 import torch
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "sampling.py"
 
-
-@pytest.fixture(scope="module")
-def sampling():
-    spec = importlib.util.spec_from_file_location("sampling", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tiny_run(sampling, tmp_path, capsys):
+def test_tiny_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sampling, "STEPS", 2)
     out = tmp_path / "sampling.json"
     options = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--repeats", "3"]
     sampling.main(sampling.parse([*options, "--out", str(out)]))
@@ -39,7 +29,7 @@ def test_tiny_run(sampling, tmp_path, capsys):
     assert report["pixels"] == 16
 
 
-def test_it_is_stable_diffusion_1_5(sampling, monkeypatch):
+def test_it_is_stable_diffusion_1_5():
     """Parameter counts as published: U-Net 859.5 M, VAE 83.7 M, CLIP ViT-L/14's text encoder 123.1 M."""
     pipeline, tiny_vae = sampling.build("sd15", "meta", torch.bfloat16)
     counts = [
@@ -49,11 +39,3 @@ def test_it_is_stable_diffusion_1_5(sampling, monkeypatch):
     assert counts == [859_520_964, 83_653_863, 123_060_480, 2_445_063]
     assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 512
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
-
-
-def test_medians_stop_in_time(sampling):
-    calls = []
-    sampling.seconds(lambda: calls.append(1), repeats=50, limit=-1.0, synchronize=lambda: None)
-    assert len(calls) == 3
-    sampling.seconds(lambda: calls.append(1), repeats=7, limit=60.0, synchronize=lambda: None)
-    assert len(calls) == 10

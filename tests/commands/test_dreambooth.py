@@ -122,11 +122,6 @@ def test_defaults_are_those_that_the_experiment_chose(method):
     assert {name: getattr(filled, name) for name in chosen} == chosen
 
 
-@pytest.mark.parametrize(("prompt", "word"), [("a zwx", "zwx"), ("an odd zwx", "odd zwx")])
-def test_word(prompt, word):
-    assert word_of(prompt) == word
-
-
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WadiError, match='"a" and a new word'):

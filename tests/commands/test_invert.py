@@ -50,10 +50,10 @@ def test_the_built_in_teacher_learns_and_its_student_uses_the_word(folder, tmp_p
     height = Image.open(out / "pictures.png").height
     assert 3 * READABLE < height < 4 * READABLE  # exemplars, 2 steps, 1 step
     made = []
-    for options in ([], ["--embedding", out], ["--embedding", out / "learned_embeds.safetensors"]):
+    for options in ([], ["--embedding", out]):
         assert run("generate", "a cat <R> a dog", "--out", picture, *options) == 0
         made.append(Image.open(picture).tobytes())
-    assert made[0] != made[1] == made[2]
+    assert made[0] != made[1]
 
 
 def test_ctrl_c_writes_the_word_as_it_is(folder, teacher_folder, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wadi.directions.change import (
@@ -80,20 +80,6 @@ def test_null_is_the_integral_over_all_directions(n, rho):
         assert null[name].std == pytest.approx(math.sqrt(((values - mean) ** 2 * mass).sum()), rel=1e-4)
 
 
-def test_null_of_small_changes_in_many_dimensions():
-    n, rho = 1000, 1e-4
-    null = null_moments(torch.tensor([rho], dtype=torch.float64), n)
-    assert null["norm"].mean == pytest.approx(rho * math.sqrt(2 / (math.pi * n)), rel=1e-3)
-    assert null["angle"].mean == pytest.approx(rho, rel=1e-3)
-    assert null["direction"].mean == pytest.approx(rho**2 / 2, rel=2e-3)
-
-
-def test_null_of_rows_of_one_number():
-    null = null_moments(torch.tensor([0.5], dtype=torch.float64), 1)
-    assert null["norm"] == pytest.approx((0.5, 0.0))
-    assert null["angle"].mean == 0
-
-
 def test_isotropic_changes_meet_their_null():
     weight, target = random_pair(20_000, 24, size=0.3)
     changes, _ = row_changes(weight, target)
@@ -119,7 +105,6 @@ def test_shares_of_energy():
     assert energy_shares(energies(torch.zeros(3, 4)), torch.tensor([0.3])) is None
 
 
-@settings(max_examples=25, deadline=None)
 @given(rank=st.integers(1, 5), rows=st.integers(6, 12), n=st.integers(6, 12), seed=st.integers(0, 99))
 def test_a_matrix_of_rank_k_has_all_energy_in_k(rank, rows, n, seed):
     generator = torch.Generator().manual_seed(seed)

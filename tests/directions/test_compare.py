@@ -152,12 +152,6 @@ def test_rows_of_zeros(teacher_folder, tmp_path):
     assert layers["conv_out"].changed
 
 
-def test_threads_are_given_back(teacher_folder):
-    before = torch.get_num_threads()
-    compare_models(teacher_folder, teacher_folder)
-    assert torch.get_num_threads() == before
-
-
 def test_names():
     assert block_of("transformer_blocks.11.attn1.to_q") == "transformer_blocks.11"
     assert block_of("mid_block.resnets.0.conv1") == "mid_block"

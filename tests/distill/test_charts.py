@@ -45,8 +45,3 @@ def test_few_points_are_marked(rows, marked):
 @pytest.mark.parametrize("rows", [[], [{"step": 1}], [row(1, NAN), row(2, INFINITE)]])
 def test_nothing_logged_is_said(rows):
     assert loss_curves(rows).count(">no loss was logged<") == 2
-
-
-def test_the_same_rows_give_the_same_chart():
-    rows = [row(s, 1 / s) for s in range(1, 50)]
-    assert loss_curves(rows) == loss_curves(rows)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wadi.diffusion import RectifiedFlow
@@ -20,7 +20,6 @@ seeds, steps = st.integers(0, 2**63), st.integers(0, 10**6)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds, step=steps, name=names, other=names)
-@settings(max_examples=30, deadline=None)
 def test_numbers_are_of_seed_step_and_name(kind, seed, step, name, other):
     draws, draw = Draws(seed, step, CPU), KINDS[kind]
     first = draw(draws, name, 4)
@@ -33,7 +32,6 @@ def test_numbers_are_of_seed_step_and_name(kind, seed, step, name, other):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds, processes=st.integers(1, 5), n=st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
 def test_processes_share_what_one_would_draw(kind, seed, processes, n):
     whole = KINDS[kind](Draws(seed, 3, CPU), "name", n * processes)
     shares = [KINDS[kind](Draws(seed, 3, CPU, i, processes), "name", n) for i in range(processes)]
@@ -41,7 +39,6 @@ def test_processes_share_what_one_would_draw(kind, seed, processes, n):
 
 
 @given(seed=seeds)
-@settings(max_examples=20, deadline=None)
 def test_a_chance_is_the_same_in_all_processes(seed):
     flags = [[bool(Draws(seed, s, CPU, i, 3).chance("null", 0.5)) for s in range(8)] for i in range(3)]
     assert flags[0] == flags[1] == flags[2]

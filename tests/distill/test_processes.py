@@ -1,14 +1,15 @@
-"""Two launched processes on the CPU (gloo), against one process with the same samples a step.
+"""Two processes on the CPU (gloo), against one process with the same samples a step.
 
-Started with torch's own launcher, to which `accelerate launch --multi_gpu` hands over.
+Those that are interrupted are started by torch's own launcher, to which `accelerate launch --multi_gpu` hands
+over; it passes the signal on. The others know each other by the same variables.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,11 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.processes import start_two
 from tests.tiny import PROMPTS
-from wadi.distill import DistillConfig, distill
+from wadi.distill import DistillConfig, distill, loop
+from wadi.distill import checkpoint as checkpoint_room
+from wadi.distill import run as run_room
 from wadi.distill.run import _digests, _open_run, share_batch
+from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
-from wadi.prompts import read_prompts
+from wadi.files import explain_os_errors
+from wadi.prompts import cache, read_prompts
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 RUN = """
@@ -37,47 +43,6 @@ except WadiError as error:
     raise SystemExit(f"error: {error}") from None
 """
 ON_TWO_GPUS = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-FAIL = """
-import errno, os, sys
-import torch
-from wadi.distill import loop
-from wadi.distill.trainer import Trainer
-from wadi.distill import DistillConfig, checkpoint, distill, run
-from wadi.prompts import cache
-from wadi.errors import WadiError
-from wadi.files import explain_os_errors
-torch.set_num_threads(1)
-options = DistillConfig.load(sys.argv[1])
-
-def full(*arguments, **rest):
-    with explain_os_errors("file", "write it"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-def spoil(trainer, step, usual=Trainer.step):
-    losses = usual(trainer, step)
-    next(iter(trainer.average.tensors.values())).fill_(float("nan"))
-    return losses
-
-PLACES = {
-    "prompts": (run, "read_prompts", full),
-    "embeddings": (cache, "save_tensors", full),
-    "folder": (run, "_open_run", full),
-    "metrics": (loop, "append_metrics", full),
-    "samples": (loop, "labelled_grid", full),
-    "checkpoint": (checkpoint, "save_tensors", full),
-    "weights": (Trainer, "step", spoil),
-    "export": (run, "save_adapter", full),
-}
-for place, (where, name, instead) in PLACES.items():
-    usual = getattr(where, name)
-    if os.environ["RANK"] == "0":
-        setattr(where, name, instead)
-    try:
-        distill(options.replace(output_dir=f"{options.run.output_dir}-{place}"))
-    except (WadiError, SystemExit) as error:
-        print(f"{place}: {type(error).__name__}: {error}", flush=True)
-    setattr(where, name, usual)
-"""
 GROUPS = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 
@@ -117,23 +82,19 @@ def launch(options, folder, launcher=LAUNCH):
     )
 
 
-def launch_each(script, *arguments):
-    """Two processes without a launcher: nobody ends the second when the first has failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    both |= {"ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | both | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]
+def distil(options):
+    """What the command does with a mistake."""
+    try:
+        distill(options)
+    except WadiError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def two(options, folder):
+    """Distil in two processes: their exit statuses, and what both told."""
+    processes = start_two(folder, distil, options)
+    done = [process.communicate() for process in processes]
+    return [code for code, _, _ in done], "".join(err for _, _, err in done)
 
 
 def metrics(run):
@@ -178,9 +139,8 @@ def one(teacher_folder, tmp_path_factory):
 def test_two_processes_are_one_with_the_same_samples(teacher_folder, tmp_path, one):
     """Batch 1, two micro-batches, two processes: 4 samples a step, with losses averaged over all of them."""
     options = config(teacher_folder, tmp_path, train_batch_size=1, gradient_accumulation_steps=2)
-    process = launch(options, tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    codes, err = two(options, tmp_path)
+    assert codes == [0, 0], err
     run = tmp_path / "run"
     assert json.loads((run / "checkpoints/step-000006/state.json").read_text())["batch"] == 4
     assert_same_to_rounding(run, one, 1, 6)
@@ -194,7 +154,7 @@ def test_two_gpus_are_one_with_the_same_samples(teacher_folder, tmp_path, one):
         pytest.skip("needs two GPUs")
     options = config(teacher_folder, tmp_path, train_batch_size=2)
     process = launch(options, tmp_path, ON_TWO_GPUS)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=250)
     assert process.returncode == 0, err[-3000:]
     assert_same_to_rounding(tmp_path / "run", one, 1, 6)
 
@@ -209,7 +169,7 @@ def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, 
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=45)
+    out, err = process.communicate(timeout=250)
     assert process.returncode not in (0, -signal.SIGKILL), err
     assert out.count(f"wadi distill --resume-from-checkpoint {run}") == 1
     (last,) = (run / "checkpoints").iterdir()
@@ -230,9 +190,8 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
     shutil.copytree(one, run)
     for step in range(3, 7):
         shutil.rmtree(run / f"checkpoints/step-{step:06d}")
-    process = launch(DistillConfig.of(resume_from_checkpoint=str(run)), tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    codes, err = two(DistillConfig.of(resume_from_checkpoint=str(run)), tmp_path)
+    assert codes == [0, 0], err
     assert_same_to_rounding(run, one, 3, 6)
 
     teacher = tmp_path / "teacher"
@@ -244,16 +203,51 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
     options = config(
         teacher, tmp_path, train_batch_size=2, output_dir=str(tmp_path / "nan"), max_skipped_steps=3
     )
-    process = launch(options.replace(checkpointing_steps=100), tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, -signal.SIGKILL)
+    codes, err = two(options.replace(checkpointing_steps=100), tmp_path)
+    assert not {0, -signal.SIGKILL} & set(codes)
     told = re.findall("error: step 3: student_loss is (?:nan|inf), 3 steps in a row were skipped", err)
     assert len(told) == 1
     assert not (tmp_path / "nan/checkpoints").exists()
 
 
+def full(*arguments, **rest):
+    with explain_os_errors("file", "write it"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def spoil(trainer, step, usual=Trainer.step):
+    losses = usual(trainer, step)
+    next(iter(trainer.average.tensors.values())).fill_(float("nan"))
+    return losses
+
+
+FAILING = {
+    "prompts": (run_room, "read_prompts", full),
+    "embeddings": (cache, "save_tensors", full),
+    "folder": (run_room, "_open_run", full),
+    "metrics": (loop, "append_metrics", full),
+    "samples": (loop, "labelled_grid", full),
+    "checkpoint": (checkpoint_room, "save_tensors", full),
+    "weights": (Trainer, "step", spoil),
+    "export": (run_room, "save_adapter", full),
+}
+
+
+def fail_everywhere(options):
+    """Distil once for each place where the first process alone writes or reads, which fails there."""
+    for place, (where, name, instead) in FAILING.items():
+        usual = getattr(where, name)
+        if os.environ["RANK"] == "0":
+            setattr(where, name, instead)
+        try:
+            distill(options.replace(output_dir=f"{options.run.output_dir}-{place}"))
+        except (WadiError, SystemExit) as error:
+            print(f"{place}: {type(error).__name__}: {error}")
+        setattr(where, name, usual)
+
+
 def test_a_failure_of_one_process_stops_all_and_is_told_once(teacher_folder, tmp_path):
-    """Wherever the first process alone writes or reads: it tells, the other stops there too and is quiet."""
+    """The first tells; the other stops there too and is quiet."""
     options = config(
         teacher_folder,
         tmp_path,
@@ -262,22 +256,14 @@ def test_a_failure_of_one_process_stops_all_and_is_told_once(teacher_folder, tmp
         validation_steps=1,
         embeddings_dir=str(tmp_path / "embeddings"),
     )
-    (tmp_path / "fail.py").write_text(FAIL)
-    options.save(tmp_path / "options.yaml")
-    processes = launch_each(tmp_path / "fail.py", tmp_path / "options.yaml")
-    try:
-        (first, _), (other, quiet) = (process.communicate(timeout=100) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-    full = "WadiError: file: could not write it: No space left on device"
-    places = ["prompts", "embeddings", "folder", "metrics", "samples", "checkpoint", "weights", "export"]
-    told = {place: f"{place}: {full}" for place in places}
-    told["weights"] = "weights: WadiError: step 1: weights are not finite; no checkpoint was written"
-    assert first.splitlines() == list(told.values())
-    assert other.splitlines() == [f"{place}: SystemExit: 2" for place in places]
+    processes = start_two(tmp_path, fail_everywhere, options)
+    (code, first, _), (other_code, other, quiet) = (each.communicate() for each in processes)
+    told = dict.fromkeys(FAILING, "file: could not write it: No space left on device")
+    told["weights"] = "step 1: weights are not finite; no checkpoint was written"
+    assert first.splitlines() == [f"{place}: WadiError: {line}" for place, line in told.items()]
+    assert other.splitlines() == [f"{place}: SystemExit: 2" for place in FAILING]
     assert "Traceback" not in quiet
-    assert [process.returncode for process in processes] == [0, 0]
+    assert (code, other_code) == (0, 0)
     assert not list(tmp_path.glob("run-*/checkpoints/.*"))
 
 

@@ -22,7 +22,6 @@ from wadi.distill.figures import Figure
 from wadi.distill.presets import PRESETS
 from wadi.distill.report import (
     Comparison,
-    _duration,
     before_after,
     command_line,
     report,
@@ -265,24 +264,6 @@ def test_report_of_a_run_folder(run, teacher_folder):
     config.replace(validation_prompts=()).save(run / "config.yaml")
     with pytest.raises(WadiError, match="names no validation_prompts"):
         report(run)
-
-
-def test_command_line_names_every_changed_option():
-    config = DistillConfig.of(
-        prompts="my prompts.txt", validation_prompts=("a b", "c"), gradient_checkpointing=True
-    )
-    assert command_line(config) == (
-        "wadi distill --prompts 'my prompts.txt' --gradient-checkpointing --validation-prompts 'a b' c"
-    )
-    assert command_line(config.replace(resume_from_checkpoint="run")) == command_line(config)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.0312, "0.031 s"), (42, "42 s"), (59.7, "1 min 0 s"), (340, "5 min 40 s"), (7300, "2 h 1 min")],
-)
-def test_durations(seconds, words):
-    assert _duration(seconds) == words
 
 
 def test_a_teacher_whose_last_timestep_is_pure_noise(teacher_folder):

@@ -4,24 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
+from tests.processes import Process
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill
+from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
 
-RUN = """
-import sys
-import torch
-torch.set_num_threads(1)
-from wadi.distill import DistillConfig, distill
-distill(DistillConfig.load(sys.argv[1]))
-"""
 FILES = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
 
 
@@ -46,22 +38,18 @@ def config(teacher, folder, name, **options):
     )
 
 
-def start(options, folder):
-    path = folder / "options.yaml"
-    options.save(path)
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+def distil_until(step, number, options):
+    """Distil, and in this step send the own process a signal."""
+    usual = Trainer.step
 
+    def signalled(trainer, current):
+        losses = usual(trainer, current)
+        if current == step:
+            os.kill(os.getpid(), number)
+        return losses
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+    Trainer.step = signalled
+    distill(options)
 
 
 def metrics(run):
@@ -87,11 +75,9 @@ def assert_same_run(run, straight):
 
 def test_kill_and_resume_is_the_same_run(teacher_folder, tmp_path, straight):
     options = config(teacher_folder, tmp_path, "run")
-    process = start(options, tmp_path)
-    wait_for(tmp_path / "run/checkpoints/step-000004", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    process = Process(tmp_path, distil_until, 5, signal.SIGKILL, options)
+    assert process.communicate()[0] == -signal.SIGKILL
+    assert (tmp_path / "run/checkpoints/step-000004").exists()
     assert not (tmp_path / "run/adapter").exists()
     distill(DistillConfig.of(resume_from_checkpoint=str(tmp_path / "run")))
     assert_same_run(tmp_path / "run", straight)
@@ -99,16 +85,13 @@ def test_kill_and_resume_is_the_same_run(teacher_folder, tmp_path, straight):
 
 def test_interrupt_saves_and_says_how_to_go_on(teacher_folder, tmp_path, straight):
     options = config(teacher_folder, tmp_path, "run")
-    process = start(options, tmp_path)
-    wait_for(tmp_path / "run/metrics.jsonl", process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    code, out, err = Process(tmp_path, distil_until, 2, signal.SIGINT, options).communicate()
+    assert code == 130, err
     run = tmp_path / "run"
     assert f"wadi distill --resume-from-checkpoint {run}" in out
     assert "Traceback" not in err
     last = max(run.glob("checkpoints/step-*"))
-    assert int(last.name[-6:]) == metrics(run)[-1]["step"] < 8
+    assert int(last.name[-6:]) == metrics(run)[-1]["step"] == 3
     distill(DistillConfig.of(resume_from_checkpoint=str(last)))
     assert_same_run(run, straight)
 

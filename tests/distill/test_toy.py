@@ -14,7 +14,6 @@ from wadi.distill.terms import Batch, terms_of
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {
-    "flow": FlowMatchEulerDiscreteScheduler(),
     "shifted flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
     "epsilon": DDPMScheduler(**SD),
     "v_prediction": DDPMScheduler(**SD, prediction_type="v_prediction"),
@@ -55,7 +54,6 @@ class Line(torch.nn.Module):
 @pytest.mark.parametrize(
     ("name", "weighting"),
     [
-        ("flow", "normalized"),
         ("shifted flow", "sigma_squared"),
         ("epsilon", "sigma_squared"),
         ("v_prediction", "normalized"),

@@ -25,14 +25,6 @@ def test_stops_when_the_time_is_over(monkeypatch):
     assert (steps.done, steps.elapsed) == (3, 12.0)
 
 
-def test_shows_the_loss_of_every_fiftieth_step(monkeypatch):
-    steps, shown = TimedSteps(1e9, 120, "test"), []
-    monkeypatch.setattr(steps.bar, "set_postfix_str", shown.append)
-    for step, _ in steps:
-        steps.show(torch.tensor(step / 8))
-    assert shown == ["step 0 loss 0.0000", "step 50 loss 6.2500", "step 100 loss 12.5000"]
-
-
 @pytest.mark.parametrize(("seconds", "max_train_steps"), [(100.0, 10**6), (1e9, 50)])
 def test_the_time_left_is_right_from_the_first_step_on(seconds, max_train_steps, monkeypatch):
     """100 seconds in steps of two, by the clock or by their number; the bar is made long before."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.emoji.cases import synthetic_atlas
@@ -57,7 +57,6 @@ def test_captions_leave_to_the_condition_what_it_says():
             assert parse_caption(caption.text) == caption
 
 
-@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 64]))
 def test_bits(seed, size):
     maps = torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)) < 0.3

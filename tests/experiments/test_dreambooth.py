@@ -1,25 +1,16 @@
-"""The experiment on subjects: equal parameters, one whole training on a synthetic glyph, and its tables."""
+"""The experiment on subjects: it measures one smallest training, and the page shows its committed results."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
+import dreambooth as experiment
 import pytest
 import torch
-from peft import inject_adapter_in_model
 from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
-from wadi.backbones import student_config
-from wadi.distill.methods import method_config
-from wadi.emoji import teacher_folder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, save_tensors
-from wadi.onestep import load_pipeline
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import dreambooth as experiment  # noqa: E402
 
 SHAPE = {"subjects": len(experiment.SUBJECTS), "known_decoys": 1, "new_decoys": 1}
 
@@ -66,17 +57,6 @@ def test_one_training_is_measured_in_every_way(options, monkeypatch):
         experiment.run_all([run], dataclasses.replace(options, samples=3), final=True)
 
 
-def test_one_subject_alone(options, monkeypatch):
-    monkeypatch.setattr(experiment, "STEPS", 1)
-    result = experiment.alone(experiment.Run("hedgehog", "lorad", 1e-2, True, 1), options)
-    written = read_json(options.results / "alone" / "hedgehog.json")
-    assert written["figures"].keys() == result["figures"].keys() == {"teacher", "student"}
-    assert set(written["recogniser"]) == set(experiment.RECOGNISED)
-    assert all(0 <= share <= 1 for share in written["recogniser"].values())
-    with pytest.raises(WadiError, match="--alone dodo: known are crab"):
-        experiment.main(dataclasses.replace(options, alone=("dodo",)))
-
-
 def test_the_student_is_distilled_on(options, monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "STEPS", 1)
     run = experiment.Run("hedgehog", "lorad", 1e-2, True, 2)
@@ -95,7 +75,7 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(experiment, "train", train)
     monkeypatch.setattr(experiment, "read_glyphs", train)
-    docs = EXPERIMENTS.parent / "docs" / "results"
+    docs = Path(__file__).parents[2] / "docs" / "results"
     out = tmp_path / "dreambooth.json"
     page = tmp_path / "page.md"
     page.write_text((docs.parent / "uses" / "dreambooth.md").read_text())
@@ -111,79 +91,8 @@ def test_the_committed_results_give_the_file(tmp_path, monkeypatch, capsys):
         experiment.write_page(page, read_json(out))
 
 
-def test_adapters_have_equally_many_parameters(options):
-    sizes = {}
-    for method in ("lorad", "lora"):
-        run = experiment.Run("crab", method, 1e-3, False, 0)
-        config = experiment.config_of(run, dataclasses.replace(options, rank=8))
-        unet = load_pipeline(teacher_folder(), without=("text_encoder", "vae")).unet
-        adapter = method_config(method, student_config(unet, config.rank))
-        inject_adapter_in_model(adapter, unet)
-        sizes[method] = sum(p.numel() for name, p in unet.named_parameters() if f"{method}_" in name)
-    assert sizes["lorad"] == 260_224
-    assert abs(sizes["lora"] / sizes["lorad"] - 1) < 0.03
-
-
-def test_tables():
-    def figures(value):
-        names = ("recognised", "all", "others", "others_frechet_distance")
-        return dict.fromkeys(names, value)
-
-    def row(method, value, rate=1e-3):
-        ways = {way: figures(value) for way in experiment.WAYS if "first" not in way or method == "lora"}
-        return {
-            "subject": "teapot",
-            "method": method,
-            "learning_rate": rate,
-            "train_text_encoder": False,
-            "figures": ways,
-        }
-
-    whole = {
-        "header": "a machine",
-        "seeds": [2],
-        "before": {
-            "header": "another",
-            "student": {"teapot": figures(0.25)},
-        },
-        "runs": [row("lorad", 0.5), row("lorad", 1.0), row("lora", 0.25), row("lora", 0.25)],
-        "distilled_on": [],
-        "alone": [
-            {
-                "header": "a third",
-                "seed": 1,
-                "options": {
-                    "max_train_steps": 5,
-                    "train_batch_size": 4,
-                    "subject_samples": 3,
-                    "samples": 2,
-                },
-                "recogniser": {kind: i / 10 for i, kind in enumerate(experiment.RECOGNISED)},
-                **row("lorad", 0.5),
-            }
-        ],
-        "learning_rates": [row("lorad", 0.5), row("lorad", 0.75, 1e-2)],
-        "chosen": {"lorad": {"learning_rate": 1e-2, "train_text_encoder": False}},
-    }
-    shown = experiment.tables(whole)
-    means = shown["means"]
-    assert "| teacher, 25 steps | LoRaD | 0.750 (0.500 to 1.000) |" in means
-    assert "| student, 1 step, before | none | 0.250 |" in means
-    assert "teacher, 25 steps, before" not in means  # was not measured
-    assert means.count("subject merged first") == 1
-    assert means.endswith("a machine; seed 2. The rows before: another.")
-    assert "| teapot | LoRaD | 0.500 | 0.500 | 0.500 | 0.500 |" in shown["subjects"]
-    assert "| teapot | 0.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 |" in shown["alone"]
-    assert "a third; teapot, LoRaD, seed 1; 5 updates of 4 + 4; 3 images of the subject, 2" in shown["alone"]
-    student = experiment.summary(whole["alone"])[0]
-    assert (student["measure"], student["student"]) == ("subject recognised (up)", 0.5)
-    assert "| LoRaD | **0.01** | no | 0.750 |" in shown["rates"]
-    assert shown["distilled-on"] == "Not measured."
-    assert experiment.score(whole["learning_rates"][1]) == 0.75
-
-
 def test_the_results_on_the_page_are_those_of_the_file():
-    docs = EXPERIMENTS.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     page = docs / "uses" / "dreambooth.md"
     blocks = experiment.tables(read_json(docs / "results" / "dreambooth.json"))
     text = page.read_text(encoding="utf-8")

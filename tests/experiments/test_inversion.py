@@ -1,19 +1,13 @@
 """The experiment on relations runs, and its words and pairs are what it says."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
-import pytest
+import inversion
 from PIL import Image
 
 from tests.emoji.cases import synthetic_atlas
 from wadi.emoji.captions import is_held_out_pair
 from wadi.files import read_json, save_tensors
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import inversion  # noqa: E402
 
 TINY = inversion.Options(
     relations=("below", "diagonal"),
@@ -59,33 +53,8 @@ def test_options_are_chosen_on_other_pairs_than_those_reported_all_never_seen():
     assert all(is_held_out_pair(a, b) for a, b in (*chosen, *reported))
 
 
-def test_the_rate_of_subjects_is_the_best_over_teacher_and_student():
-    shares = {0.1: 0.5, 0.2: 0.75, 0.4: 0.25}
-
-    class Bench:
-        options = inversion.Options(subject_rates=tuple(shares))
-
-        def learn(self, jobs):
-            return dict.fromkeys(jobs)
-
-        def try_subjects(self, words, student):
-            return [{"way": "learned", "all": shares[dict(job.options)["learning_rate"]]} for job in words]
-
-    rate, rows = inversion.choose_subject_rate(Bench())
-    assert rate == 0.2
-    assert len(rows) == 2 * 3 * len(inversion.SUBJECTS_CHOSEN_ON)
-
-
 def test_captions_of_a_subject_state_more_than_its_name():
     captions = inversion.subject_captions("rocket", 20)
     assert len(captions) == 20
     assert all("rocket" in caption.text and len(caption.text.split()) > 2 for caption in captions)
     assert all((c.size, c.place, c.background) != (None, None, None) for c in captions)
-
-
-def test_means_and_deviations_over_the_seeds():
-    jobs = [inversion.Job("below", "way", seed) for seed in range(2)]
-    figures = {job: {"objects": 0.5, "relation": 0.25 * (1 + job.seed)} for job in jobs}
-    (row,) = inversion.summary({"teacher": figures, "student": figures})
-    assert row["teacher relation"] == 0.375
-    assert row["student deviation"] == pytest.approx(0.25 / 2**0.5, abs=1e-4)

@@ -1,29 +1,20 @@
-"""Sheets of every use: how they are laid out, and that what was called right belongs to the images shown."""
+"""What was called right on a sheet belongs to the images that the sheet shows."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
+import sheets
 import torch
 from PIL import Image
 
-from wadi.errors import WadiError
 from wadi.files import read_json
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture(scope="module")
-def sheets():
-    sys.path.insert(0, str(ROOT / "experiments"))
-    yield importlib.import_module("sheets")
-    sys.path.remove(str(ROOT / "experiments"))
-
-
 @pytest.fixture
-def one(sheets, monkeypatch, tmp_path):
+def one(monkeypatch, tmp_path):
     """Options, and a way to say what the only sheet shows."""
     shown = {}
     monkeypatch.setattr(sheets, "SHEETS", {"one": sheets.Sheet(lambda options: shown["made"], "a square")})
@@ -36,21 +27,11 @@ def one(sheets, monkeypatch, tmp_path):
     return sheets.Options(folder=tmp_path, out=tmp_path / "sheets.json", device="cpu"), show
 
 
-def test_images_stand_row_by_row(sheets):
-    levels = torch.arange(24) * 10 / 255
-    image = sheets.sheet(levels[:, None, None, None].expand(24, 3, 4, 5))
-    assert image.size == (6 * (5 + sheets.GAP), 4 * (4 + sheets.GAP))
-    for i in range(24):
-        row, column = divmod(i, 6)
-        assert image.getpixel((column * 7, row * 6)) == (10 * i,) * 3
-    assert image.getpixel((5, 0)) == image.getpixel((0, 4)) == (255, 255, 255)
-
-
 @pytest.mark.parametrize(
     ("level", "text", "kept"),
     [(200, "a square", True), (202, "a square", True), (150, "a square", False), (200, "a circle", False)],
 )
-def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(sheets, one, capsys, level, text, kept):
+def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(one, capsys, level, text, kept):
     options, show = one
     sheets.main(options)
     assert "look at it" in capsys.readouterr().out
@@ -63,17 +44,7 @@ def test_what_is_right_is_kept_for_the_same_images_and_prompts_only(sheets, one,
     assert ("look at it" in capsys.readouterr().out) == (not kept)
 
 
-def test_what_cannot_be_made_is_omitted_and_unknown_names_are_refused(sheets, one, monkeypatch, capsys):
-    options, _ = one
-    monkeypatch.setitem(sheets.SHEETS, "one", sheets.Sheet(lambda _: None, "", "subject_adapter"))
-    sheets.main(options)
-    assert "one: needs --subject-adapter; it is omitted" in capsys.readouterr().err
-    options.only = ("two",)
-    with pytest.raises(WadiError, match="--only two: known are one"):
-        sheets.main(options)
-
-
-def test_the_committed_sheets_were_looked_at(sheets):
+def test_the_committed_sheets_were_looked_at():
     found = read_json(DOCS / "results" / "sheets.json")
     assert list(found) == list(sheets.SHEETS)
     files = {path.name: path for path in (DOCS / "images" / "sheets").iterdir()}
@@ -86,10 +57,3 @@ def test_the_committed_sheets_were_looked_at(sheets):
         width, height = Image.open(files[each["sheet"]]).size
         assert width % sheets.COLUMNS == 0
         assert height % (sheets.COUNT // sheets.COLUMNS) == 0
-
-
-def test_scenes_are_beside_what_was_made_of_them(sheets):
-    left, right = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
-    both = sheets.beside(left, right)
-    assert torch.equal(both[..., :4], left)
-    assert torch.equal(both[..., 4:], right)

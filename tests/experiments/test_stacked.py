@@ -1,9 +1,7 @@
 """Students trained as one network against each trained by its own `Trainer`."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import stacked
 import torch
 
 from tests.distill.test_trainer import CONFIG, make
@@ -13,9 +11,6 @@ from wadi.backbones import PixArtBackbone
 from wadi.distill import Trainer, make_accelerator
 from wadi.distill.config import DistillConfig
 from wadi.prompts import encode_prompts
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import stacked
 
 # not 1 above: before the first update teacher and fake model are the same, and their difference is rounding
 INTERVAL = {"guidance_scale": 1.5, "guidance_max_timestep": 0.5, "guidance_scale_above": 3.0}
@@ -49,11 +44,10 @@ def assert_alike(own, together, start):
 @pytest.mark.parametrize(
     "common",
     [
-        {"fake_guidance_scale": 1.0, "null_prompt_probability": 0.0},
         {"fake_guidance_scale": 1.2, "null_prompt_probability": 0.5},
         {"fake_guidance_scale": 1.0, "fake_layers": "attention", "max_timestep": 0.5},
     ],
-    ids=["plain", "guided-fake", "other-timesteps"],
+    ids=["guided-fake", "other-timesteps"],
 )
 def test_students_of_a_stack_are_those_of_their_trainers(common):
     alone, members = trainers(STUDENTS, common), trainers(STUDENTS, common)
@@ -62,7 +56,7 @@ def test_students_of_a_stack_are_those_of_their_trainers(common):
         for t in alone
     ]
     stack = stacked.Stack(members)
-    for step in range(3):
+    for step in range(2):
         expected = [trainer.step(step) for trainer in alone]
         found = {id(trainer): losses for trainer, losses in stack.step(step)}
         for trainer, losses in zip(members, expected, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -51,7 +51,6 @@ def turned(weight: torch.Tensor, layer: LoRaDLayer, names: list[str]) -> torch.T
 @pytest.mark.parametrize(
     "make", [LAYERS["linear"], lambda: nn.Conv2d(3, 6, 3, padding=1)], ids=["linear", "convolution"]
 )
-@settings(max_examples=40, deadline=None)
 @given(actions=st.lists(st.sampled_from(["a", "b", "unmerge", "lora"]), max_size=8))
 @example(actions=["a", "lora", "b", "unmerge", "lora"])
 def test_merging_in_any_order_next_to_a_lora(make, actions):
@@ -126,15 +125,6 @@ def test_unmerging_restores_the_bits_whatever_happened_meanwhile(make, change):
     model = change(model)
     lorad(model).unmerge()
     assert torch.equal(lorad(model).weight, expected)
-
-
-def test_a_broken_merge_comes_back_too():
-    model = broken(adapted(LAYERS["linear"]))
-    original = lorad(model).weight.detach().clone()
-    lorad(model).merge()
-    assert lorad(model).weight.isnan().any()
-    lorad(model).unmerge()
-    assert torch.equal(lorad(model).weight, original)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
@@ -212,18 +202,6 @@ def test_features_are_those_of_the_base(base, kind, features):
     layer = lorad(adapted(lambda: base))
     assert type(layer) is kind
     assert (layer.in_features, layer.out_features) == features
-
-
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_a_convolution_is_the_stock_one_with_turned_filters(make):
-    """An odd fan-in leaves the last weight of each filter as it is."""
-    layer = lorad(adapted(make))
-    original = layer.weight.detach()
-    expected = turned(original, layer, ["a"]).float()
-    layer.merge()
-    torch.testing.assert_close(layer.weight.detach(), expected, **CLOSE)
-    if original[0].numel() % 2:
-        assert torch.equal(layer.weight.flatten(1)[:, -1], original.flatten(1)[:, -1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

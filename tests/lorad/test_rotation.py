@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wadi.lorad.rotation import (
@@ -16,7 +16,6 @@ from wadi.lorad.rotation import (
     unrotate,
 )
 
-relaxed = settings(deadline=None, max_examples=50)  # the machine may be busy
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 13))
 seeds = st.integers(0, 2**31 - 1)
 
@@ -53,7 +52,6 @@ def random_case(seed, rows, columns, ranks=(3,), dtype=torch.float64, requires_g
     return normal(tokens, columns), normal(rows, columns), normal(rows), adapters
 
 
-@relaxed
 @given(shapes, seeds, st.floats(0.01, 100.0))
 def test_rows_keep_their_norm(shape, seed, size):
     _, weight, _, _ = random_case(seed, *shape, dtype=torch.float32, requires_grad=False)
@@ -67,7 +65,6 @@ def test_rows_keep_their_norm(shape, seed, size):
         assert torch.equal(turned[:, -1], weight[:, -1])
 
 
-@relaxed
 @given(shapes, seeds)
 def test_zero_is_the_identity_and_minus_theta_undoes_theta(shape, seed):
     _, weight, _, (adapter,) = random_case(seed, *shape, requires_grad=False)
@@ -76,7 +73,6 @@ def test_zero_is_the_identity_and_minus_theta_undoes_theta(shape, seed):
     torch.testing.assert_close(unrotate(rotate(weight, theta), theta), weight, rtol=0, atol=1e-13)
 
 
-@relaxed
 @given(shapes, seeds)
 def test_angles_of_adapters_add(shape, seed):
     _, weight, _, adapters = random_case(seed, *shape, ranks=(2, 3, 1), requires_grad=False)
@@ -89,7 +85,6 @@ def test_angles_of_adapters_add(shape, seed):
     )
 
 
-@relaxed
 @given(shapes, seeds)
 def test_rotation_is_the_equation(shape, seed):
     _, weight, _, (adapter,) = random_case(seed, *shape, requires_grad=False)
@@ -144,7 +139,6 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(layer, [x, *adapters[0][:2]])
 
 
-@relaxed
 @given(shapes, seeds, st.sampled_from([(), (1,), (2, 3), (0,)]))
 def test_no_grad_path_is_the_same_to_the_bit(shape, seed, batch):
     _, weight, bias, adapters = random_case(seed, *shape, ranks=(2, 1), dtype=torch.float32)
@@ -245,17 +239,6 @@ def test_any_memory_layout(view, columns):
     theta = torch.randn(4, columns // 2, generator=torch.Generator().manual_seed(1))
     assert torch.equal(view(weight), weight)
     assert torch.equal(rotate(view(weight), theta), rotate(weight, theta))
-
-
-def test_layer_used_twice_adds_its_gradients():
-    x, weight, _, adapters = random_case(8, 6, 6)
-    A = adapters[0].A
-    once = rotated_linear(rotated_linear(x, weight, None, adapters), weight, None, adapters)
-    (ours,) = torch.autograd.grad(once.sum(), A)
-    (naive,) = torch.autograd.grad(
-        naive_linear(naive_linear(x, weight, None, adapters), weight, None, adapters).sum(), A
-    )
-    torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu

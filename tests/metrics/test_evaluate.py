@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from tests.onestep.test_adapters import write_adapter
+from tests.processes import start_two
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 from wadi.cli import main
 from wadi.emoji.judge import load_judge_features
@@ -244,20 +242,18 @@ def test_resizing_is_pillows_after_a_square_crop(config):
 def test_two_processes_make_the_pictures_of_one(config, tmp_path):
     evaluate(config)
     alone = pictures(config.out)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *("-m", "wadi", "evaluate", "--captions", str(config.captions), "--out", str(tmp_path / "two")),
-        *("--model", config.model, "--num-samples", "6", "--resolution", "64", "--features", "emoji"),
-        *("--spread-prompts", "2", "--spread-samples", "3", "--device", "cpu"),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = {"captions": config.captions, "out": tmp_path / "two", "model": config.model}
+    arguments |= {"num-samples": 6, "resolution": 64, "features": "emoji", "device": "cpu"}
+    arguments |= {"spread-prompts": 2, "spread-samples": 3}
+    command = ["evaluate", *(f"--{name}={value}" for name, value in arguments.items())]
+    processes = start_two(tmp_path, main, command)
+    codes, out, err = zip(*(process.communicate() for process in processes), strict=True)
+    assert codes == (0, 0), err
     both = pictures(tmp_path / "two")
     assert both.keys() == alone.keys()
     assert all(np.abs(alone[name].astype(int) - both[name]).max() <= 1 for name in alone)
-    assert done.stdout.count("spread") == 1
-    assert done.stderr.count("images: 0/") == 1  # one process tells how far it is
+    assert "".join(out).count("spread") == 1
+    assert "".join(err).count("images: 0/") == 1  # one process tells how far it is
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from wadi.errors import WadiError
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import Sampling, condition_map, edge_map, load_controlnet, with_controlnets
-from wadi.tasks.control import canny, edge_agreement, layout_map, one_for_each, sheet, steer
+from wadi.tasks.control import canny, edge_agreement, layout_map, one_for_each, steer
 
 
 def square(side=16, low=4, high=12, colour=(255, 255, 255)):
@@ -238,16 +238,6 @@ def test_one_value_is_for_all():
         one_for_each("IMAGE", [], 1)
     with pytest.raises(WadiError, match="one for each of 3"):
         one_for_each("--x", ["a", "b"], 3)
-
-
-def test_the_sheet_shows_each_picture_once():
-    picture, edges, result = square(), edge_map(square()), Image.new("RGB", (16, 16), "blue")
-    one = sheet([picture], ["canny"], [edges], [result])
-    several = sheet([picture, picture, edges], ["canny", "canny", "map"], [edges] * 3, [result])
-    cell = 128 + 6
-    assert (one.width - 6) // cell == 3
-    assert (several.width - 6) // cell == 5
-    assert sheet([picture], ["map"], [picture], [result] * 9).height > 3 * 128
 
 
 def run(*arguments):

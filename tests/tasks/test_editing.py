@@ -257,10 +257,3 @@ def test_fitted(teacher):
     assert editing.fitted(teacher, own) is own
     with pytest.raises(WadiError, match="must be a multiple of 8; use 16 or 24"):
         editing.fitted(teacher, wide, height=23)
-
-
-def test_sheet():
-    picture, mask = picture_and_mask()
-    made = editing.sheet([("image", picture), ("mask", mask)], [picture] * 5)
-    assert made.width > 6 * 128
-    assert made.height > 2 * 128
