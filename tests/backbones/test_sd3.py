@@ -87,17 +87,17 @@ def folders(tmp_path_factory):
 COMMANDS = {
     "image-to-image": (
         "images/image.png --prompt cat",
-        "pictures of pictures with a StableDiffusionPipeline",
+        "images of images are made with a StableDiffusionPipeline",
     ),
     "inpaint": (
         "images/image.png mask.png --prompt cat",
-        "pictures with a StableDiffusionPipeline; name one",
+        "images of images are made with a StableDiffusionPipeline",
     ),
     "control": (
         "images/image.png --prompt cat --condition map --controlnet controlnet",
         "steer the U-Net of a StableDiffusionPipeline",
     ),
-    "invert": ("images --device cpu", "can be learned on a StableDiffusionPipeline"),
+    "invert": ("images --device cpu", "words are learned on a StableDiffusionPipeline"),
 }
 """Commands for Stable Diffusion 1 and 2 alone: their arguments, and what they say."""
 

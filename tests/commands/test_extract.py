@@ -17,7 +17,7 @@ def test_extract_and_import_give_the_student_back(student, teacher_folder, tmp_p
     assert run("import", weights, *options) == 0
     said = capsys.readouterr().out
     assert f"{weights}: UNet2DConditionModel, " in said
-    assert "one step: epsilon prediction, alpha_T^2 = 0.00466\n" in said
+    assert "one step: the network predicts epsilon, alpha_T^2 = 0.00466\n" in said
     sources = ((student / "pipeline",), (tmp_path / "imported",), (teacher_folder, tmp_path / "found"))
     images = [
         OneStepPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np") for source in sources
