@@ -34,6 +34,8 @@ def random_adapter(network, folder, std=0.7):
     for name, parameter in network.named_parameters():
         if "lorad_A" in name:
             torch.nn.init.normal_(parameter, std=std, generator=generator)
+        elif "lorad_B" in name:  # as LoRaD does, but whatever other tests drew before
+            torch.nn.init.xavier_uniform_(parameter, generator=generator)
     save_adapter(network, folder)
 
 

@@ -78,7 +78,7 @@ def test_full_disk_leaves_one_line_and_the_old_checkpoint(tmp_path, monkeypatch)
     [
         (lambda path: (path / "state.json").unlink(), "state.json"),
         (lambda path: (path / "state.json").write_text("{"), "not valid JSON"),
-        (lambda path: (path / "state.json").write_text("[1]"), "state.json: damaged, it holds no object"),
+        (lambda path: (path / "state.json").write_text("[1]"), "is damaged, because it holds no"),
         (
             lambda path: (path / "state.json").write_text(f'{{"format": {FORMAT}, "step": 1}}'),
             "other options",

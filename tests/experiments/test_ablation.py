@@ -1,5 +1,6 @@
 """The comparison of adapters: which runs there are, that adapters are of equal size, and that a run works."""
 
+import dataclasses
 import math
 
 import ablation
@@ -129,7 +130,7 @@ def test_a_run_is_trained_judged_and_not_run_again(tmp_path, monkeypatch, capsys
     assert "1 runs, 0 to do" in capsys.readouterr().out
     assert path.read_bytes() == before
     with pytest.raises(WadiError, match=r"lora-seed1.json: was made with --max-train-steps 1, not 2"):
-        ablation.main(options.replace(max_train_steps=2))
+        ablation.main(dataclasses.replace(options, max_train_steps=2))
 
 
 def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):
@@ -142,7 +143,7 @@ def test_a_run_that_skips_every_update_is_not_finite(monkeypatch):
     student = ablation.Student(run, world, options)
     with torch.no_grad():
         next(iter(student.trainer.student_parameters.values())).fill_(math.nan)
-    losses, limit = student.trainer.step(0), student.config.max_skipped_steps
+    losses, limit = student.trainer.step(0), student.config.optimizer.max_skipped_steps
     assert student.trainer.skipped.tolist() == [1, 1]
     finite = dict.fromkeys(losses, torch.zeros(()))
     for in_a_row, done in ((limit - 1, False), (limit, True)):
