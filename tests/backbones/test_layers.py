@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from peft import inject_adapter_in_model
 from torch import nn
 
 from tests.tiny import tiny_pipeline
-from wadi.backbones import fake_config, student_config
+from wadi.backbones import BACKBONES, Backbone, fake_config, student_config
 from wadi.lorad import LoRaDConfig
 
 ARCHITECTURES = {
@@ -34,6 +39,25 @@ ARCHITECTURES = {
         caption_projection_dim=1536,
         pos_embed_max_size=192,
     ),
+    "sd35-medium": lambda: SD3Transformer2DModel(
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    ),
+    "sd35-large": lambda: SD3Transformer2DModel(
+        num_layers=38,
+        attention_head_dim=64,
+        num_attention_heads=38,
+        caption_projection_dim=2432,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    ),
+    "flux-dev": lambda: FluxTransformer2DModel(guidance_embeds=True),
+    "flux-schnell": lambda: FluxTransformer2DModel(guidance_embeds=False),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -92,7 +116,35 @@ def test_counts_of_the_paper(architecture, student, fake):
             assert count(model, preset(model)) == expected
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+FLOWS = {
+    # millions of parameters: in all, of a student and of a fake model on all layers of their patterns at rank
+    # 64; the layers of the student's; and those of the last block that no gradient reaches
+    "sd35-medium": (2243.2, 104.6, 70.5, 385, ["attn.add_q_proj"]),
+    "sd35-large": (8056.6, 234.6, 158.3, 529, ["attn.add_q_proj"]),
+    "flux-dev": (11901.4, 269.0, 194.2, 494, []),
+    "flux-schnell": (11891.2, 269.0, 194.2, 494, []),
+}
+
+
+@pytest.mark.parametrize("architecture", FLOWS)
+def test_counts_of_rectified_flows(architecture):
+    """Of the published sizes; counted in another way than the adapter's, r (out + in / 2) for each layer."""
+    whole, student, fake, layers, dead = FLOWS[architecture]
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture]()
+    kind = next(kind for kind in BACKBONES.values() if kind.drives(model))
+    assert round(model.num_parameters() / 1e6, 1) == whole
+    assert len(Backbone.layers(model, kind.student_pattern)) == layers
+    for pattern, expected in ((kind.student_pattern, student), (kind.fake_pattern, fake)):
+        names = Backbone.layers(model, pattern)
+        turned = [model.get_submodule(name) for name in names]
+        found = sum(64 * (layer.out_features + layer.in_features // 2) for layer in turned)
+        assert round(found / 1e6, 1) == expected
+        left_out = sorted(set(names) - set(kind.layers(model, pattern)))
+        assert [name.split(".", 2)[2] for name in left_out] == dead
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl", "pixart"])
 def test_rank_is_an_option(architecture):
     with torch.device("meta"):
         models = [ARCHITECTURES[architecture]() for _ in range(2)]

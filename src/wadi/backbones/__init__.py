@@ -5,6 +5,7 @@
 | `StableDiffusionPipeline`, `StableDiffusionXLPipeline` | `UNet2DConditionModel` | epsilon or v |
 | `PixArtAlphaPipeline`, `PixArtSigmaPipeline` | `PixArtTransformer2DModel` | epsilon |
 | `StableDiffusion3Pipeline` | `SD3Transformer2DModel` | v of a rectified flow |
+| `FluxPipeline` | `FluxTransformer2DModel` | v of a rectified flow |
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from wadi.backbones.base import Backbone
+from wadi.backbones.flux import FluxBackbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
 from wadi.backbones.sd import UNetBackbone
 from wadi.backbones.sd3 import SD3Backbone
@@ -27,6 +29,7 @@ from wadi.onestep.loading import pipeline_class_name, pipeline_folder
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "FluxBackbone",
     "PixArtBackbone",
     "PixArtSigmaBackbone",
     "PromptEncoder",
@@ -44,7 +47,14 @@ FAKE_RANK = 32
 
 BACKBONES: dict[str, type[Backbone]] = {
     backbone.pipeline_class.__name__: backbone
-    for backbone in (UNetBackbone, SDXLBackbone, PixArtBackbone, PixArtSigmaBackbone, SD3Backbone)
+    for backbone in (
+        UNetBackbone,
+        SDXLBackbone,
+        PixArtBackbone,
+        PixArtSigmaBackbone,
+        SD3Backbone,
+        FluxBackbone,
+    )
 }
 """By the pipeline class in model_index.json."""
 
@@ -53,6 +63,7 @@ def load_backbone(
     name_or_path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    resolution: int | None = None,
 ) -> Backbone:
     """Load whatever kind of pipeline a folder or hub id holds; see `Backbone.from_pretrained`.
 
@@ -60,7 +71,7 @@ def load_backbone(
         WadiError: a class of pipeline that cannot be distilled, or as for `Backbone.from_pretrained`.
     """
     folder = pipeline_folder(name_or_path)
-    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device)
+    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device, resolution)
 
 
 def load_prompt_encoder(

@@ -13,8 +13,8 @@ from torch import nn
 from wadi.distill.config import FITS, DistillConfig, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
+from wadi.onestep.arguments import own_size
 from wadi.onestep.scheduler import prediction_type
-from wadi.onestep.student import network_of
 
 
 def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
@@ -35,8 +35,7 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
         )
     if config.preset == "none":
         return
-    size = network_of(pipeline).config.sample_size
-    side = (size if isinstance(size, int) else max(size)) * pipeline.vae_scale_factor
+    side = config.resolution or max(own_size(pipeline))
     found, wanted = Fit(type(pipeline).__name__, prediction, side), FITS[config.preset]
     if (found.pipeline, found.prediction) != (wanted.pipeline, wanted.prediction):
         raise WadiError(

@@ -92,6 +92,10 @@ class DistillConfig:
     pretrained_model_name_or_path: str | None = _often("model", None)
     """Teacher: a folder of a diffusers pipeline (Stable Diffusion, SDXL, PixArt), or a hub id."""
 
+    resolution: int | None = _seldom("model", None)
+    """Pixels a side of the images that are trained, for teachers that make images of any size (FLUX.1,
+    FLUX.2-klein, Z-Image, Qwen-Image); without it, the 1024 pixels of their pipelines."""
+
     prompts: str | None = _often("model", None)
     """Prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet; or a `datasets` id."""
 

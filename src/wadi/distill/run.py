@@ -206,7 +206,8 @@ def _load(
     inputs = _digests(config, prompts)
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
-    backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
+    teacher, device = config.pretrained_model_name_or_path, accelerator.device
+    backbone = load_backbone(teacher, config.dtype, device, config.resolution)
     check_teacher(config.pretrained_model_name_or_path, backbone.pipeline.scheduler, backbone.network)
     check_preset(config, backbone.pipeline)
     if config.student_adapter is not None:

@@ -7,18 +7,17 @@ from functools import cached_property
 
 import torch
 
+from wadi.backbones.base import guided
 from wadi.backbones.condition import Condition, concatenate, repeat
 from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws
 
-Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
-"""What a network predicts for latents (N, C, H, W), times (N,) and N prompts; float32."""
-
-
-def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is (N, 1, 1, 1)."""
-    return null + scale * (cond - null)
+Predict = Callable[..., torch.Tensor]
+"""What a network predicts for latents (N, C, H, W), times (N,) and N prompts; float32. A network that takes
+the guidance as an input is told a fifth argument, if there is one, and its usual guidance otherwise."""
+Guided = Callable[[torch.Tensor, torch.Tensor, "float | torch.Tensor"], torch.Tensor]
+"""What is made of the predictions of no prompt and of the prompt at a guidance scale."""
 
 
 def interval_scale(
@@ -43,6 +42,7 @@ class Scores:
         fake: the fake model's network.
         null: one empty prompt.
         shape: (C, H, W) of the latents.
+        guide: combines two predictions; ``None`` for a network that takes the guidance as an input.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class Scores:
         fake: torch.nn.Module,
         null: Condition,
         shape: tuple[int, ...],
+        guide: Guided | None = guided,
     ) -> None:
         self.config, self.schedule, self.predict, self.shape = config, schedule, predict, shape
         self.teacher_network, self.fake_network, self.null = teacher, fake, null
+        self.guide = guide
         # the last time at which the teacher is guided
         self.highest_guided = schedule.times(torch.tensor(config.guidance_max_timestep, dtype=torch.float64))
 
@@ -85,8 +87,12 @@ class Scores:
         return self._guided(self.teacher_network, x_t, t, condition, 1.0)
 
     def fake(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """What the fake model predicts, guided too if the options say so, (N, C, H, W) float32."""
-        return self._guided(self.fake_network, x_t, t, condition, self.config.fake_guidance_scale)
+        """What the fake model predicts, guided too if the options say so, (N, C, H, W) float32.
+
+        Where guidance is an input, it is told the usual one, as the student is.
+        """
+        scale = None if self.guide is None else self.config.fake_guidance_scale
+        return self._guided(self.fake_network, x_t, t, condition, scale)
 
     @torch.no_grad()
     def _guided(
@@ -95,17 +101,19 @@ class Scores:
         x_t: torch.Tensor,
         t: torch.Tensor,
         condition: Condition,
-        scale: float | torch.Tensor,
+        scale: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """Null prompt and condition in one call; a scale of 1 needs no null prompt.
 
         The host does not read a scale that is a tensor, because that would wait for the device.
         """
+        if self.guide is None:
+            return self.predict(network, x_t, t, condition, scale)
         if not isinstance(scale, torch.Tensor) and scale == 1:
             return self.predict(network, x_t, t, condition)
         both = concatenate([repeat(self.null, len(t)), condition])
         pair = self.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        return guided(*pair.chunk(2), scale)
+        return self.guide(*pair.chunk(2), scale)
 
 
 class Place:

@@ -83,6 +83,9 @@ class Trainer:
             raise WadiError("--cuda-graphs: needs a CUDA device; omit it here")
         if config.cuda_graphs and self.hosts is not None:
             raise WadiError("--cuda-graphs: works in one process only; omit it or start one process")
+        if config.cuda_graphs and not backbone.capturable:
+            kind = type(backbone.pipeline).__name__
+            raise WadiError(f"--cuda-graphs: the network of a {kind} waits for the device; omit the option")
 
     def _build_parts(self) -> None:
         """What a step consists of, around the three networks."""
@@ -91,7 +94,8 @@ class Trainer:
         own_end = schedule.ending_at(config.alpha_T_squared)
         self.generator = Student(own_end, self.predict, self.student)
         networks = self.teacher, self.fake_network
-        self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape)
+        guide = None if self.backbone.takes_guidance else self.backbone.guided
+        self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape, guide)
         self.terms = terms_of(config, schedule, shape)
         self.fake_model = FakeModel(config, schedule, self.predict, self.fake, self.null, shape)
         student, fake = self.student_parameters, self.fake_parameters
@@ -203,12 +207,17 @@ class Trainer:
         return self.generator.sample(z, condition)[0]
 
     def predict(
-        self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+        self,
+        network: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`Backbone.predict` at times (N,); without gradients past DDP, as one process alone may ask."""
         if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
             network = network.module
-        return self.backbone.predict(network, x_t, self.schedule.timestep(t), condition)
+        return self.backbone.predict(network, x_t, self.schedule.timestep(t), condition, guidance)
 
     # --- the device ---
 

@@ -18,6 +18,8 @@ LARGEST = 16
 """Times the model's own side: images with a larger side are refused before they fill the memory."""
 STOCK_STEP = 8
 """Pixels that diffusers' pipelines ask the sides to be multiples of, whatever their VAE."""
+USUAL_SIDE = 1024
+"""Pixels a side of the images of pipelines that have this number in their call alone."""
 SEEDS = 2**63
 """Seeds are below this, as `torch.Generator` takes them."""
 _ANY_SIZE = {"UpBlock2D", "CrossAttnUpBlock2D"}
@@ -45,8 +47,13 @@ def image_size(
 
 
 def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels that a pipeline's network was trained on."""
-    size = _network(pipeline).config.sample_size
+    """Height and width in pixels that a pipeline's network was trained on.
+
+    Where the network's configuration has no `sample_size`, the stock pipeline's own default.
+    """
+    size = _network(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
+    if size is None:
+        return USUAL_SIDE, USUAL_SIDE
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows * pipeline.vae_scale_factor, columns * pipeline.vae_scale_factor
 
@@ -54,15 +61,18 @@ def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def size_step(pipeline: DiffusionPipeline) -> int:
     """Pixels that both sides of an image must be multiples of.
 
-    That is `STOCK_STEP`, and the VAE's pixels a latent times the latents of a transformer's patch, or those
-    that a U-Net shrinks to one where it cannot grow to any size again.
+    That is `STOCK_STEP`, what the pipeline's image processor rounds to, and the VAE's pixels a latent times
+    the latents of a transformer's patch, or those that a U-Net shrinks to one where it cannot grow to any
+    size again.
     """
     network, latents = _network(pipeline), 1
     if not isinstance(network, UNet2DConditionModel):
         latents = network.config.get("patch_size") or 1
     elif not {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
         latents = 2**network.num_upsamplers
-    return math.lcm(STOCK_STEP, pipeline.vae_scale_factor * latents)
+    processor = getattr(pipeline, "image_processor", None)
+    rounded = 1 if processor is None else processor.config.vae_scale_factor
+    return math.lcm(STOCK_STEP, rounded, pipeline.vae_scale_factor * latents)
 
 
 def whole_number(name: str, value: Any, low: int, below: int | None = None) -> int:

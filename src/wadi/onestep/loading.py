@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
 
 from wadi.errors import WadiError, tell
 from wadi.files import read_json
@@ -136,11 +136,17 @@ def pipeline_class_name(folder: Path) -> str:
     return str(read_json(folder / "model_index.json").get("_class_name"))
 
 
+def call_default(kind: type[DiffusionPipeline], argument: str) -> Any:
+    """Default of an argument of a pipeline's call; ``None`` where the call has no such argument."""
+    found = inspect.signature(kind.__call__).parameters.get(argument)
+    return None if found is None else found.default
+
+
 def prompt_limit(pipeline: DiffusionPipeline) -> int:
     """Most tokens of a prompt: of the shortest tokenizer, and never more than the pipeline itself pads to."""
     limits = [getattr(pipeline, name).model_max_length for name in TOKENIZERS if _has(pipeline, name)]
-    own = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-    return min(limits if own is None else [*limits, own.default])
+    own = call_default(type(pipeline), "max_sequence_length")
+    return min(limits if own is None else [*limits, own])
 
 
 def _has(pipeline: DiffusionPipeline, part: str) -> bool:
@@ -149,8 +155,30 @@ def _has(pipeline: DiffusionPipeline, part: str) -> bool:
 
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Arguments of a call that make a stock pipeline draw the size that it is asked for."""
-    binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    binned = call_default(type(pipeline), "use_resolution_binning") is not None
     return {"use_resolution_binning": False} if binned else {}
+
+
+def guidance_arguments(pipeline: DiffusionPipeline, scale: float = 1.0) -> dict[str, Any]:
+    """Arguments of a call that guide a stock pipeline by p_null + scale (p_prompt - p_null).
+
+    Pipelines count differently: no guidance, which is a scale of 1, is 1 for most and 0 for Z-Image, and has
+    another name in Qwen-Image. A network that takes the guidance as an input (FLUX.1 dev) is told the scale;
+    1, which stands for a student's call, leaves it at the pipeline's own default, as in training.
+
+    Args:
+        pipeline: of a teacher or a student.
+        scale: as `wadi distill --guidance-scale`.
+    """
+    network = getattr(pipeline, "transformer", None)
+    if isinstance(pipeline, FluxPipeline) and network is not None and network.config.guidance_embeds:
+        return {} if scale == 1 else {"guidance_scale": scale}
+    if isinstance(pipeline, ZImagePipeline):
+        return {"guidance_scale": scale - 1}
+    if isinstance(pipeline, (FluxPipeline, QwenImagePipeline)):
+        negative = " " if isinstance(pipeline, QwenImagePipeline) else ""
+        return {"true_cfg_scale": scale} | ({} if scale == 1 else {"negative_prompt": negative})
+    return {"guidance_scale": scale}
 
 
 def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:

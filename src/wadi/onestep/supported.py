@@ -25,6 +25,13 @@ NEEDED = (
 _USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
 _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 _PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+_FLUX = "FluxPipeline"
+_TAKES = {_SD3: 16, _FLUX: 64} | dict.fromkeys(_PIXART, 4)
+"""Pipelines with a transformer, and the channels that it takes where its configuration does not say."""
+_PACKED = (_FLUX,)
+"""Those whose transformer takes four latents as one token."""
+_ANY_SIZE = (_FLUX,)
+"""Those whose transformer does not say on which size it was trained."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
     "class_embed_type": "takes a class as its condition",
@@ -124,11 +131,9 @@ def _check_unet(folder: Path, config: dict[str, Any], pipeline: str) -> None:
 
 
 def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> None:
-    if pipeline not in (*_PIXART, _SD3):
+    if pipeline not in _TAKES:
         return
-    where = folder / "transformer"
-    usual = 16 if pipeline == _SD3 else 4
-    channels = config.get("in_channels", usual)
+    where, channels = folder / "transformer", config.get("in_channels", _TAKES[pipeline])
     out, learned = config.get("out_channels") or channels, pipeline in _PIXART
     if out not in ((channels, 2 * channels) if learned else (channels,)):
         also = ", or twice as many (learned sigma)," if learned else ""
@@ -136,8 +141,9 @@ def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> N
             f"{where}: the transformer takes {channels} channels and gives {out}; only as many{also} can be "
             "used, so name the text-to-image model"
         )
-    _check_size(where, config)
-    _check_latents(folder, where, channels)
+    if pipeline not in _ANY_SIZE:
+        _check_size(where, config)
+    _check_latents(folder, where, channels // 4 if pipeline in _PACKED else channels)
     _check_text(folder, where, config, pipeline)
 
 
@@ -184,6 +190,8 @@ def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any
         }
     if pipeline == _SD3:
         return {"joint_attention_dim": states[2], "pooled_projection_dim": _sum(pooled[0], pooled[1])}
+    if pipeline == _FLUX:
+        return {"joint_attention_dim": states[1], "pooled_projection_dim": states[0]}
     if pipeline in _PIXART:
         return {"caption_channels": states[0]}
     return {} if encoders[1] else {"cross_attention_dim": states[0]}

@@ -1,0 +1,156 @@
+"""Rectified flows beside their stock pipelines: several steps, guidance, time, prompts, and gradients."""
+
+import pytest
+import torch
+
+from tests.backbones.cases import CASES, PROMPTS, as_shipped, close, make, noise, stock
+from wadi.backbones import student_config
+from wadi.backbones.condition import concatenate, pick, repeat
+from wadi.diffusion import RectifiedFlow
+from wadi.distill.cache import EmbeddingCache
+from wadi.distill.config import DistillConfig
+from wadi.distill.prompts import encode_prompts
+from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
+from wadi.distill.scores import Scores
+
+FLOWS = [case for case in CASES if not case.startswith(("sd", "pixart")) or case.startswith("sd3")]
+flows = pytest.mark.parametrize("case", FLOWS)
+every = pytest.mark.parametrize("case", CASES)
+
+
+def predicted(backbone, x, t, condition, scale):
+    """What the teacher predicts with guidance, as in training; t is sigma."""
+    schedule = backbone.schedule()
+    guide = None if backbone.takes_guidance else backbone.guided
+    config = DistillConfig(guidance_scale=scale)
+
+    def predict(network, x, t, *told):
+        return backbone.predict(network, x, schedule.timestep(t), *told)
+
+    network, shape = backbone.network, backbone.latent_shape
+    scores = Scores(config, schedule, predict, network, network, backbone.null(), shape, guide)
+    return scores.teacher(x, t, condition)
+
+
+@flows
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@torch.no_grad()
+def test_three_steps_are_the_stock_pipelines(case, scale):
+    """With guidance too: by two calls, in the way of each pipeline, or told to the network."""
+    backbone, sigmas = make(case), [1.0, 2 / 3, 1 / 3]
+    scheduler = as_shipped(backbone)
+    if backbone.takes_guidance and scale == 1:
+        scale = 3.5  # what a student is told
+    z, condition = noise(backbone), backbone.encode(PROMPTS)
+    expected = stock(backbone, z=z, scale=scale, sigmas=sigmas, num_inference_steps=3, output_type="latent")
+    scheduler.set_timesteps(sigmas=sigmas)
+    x = z
+    for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
+        p = predicted(backbone, x, sigma.expand(2), condition, scale)
+        x = scheduler.step(p, timestep, x).prev_sample
+    bound = 1e-5 if scale != 1 and not backbone.takes_guidance else 0.0
+    if bound:  # two calls of the pipeline are one batch of ours
+        torch.testing.assert_close(x, expected, rtol=bound, atol=bound)
+    else:
+        close(case, x, expected)
+
+
+@flows
+@torch.no_grad()
+def test_the_network_is_told_the_time_of_the_pipeline_in_bfloat16(case):
+    """Where sigma alone would be rounded otherwise."""
+    backbone, told = make(case), []
+    pipeline = backbone.pipeline.to(torch.bfloat16)
+    backbone = type(backbone)(pipeline, resolution=None if case.startswith(("sd", "sana")) else 32)
+    scheduler, schedule = as_shipped(backbone), backbone.schedule()
+
+    def record(module, args, kwargs):
+        told.append(kwargs.get("timestep", kwargs.get("t", args[1] if len(args) > 1 else None)))
+
+    backbone.network.register_forward_pre_hook(record, with_kwargs=True)
+    z, sigmas = noise(backbone, 1), [1.0, 0.8261, 0.759, 0.61, 0.347, 0.0123]
+    options = {"sigmas": sigmas, "num_inference_steps": len(sigmas), "output_type": "latent"}
+    stock(backbone, PROMPTS[:1], z=z.bfloat16() if case.startswith("sd") else z, **options)
+    expected, told = told, []
+    condition = backbone.encode(PROMPTS[:1])
+    for sigma in scheduler.sigmas[:-1]:
+        backbone.predict(backbone.network, z, schedule.timestep(sigma.expand(1)), condition)
+    assert len(told) == len(expected) == len(sigmas)
+    for ours, theirs in zip(told, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@every
+def test_a_prompt_alone_is_encoded_as_in_a_batch(case):
+    backbone = make(case)
+    together = backbone.encode([*PROMPTS, backbone.text.no_prompt])
+    alone = [backbone.encode([text]) for text in [*PROMPTS, backbone.text.no_prompt]]
+    assert together.keys() == backbone.text.dimensions.keys()
+    for name, tensor in concatenate(alone).items():
+        torch.testing.assert_close(tensor.float(), together[name].float(), rtol=1e-5, atol=1e-5)
+
+
+@every
+@torch.no_grad()
+def test_prompts_from_the_disk_are_those_that_the_network_is_told(case, tmp_path):
+    """Encoded in two shards of unequal lengths, without padding where there is a mask."""
+    make(case).pipeline.save_pretrained(tmp_path / "model")
+    backbone = make(case)
+    text = type(backbone.text).from_pretrained(tmp_path / "model")
+    cache = EmbeddingCache(text, tmp_path / "cache")
+    encoded = encode_prompts(text, PROMPTS, [], cache)
+    assert cache.missing(PROMPTS) == []
+    schedule, z = backbone.schedule(), noise(backbone)
+    t = schedule.timestep(schedule.times(torch.tensor([0.5, 0.5])))
+    told = encoded.embeddings.take(torch.tensor([1, 0]))
+    found = backbone.predict(backbone.network, z, t, told)
+    expected = backbone.predict(backbone.network, z, t, backbone.encode(PROMPTS[::-1]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    told, null = repeat(encoded.null, 2), repeat(backbone.null(), 2)
+    found, expected = (backbone.predict(backbone.network, z, t, empty) for empty in (told, null))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@every
+@torch.no_grad()
+def test_a_sample_does_not_depend_on_the_others_in_its_batch(case):
+    backbone = make(case)
+    schedule, z = backbone.schedule(), noise(backbone)
+    t = schedule.timestep(schedule.times(torch.tensor([0.9, 0.4])))
+    condition = concatenate([backbone.encode(PROMPTS[1:]), repeat(backbone.null(), 1)])
+    both = backbone.predict(backbone.network, z, t, condition)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = backbone.predict(backbone.network, z[one], t[one], pick(condition, one))
+        torch.testing.assert_close(alone, both[one], rtol=1e-4, atol=1e-5)
+
+
+@flows
+def test_every_turned_layer_gets_a_gradient(case):
+    """With checkpointing too, and to the same bits."""
+    backbone = make(case)
+    condition, x = backbone.encode(PROMPTS), noise(backbone)
+    t, found = torch.tensor([1000.0, 600.0]), []
+    for checkpointing in (False, True):
+        config = student_config(backbone.network, r=2)
+        student = build_roles(backbone.network, config, config, seed=0).student
+        if checkpointing:
+            enable_gradient_checkpointing(student)
+        parameters = trainable(student)
+        torch.manual_seed(0)
+        for parameter in parameters.values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        backbone.predict(student, x, t, condition).square().sum().backward()
+        assert [name for name, p in parameters.items() if p.grad is None or not p.grad.any()] == []
+        found.append([p.grad for p in parameters.values()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@flows
+def test_the_schedule_is_a_flow_whose_shift_changes_no_prediction(case):
+    schedule = make(case).schedule()
+    assert isinstance(schedule, RectifiedFlow)
+    x, p = torch.randn(2, 2, 3, 4, 4)
+    t = torch.tensor([1.0, 0.3])
+    torch.testing.assert_close(schedule.x0(p, x, t), x - t.view(-1, 1, 1, 1) * p)
