@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from transformers import CLIPTextModel, Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from tests.tiny import tiny_clip, tiny_flow_vae, tiny_t5, tiny_tokenizer
 
@@ -48,4 +56,69 @@ def tiny_flux(dev: bool = True, seed: int = 0) -> FluxPipeline:
             text_encoder_2=t5["encoder"],
             tokenizer_2=t5["tokenizer"],
             transformer=transformer.eval(),
+        )
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """One token a character."""
+    letters = [chr(i) for i in range(33, 127)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *letters]
+    tokens += [f"<0x{i:02X}>" for i in range(256)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=2048)
+
+
+def tiny_sana(seed: int = 0) -> SanaPipeline:
+    """Build a `SanaPipeline` with the published scheduler, 2x2 latents and 64x64 images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_gemma_tokenizer()
+        config = Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=2048,
+        )
+        transformer = SanaTransformer2DModel(
+            in_channels=32,
+            out_channels=32,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=2,
+        )
+        widths, kinds = (8, 8, 8, 8, 16, 16), ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+        vae = AutoencoderDC(
+            latent_channels=32,
+            attention_head_dim=8,
+            encoder_block_types=kinds,
+            decoder_block_types=kinds,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
+            encoder_qkv_multiscales=((),) * 6,
+            decoder_qkv_multiscales=((),) * 6,
+            downsample_block_type="Conv",
+            upsample_block_type="interpolate",
+            scaling_factor=0.41407,
+            encoder_out_shortcut=False,
+            decoder_in_shortcut=False,
+        )
+        return SanaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=Gemma2Model(config).eval(),
+            vae=vae.eval(),
+            transformer=transformer.eval(),
+            scheduler=DPMSolverMultistepScheduler(
+                flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+            ),
         )

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
-from tests.tiny_flows import tiny_flux
+from tests.tiny_flows import tiny_flux, tiny_sana
 from wadi.backbones import BACKBONES, Backbone
 from wadi.backbones.flux import FluxBackbone, pack, unpack
 from wadi.diffusion import RectifiedFlow
@@ -39,6 +39,7 @@ CASES = {
     "sd3.5-large": partial(tiny_sd3, qk_norm="rms_norm"),
     "flux-dev": tiny_flux,
     "flux-schnell": partial(tiny_flux, dev=False),
+    "sana": tiny_sana,
 }
 NEARLY = {"klein", "qwen-image"}
 """Whose latents are normalised by other operations than the stock pipeline's: equal to 1e-5."""

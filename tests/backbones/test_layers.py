@@ -5,6 +5,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -58,6 +59,15 @@ ARCHITECTURES = {
     ),
     "flux-dev": lambda: FluxTransformer2DModel(guidance_embeds=True),
     "flux-schnell": lambda: FluxTransformer2DModel(guidance_embeds=False),
+    "sana-1.6b": lambda: SanaTransformer2DModel(),
+    "sana-0.6b": lambda: SanaTransformer2DModel(
+        num_layers=28,
+        num_attention_heads=36,
+        attention_head_dim=32,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+    ),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -123,6 +133,8 @@ FLOWS = {
     "sd35-large": (8056.6, 234.6, 158.3, 529, ["attn.add_q_proj"]),
     "flux-dev": (11901.4, 269.0, 194.2, 494, []),
     "flux-schnell": (11891.2, 269.0, 194.2, 494, []),
+    "sana-1.6b": (1604.5, 34.4, 34.4, 160, []),
+    "sana-0.6b": (591.7, 24.8, 24.8, 224, []),
 }
 
 

@@ -154,3 +154,21 @@ def test_the_schedule_is_a_flow_whose_shift_changes_no_prediction(case):
     x, p = torch.randn(2, 2, 3, 4, 4)
     t = torch.tensor([1.0, 0.3])
     torch.testing.assert_close(schedule.x0(p, x, t), x - t.view(-1, 1, 1, 1) * p)
+
+
+@every
+def test_a_prompt_of_the_limit_is_not_cut(case):
+    """Its last token still counts, and of a longer one the pipeline drops something."""
+    backbone = make(case)
+    text, letters = backbone.text, "abcdefghijklmnopqrstuvwxyz" * 40
+    longest = max(n for n in range(1, 1024) if len(text.tokenizer(letters[:n]).input_ids) <= text.limit)
+    assert len(text.tokenizer(letters[:longest]).input_ids) == text.limit
+
+    def differs(length):
+        start, last = letters[: length - 1], letters[length - 1]
+        pair = text.encode([start + last, start + ("a" if last != "a" else "b")])
+        return any(not torch.equal(tensor[0], tensor[1]) for tensor in pair.values())
+
+    assert differs(longest)
+    if not case.startswith(("qwen", "sd3")):  # which drop what they write behind; whose T5 takes more
+        assert not differs(longest + 1)

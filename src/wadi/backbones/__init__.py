@@ -6,6 +6,7 @@
 | `PixArtAlphaPipeline`, `PixArtSigmaPipeline` | `PixArtTransformer2DModel` | epsilon |
 | `StableDiffusion3Pipeline` | `SD3Transformer2DModel` | v of a rectified flow |
 | `FluxPipeline` | `FluxTransformer2DModel` | v of a rectified flow |
+| `SanaPipeline` | `SanaTransformer2DModel` | v of a rectified flow |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from wadi.backbones.base import Backbone
 from wadi.backbones.flux import FluxBackbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
+from wadi.backbones.sana import SanaBackbone
 from wadi.backbones.sd import UNetBackbone
 from wadi.backbones.sd3 import SD3Backbone
 from wadi.backbones.sdxl import SDXLBackbone
@@ -35,6 +37,7 @@ __all__ = [
     "PromptEncoder",
     "SD3Backbone",
     "SDXLBackbone",
+    "SanaBackbone",
     "UNetBackbone",
     "fake_config",
     "load_backbone",
@@ -54,6 +57,7 @@ BACKBONES: dict[str, type[Backbone]] = {
         PixArtSigmaBackbone,
         SD3Backbone,
         FluxBackbone,
+        SanaBackbone,
     )
 }
 """By the pipeline class in model_index.json."""

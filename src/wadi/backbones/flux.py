@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
 from wadi.backbones.base import Backbone
@@ -44,17 +43,6 @@ class FluxPrompts(PromptEncoder):
     parts = ("text_encoder", "text_encoder_2")
     large = "text_encoder_2"
     dimensions: ClassVar[dict[str, int]] = {STATES: 3, POOLED: 2}
-
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        folder: Path | None = None,
-    ) -> None:
-        super().__init__(pipeline, dtype, device, folder)
-        self.tokenizer = pipeline.tokenizer_2
-        self.limit = min(self.tokenizer.model_max_length, self.length)
 
     def _encode(self, prompts: list[str]) -> Condition:
         states, pooled, _ = self.pipeline.encode_prompt(

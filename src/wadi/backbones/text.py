@@ -19,7 +19,13 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from wadi.backbones.condition import MASK, STATES, Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
-from wadi.onestep.loading import call_default, load_pipeline, pipeline_folder, prompt_limit
+from wadi.onestep.loading import (
+    call_default,
+    load_pipeline,
+    pipeline_folder,
+    prompt_limit,
+    prompt_tokenizer,
+)
 
 NETWORKS = ("unet", "transformer")
 SAMPLED_BEYOND = 2**30
@@ -61,7 +67,7 @@ class PromptEncoder(ABC):
         folder: Path | None = None,
     ) -> None:
         self.pipeline, self.dtype, self.device, self.folder = pipeline, dtype, torch.device(device), folder
-        self.tokenizer, self.limit = pipeline.tokenizer, prompt_limit(pipeline)
+        self.tokenizer, self.limit = prompt_tokenizer(pipeline), prompt_limit(pipeline)
         self.length: int | None = call_default(type(pipeline), "max_sequence_length")
 
     @classmethod

@@ -12,7 +12,15 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    ZImagePipeline,
+)
+from transformers import PreTrainedTokenizerBase
 
 from wadi.errors import WadiError, tell
 from wadi.files import read_json
@@ -142,11 +150,32 @@ def call_default(kind: type[DiffusionPipeline], argument: str) -> Any:
     return None if found is None else found.default
 
 
+def prompt_tokenizer(pipeline: DiffusionPipeline) -> PreTrainedTokenizerBase:
+    """The tokenizer by which the length of a prompt is measured: the first; T5's for FLUX.1.
+
+    FLUX.1's CLIP only gives one pooled embedding, for which all pipelines cut the prompt.
+    """
+    return pipeline.tokenizer_2 if isinstance(pipeline, FluxPipeline) else pipeline.tokenizer
+
+
 def prompt_limit(pipeline: DiffusionPipeline) -> int:
-    """Most tokens of a prompt: of the shortest tokenizer, and never more than the pipeline itself pads to."""
-    limits = [getattr(pipeline, name).model_max_length for name in TOKENIZERS if _has(pipeline, name)]
+    """Most tokens of a prompt, as `prompt_tokenizer` counts them, that the stock pipeline does not cut.
+
+    That is the length of the shortest tokenizer, and never more than the pipeline itself pads to, without
+    what it writes around a prompt.
+    """
     own = call_default(type(pipeline), "max_sequence_length")
-    return min(limits if own is None else [*limits, own])
+    names = ("tokenizer_2",) if isinstance(pipeline, FluxPipeline) else TOKENIZERS
+    limits = [getattr(pipeline, name).model_max_length for name in names if _has(pipeline, name)]
+    return min(limits if own is None else [*limits, own]) - _around(pipeline)
+
+
+def _around(pipeline: DiffusionPipeline) -> int:
+    """Tokens that count against the limit beside those of a prompt."""
+    tokenizer = pipeline.tokenizer
+    if isinstance(pipeline, SanaPipeline):  # keeps two less than it says; one is the first token of the text
+        return 2 - tokenizer.num_special_tokens_to_add()
+    return 0
 
 
 def _has(pipeline: DiffusionPipeline, part: str) -> bool:

@@ -26,7 +26,8 @@ _USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
 _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 _PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 _FLUX = "FluxPipeline"
-_TAKES = {_SD3: 16, _FLUX: 64} | dict.fromkeys(_PIXART, 4)
+_SANA = "SanaPipeline"
+_TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32} | dict.fromkeys(_PIXART, 4)
 """Pipelines with a transformer, and the channels that it takes where its configuration does not say."""
 _PACKED = (_FLUX,)
 """Those whose transformer takes four latents as one token."""
@@ -192,7 +193,7 @@ def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any
         return {"joint_attention_dim": states[2], "pooled_projection_dim": _sum(pooled[0], pooled[1])}
     if pipeline == _FLUX:
         return {"joint_attention_dim": states[1], "pooled_projection_dim": states[0]}
-    if pipeline in _PIXART:
+    if pipeline in (*_PIXART, _SANA):
         return {"caption_channels": states[0]}
     return {} if encoders[1] else {"cross_attention_dim": states[0]}
 
