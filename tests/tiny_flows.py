@@ -5,14 +5,27 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
 )
-from transformers import CLIPTextModel, Gemma2Config, Gemma2Model, GemmaTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from tests.tiny import tiny_clip, tiny_flow_vae, tiny_t5, tiny_tokenizer
 
@@ -121,4 +134,68 @@ def tiny_sana(seed: int = 0) -> SanaPipeline:
             scheduler=DPMSolverMultistepScheduler(
                 flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
             ),
+        )
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte, with a chat template."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_qwen(kind: type, layers: int, tokenizer: Qwen2Tokenizer) -> Qwen3Model | Qwen3ForCausalLM:
+    """A Qwen3 of either class, whose states have 16 numbers."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+    return kind(config).eval()
+
+
+def tiny_klein(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+    """Build a `Flux2KleinPipeline` of 4 pixels a latent with FLUX.1's scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_qwen_tokenizer()
+        transformer = Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 16,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(8,) * 2,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=32,
+        )
+        vae.bn.running_mean.normal_(0, 0.1)
+        vae.bn.running_var.uniform_(0.5, 3)
+        return Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SHIFT),
+            vae=vae.eval(),
+            text_encoder=tiny_qwen(Qwen3ForCausalLM, 28, tokenizer),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+            is_distilled=is_distilled,
         )

@@ -9,8 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
-from tests.tiny_flows import tiny_flux, tiny_sana
-from wadi.backbones import BACKBONES, Backbone
+from tests.tiny_flows import tiny_flux, tiny_klein, tiny_sana
+from wadi.backbones import BACKBONES, Backbone, KleinBackbone
 from wadi.backbones.flux import FluxBackbone, pack, unpack
 from wadi.diffusion import RectifiedFlow
 from wadi.onestep.loading import guidance_arguments, stock_arguments
@@ -40,6 +40,7 @@ CASES = {
     "flux-dev": tiny_flux,
     "flux-schnell": partial(tiny_flux, dev=False),
     "sana": tiny_sana,
+    "klein": tiny_klein,
 }
 NEARLY = {"klein", "qwen-image"}
 """Whose latents are normalised by other operations than the stock pipeline's: equal to 1e-5."""
@@ -67,9 +68,11 @@ def stock(backbone: Backbone, prompts=PROMPTS, z=None, scale: float = 1.0, **opt
     arguments = stock_arguments(pipeline) | guidance_arguments(pipeline, scale) | options
     if z is not None:
         arguments["latents"] = pack(z) if packs else z
-    images = pipeline(list(prompts), height=height, width=width, **arguments).images
+    images = pipeline(prompt=list(prompts), height=height, width=width, **arguments).images
     if options.get("output_type") != "latent":
         return images
+    if isinstance(backbone, KleinBackbone):
+        return backbone.scaled(images)
     return unpack(images, *backbone.latent_shape[1:]) if packs else images
 
 

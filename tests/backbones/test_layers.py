@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -67,6 +68,20 @@ ARCHITECTURES = {
         num_cross_attention_heads=16,
         cross_attention_head_dim=72,
         cross_attention_dim=1152,
+    ),
+    "klein-4b": lambda: Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    ),
+    "klein-9b": lambda: Flux2Transformer2DModel(
+        num_layers=8,
+        num_single_layers=24,
+        num_attention_heads=32,
+        joint_attention_dim=12288,
+        guidance_embeds=False,
     ),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
@@ -135,6 +150,8 @@ FLOWS = {
     "flux-schnell": (11891.2, 269.0, 194.2, 494, []),
     "sana-1.6b": (1604.5, 34.4, 34.4, 160, []),
     "sana-0.6b": (591.7, 24.8, 24.8, 224, []),
+    "klein-4b": (3875.5, 78.6, 78.6, 100, []),
+    "klein-9b": (9078.6, 141.6, 141.6, 144, []),
 }
 
 

@@ -7,6 +7,7 @@
 | `StableDiffusion3Pipeline` | `SD3Transformer2DModel` | v of a rectified flow |
 | `FluxPipeline` | `FluxTransformer2DModel` | v of a rectified flow |
 | `SanaPipeline` | `SanaTransformer2DModel` | v of a rectified flow |
+| `Flux2KleinPipeline` | `Flux2Transformer2DModel` | v of a rectified flow |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from wadi.backbones.base import Backbone
 from wadi.backbones.flux import FluxBackbone
+from wadi.backbones.klein import KleinBackbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
 from wadi.backbones.sana import SanaBackbone
 from wadi.backbones.sd import UNetBackbone
@@ -32,6 +34,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "FluxBackbone",
+    "KleinBackbone",
     "PixArtBackbone",
     "PixArtSigmaBackbone",
     "PromptEncoder",
@@ -58,6 +61,7 @@ BACKBONES: dict[str, type[Backbone]] = {
         SD3Backbone,
         FluxBackbone,
         SanaBackbone,
+        KleinBackbone,
     )
 }
 """By the pipeline class in model_index.json."""

@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
+    Flux2KleinPipeline,
     FluxPipeline,
     QwenImagePipeline,
     SanaPipeline,
@@ -175,6 +176,15 @@ def _around(pipeline: DiffusionPipeline) -> int:
     tokenizer = pipeline.tokenizer
     if isinstance(pipeline, SanaPipeline):  # keeps two less than it says; one is the first token of the text
         return 2 - tokenizer.num_special_tokens_to_add()
+    if isinstance(pipeline, Flux2KleinPipeline):
+        thinking = isinstance(pipeline, ZImagePipeline)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        return len(tokenizer(text).input_ids)
     return 0
 
 

@@ -26,12 +26,12 @@ _USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
 _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 _PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 _FLUX = "FluxPipeline"
-_SANA = "SanaPipeline"
-_TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32} | dict.fromkeys(_PIXART, 4)
+_SANA, _KLEIN = "SanaPipeline", "Flux2KleinPipeline"
+_TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32, _KLEIN: 128} | dict.fromkeys(_PIXART, 4)
 """Pipelines with a transformer, and the channels that it takes where its configuration does not say."""
-_PACKED = (_FLUX,)
+_PACKED = (_FLUX, _KLEIN)
 """Those whose transformer takes four latents as one token."""
-_ANY_SIZE = (_FLUX,)
+_ANY_SIZE = (_FLUX, _KLEIN)
 """Those whose transformer does not say on which size it was trained."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
@@ -142,6 +142,11 @@ def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> N
             f"{where}: the transformer takes {channels} channels and gives {out}; only as many{also} can be "
             "used, so name the text-to-image model"
         )
+    if pipeline == _KLEIN and config.get("guidance_embeds", True):
+        raise WadiError(
+            f"{where}: the transformer takes the guidance as an input (guidance_embeds), which a {pipeline} "
+            "does not give; name a FLUX.2-klein model"
+        )
     if pipeline not in _ANY_SIZE:
         _check_size(where, config)
     _check_latents(folder, where, channels // 4 if pipeline in _PACKED else channels)
@@ -193,6 +198,8 @@ def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any
         return {"joint_attention_dim": states[2], "pooled_projection_dim": _sum(pooled[0], pooled[1])}
     if pipeline == _FLUX:
         return {"joint_attention_dim": states[1], "pooled_projection_dim": states[0]}
+    if pipeline == _KLEIN:
+        return {"joint_attention_dim": _sum(*[states[0]] * 3)}
     if pipeline in (*_PIXART, _SANA):
         return {"caption_channels": states[0]}
     return {} if encoders[1] else {"cross_attention_dim": states[0]}
