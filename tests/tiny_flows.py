@@ -6,14 +6,19 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -21,6 +26,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -198,4 +205,85 @@ def tiny_klein(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
             tokenizer=tokenizer,
             transformer=transformer.eval(),
             is_distilled=is_distilled,
+        )
+
+
+def tiny_z_image(seed: int = 0) -> ZImagePipeline:
+    """Build a `ZImagePipeline` of 2 pixels a latent with the published scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_qwen_tokenizer()
+        transformer = ZImageTransformer2DModel(
+            in_channels=16,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 4, 8],
+            axes_lens=[1536, 512, 512],
+        )
+        torch.nn.init.normal_(transformer.x_pad_token)
+        torch.nn.init.normal_(transformer.cap_pad_token)
+        return ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_flow_vae(0.3611, 0.1159),
+            text_encoder=tiny_qwen(Qwen3Model, 3, tokenizer),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+
+
+def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
+    """Build a `QwenImagePipeline` of 8 pixels a latent with the published scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_qwen_tokenizer()
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        }
+        vision = {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [0],
+        }
+        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        config = Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, **{name: i for i, name in enumerate(ids)}
+        )
+        transformer = QwenImageTransformer2DModel(
+            in_channels=64,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        )
+        return QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=1.0,
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=0.9,
+                base_image_seq_len=256,
+                max_image_seq_len=8192,
+                shift_terminal=0.02,
+                time_shift_type="exponential",
+            ),
+            vae=AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval(),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
         )

@@ -9,8 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
 
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
-from tests.tiny_flows import tiny_flux, tiny_klein, tiny_sana
-from wadi.backbones import BACKBONES, Backbone, KleinBackbone
+from tests.tiny_flows import tiny_flux, tiny_klein, tiny_qwen_image, tiny_sana, tiny_z_image
+from wadi.backbones import BACKBONES, Backbone, KleinBackbone, QwenImageBackbone
 from wadi.backbones.flux import FluxBackbone, pack, unpack
 from wadi.diffusion import RectifiedFlow
 from wadi.onestep.loading import guidance_arguments, stock_arguments
@@ -41,6 +41,8 @@ CASES = {
     "flux-schnell": partial(tiny_flux, dev=False),
     "sana": tiny_sana,
     "klein": tiny_klein,
+    "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
 }
 NEARLY = {"klein", "qwen-image"}
 """Whose latents are normalised by other operations than the stock pipeline's: equal to 1e-5."""
@@ -64,7 +66,7 @@ def noise(backbone: Backbone, n: int = 2) -> torch.Tensor:
 def stock(backbone: Backbone, prompts=PROMPTS, z=None, scale: float = 1.0, **options):
     """Images of the stock pipeline; its latents as the network has them, with output_type="latent"."""
     pipeline, (height, width) = backbone.pipeline, backbone.image_size
-    packs = isinstance(backbone, FluxBackbone)
+    packs = isinstance(backbone, (FluxBackbone, QwenImageBackbone))
     arguments = stock_arguments(pipeline) | guidance_arguments(pipeline, scale) | options
     if z is not None:
         arguments["latents"] = pack(z) if packs else z

@@ -6,9 +6,11 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from peft import inject_adapter_in_model
 from torch import nn
@@ -83,6 +85,8 @@ ARCHITECTURES = {
         joint_attention_dim=12288,
         guidance_embeds=False,
     ),
+    "z-image": lambda: ZImageTransformer2DModel(axes_lens=[1536, 512, 512]),
+    "qwen-image": lambda: QwenImageTransformer2DModel(),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -152,6 +156,11 @@ FLOWS = {
     "sana-0.6b": (591.7, 24.8, 24.8, 224, []),
     "klein-4b": (3875.5, 78.6, 78.6, 100, []),
     "klein-9b": (9078.6, 141.6, 141.6, 144, []),
+    "z-image": (6154.9, 154.3, 122.6, 270, []),
+    "qwen-image": (
+        *(20430.4, 471.9, 318.5, 840),
+        ["attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"],
+    ),
 }
 
 

@@ -8,6 +8,8 @@
 | `FluxPipeline` | `FluxTransformer2DModel` | v of a rectified flow |
 | `SanaPipeline` | `SanaTransformer2DModel` | v of a rectified flow |
 | `Flux2KleinPipeline` | `Flux2Transformer2DModel` | v of a rectified flow |
+| `ZImagePipeline` | `ZImageTransformer2DModel` | v of a rectified flow, with the other sign |
+| `QwenImagePipeline` | `QwenImageTransformer2DModel` | v of a rectified flow |
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from wadi.backbones.base import Backbone
 from wadi.backbones.flux import FluxBackbone
 from wadi.backbones.klein import KleinBackbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
+from wadi.backbones.qwen import QwenImageBackbone
 from wadi.backbones.sana import SanaBackbone
 from wadi.backbones.sd import UNetBackbone
 from wadi.backbones.sd3 import SD3Backbone
 from wadi.backbones.sdxl import SDXLBackbone
 from wadi.backbones.text import PromptEncoder
+from wadi.backbones.zimage import ZImageBackbone
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.loading import pipeline_class_name, pipeline_folder
@@ -38,10 +42,12 @@ __all__ = [
     "PixArtBackbone",
     "PixArtSigmaBackbone",
     "PromptEncoder",
+    "QwenImageBackbone",
     "SD3Backbone",
     "SDXLBackbone",
     "SanaBackbone",
     "UNetBackbone",
+    "ZImageBackbone",
     "fake_config",
     "load_backbone",
     "load_prompt_encoder",
@@ -62,6 +68,8 @@ BACKBONES: dict[str, type[Backbone]] = {
         FluxBackbone,
         SanaBackbone,
         KleinBackbone,
+        ZImageBackbone,
+        QwenImageBackbone,
     )
 }
 """By the pipeline class in model_index.json."""

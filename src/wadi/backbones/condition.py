@@ -1,12 +1,13 @@
-"""What a network is told of a prompt: tensors by the name of the network's argument.
+"""What a network is told of a prompt: tensors by the name that most networks have for them.
 
 | network | tensors |
 | --- | --- |
 | `UNet2DConditionModel` | `encoder_hidden_states` (N, L, D); of SDXL also `text_embeds` (N, P), pooled |
-| `SD3Transformer2DModel` | `encoder_hidden_states`, and `pooled_projections` (N, P) |
-| `PixArtTransformer2DModel` | `encoder_hidden_states`, and `encoder_attention_mask` (N, L), true at tokens |
+| of Stable Diffusion 3, FLUX.1 | `encoder_hidden_states`, and `pooled_projections` (N, P) |
+| of FLUX.2-klein | `encoder_hidden_states` |
+| of PixArt, Sana, Z-Image, Qwen-Image | `encoder_hidden_states`, and `encoder_attention_mask` (N, L) |
 
-Only `PER_TOKEN` tensors have a place for each token. All others, the mask too, are of one length for every
+The mask is true at tokens. Only `PER_TOKEN` tensors have a place for each token. All others, the mask too, are of one length for every
 prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or filled up.
 """
 

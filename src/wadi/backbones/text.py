@@ -6,7 +6,7 @@ import gc
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,6 +192,16 @@ class PromptEncoder(ABC):
         if self.large is not None and self.dtype == torch.bfloat16:  # T5 overflows float16
             dtypes[self.large] = torch.bfloat16
         return dtypes
+
+
+def padded(states: Sequence[torch.Tensor], length: int) -> Condition:
+    """States (N, `length`, D), filled up with zeros, of N prompts (L, D), and the mask of their tokens."""
+    found = states[0].new_zeros(len(states), length, states[0].shape[1])
+    mask = torch.zeros(len(states), length, dtype=torch.bool, device=found.device)
+    for row, tokens in enumerate(states):
+        found[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    return {STATES: found, MASK: mask}
 
 
 def cleans_captions() -> bool:

@@ -176,7 +176,10 @@ def _around(pipeline: DiffusionPipeline) -> int:
     tokenizer = pipeline.tokenizer
     if isinstance(pipeline, SanaPipeline):  # keeps two less than it says; one is the first token of the text
         return 2 - tokenizer.num_special_tokens_to_add()
-    if isinstance(pipeline, Flux2KleinPipeline):
+    if isinstance(pipeline, QwenImagePipeline):
+        template = tokenizer(pipeline.prompt_template_encode.format("")).input_ids
+        return len(template) - pipeline.prompt_template_encode_start_idx
+    if isinstance(pipeline, (Flux2KleinPipeline, ZImagePipeline)):
         thinking = isinstance(pipeline, ZImagePipeline)
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}],

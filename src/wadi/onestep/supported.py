@@ -27,11 +27,12 @@ _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "Stab
 _PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 _FLUX = "FluxPipeline"
 _SANA, _KLEIN = "SanaPipeline", "Flux2KleinPipeline"
-_TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32, _KLEIN: 128} | dict.fromkeys(_PIXART, 4)
+_Z, _QWEN = "ZImagePipeline", "QwenImagePipeline"
+_TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32, _KLEIN: 128, _Z: 16, _QWEN: 64} | dict.fromkeys(_PIXART, 4)
 """Pipelines with a transformer, and the channels that it takes where its configuration does not say."""
-_PACKED = (_FLUX, _KLEIN)
+_PACKED = (_FLUX, _KLEIN, _QWEN)
 """Those whose transformer takes four latents as one token."""
-_ANY_SIZE = (_FLUX, _KLEIN)
+_ANY_SIZE = (_FLUX, _KLEIN, _Z, _QWEN)
 """Those whose transformer does not say on which size it was trained."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
@@ -136,16 +137,18 @@ def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> N
         return
     where, channels = folder / "transformer", config.get("in_channels", _TAKES[pipeline])
     out, learned = config.get("out_channels") or channels, pipeline in _PIXART
+    if pipeline == _QWEN:  # counts what it gives by latents, and not by tokens
+        out = 4 * config.get("out_channels", 16)
     if out not in ((channels, 2 * channels) if learned else (channels,)):
         also = ", or twice as many (learned sigma)," if learned else ""
         raise WadiError(
             f"{where}: the transformer takes {channels} channels and gives {out}; only as many{also} can be "
             "used, so name the text-to-image model"
         )
-    if pipeline == _KLEIN and config.get("guidance_embeds", True):
+    if pipeline in (_KLEIN, _QWEN) and config.get("guidance_embeds", pipeline == _KLEIN):
         raise WadiError(
             f"{where}: the transformer takes the guidance as an input (guidance_embeds), which a {pipeline} "
-            "does not give; name a FLUX.2-klein model"
+            "does not give; name another model"
         )
     if pipeline not in _ANY_SIZE:
         _check_size(where, config)
@@ -164,7 +167,8 @@ def _check_size(where: Path, config: dict[str, Any]) -> None:
 
 
 def _check_latents(folder: Path, where: Path, channels: int) -> None:
-    latents = _config(folder / "vae").get("latent_channels", channels)
+    vae = _config(folder / "vae")
+    latents = vae.get("latent_channels", vae.get("z_dim", channels))
     if latents != channels:
         raise WadiError(
             f"{where}: takes latents of {channels} channels, and the autoencoder in {folder / 'vae'} gives "
@@ -200,6 +204,10 @@ def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any
         return {"joint_attention_dim": states[1], "pooled_projection_dim": states[0]}
     if pipeline == _KLEIN:
         return {"joint_attention_dim": _sum(*[states[0]] * 3)}
+    if pipeline == _QWEN:
+        return {"joint_attention_dim": encoders[0].get("text_config", {}).get("hidden_size", states[0])}
+    if pipeline == _Z:
+        return {"cap_feat_dim": states[0]}
     if pipeline in (*_PIXART, _SANA):
         return {"caption_channels": states[0]}
     return {} if encoders[1] else {"cross_attention_dim": states[0]}
