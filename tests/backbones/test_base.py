@@ -79,6 +79,8 @@ def test_a_folder_gives_the_conditions_that_the_stock_pipeline_sees(case, tmp_pa
         assert all(getattr(text.pipeline, part) is None for part in text.parts)
         assert {name: tensor.ndim for name, tensor in found.items()} == encoder.dimensions
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+    encoder.length = 1 + (encoder.length or 0)  # is part of the condition, so other entries of the cache
+    assert loaded.text.identity() != encoder.identity()
 
 
 @every

@@ -1,17 +1,23 @@
 """Rectified flows beside their stock pipelines: several steps, guidance, time, prompts, and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
+from accelerate import Accelerator
 
-from tests.backbones.cases import CASES, PROMPTS, as_shipped, close, make, noise, stock
+from tests.backbones.cases import CASES, PROMPTS, as_shipped, close, make, noise, of, stock
 from wadi.backbones import student_config
 from wadi.backbones.condition import concatenate, pick, repeat
 from wadi.diffusion import RectifiedFlow
 from wadi.distill.cache import EmbeddingCache
+from wadi.distill.checks import check_network
 from wadi.distill.config import DistillConfig
 from wadi.distill.prompts import encode_prompts
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
 from wadi.distill.scores import Scores
+from wadi.distill.trainer import Trainer
+from wadi.errors import WadiError
 
 FLOWS = [case for case in CASES if not case.startswith(("sd", "pixart")) or case.startswith("sd3")]
 flows = pytest.mark.parametrize("case", FLOWS)
@@ -61,7 +67,7 @@ def test_the_network_is_told_the_time_of_the_pipeline_in_bfloat16(case):
     """Where sigma alone would be rounded otherwise."""
     backbone, told = make(case), []
     pipeline = backbone.pipeline.to(torch.bfloat16)
-    backbone = type(backbone)(pipeline, resolution=None if case.startswith(("sd", "sana")) else 32)
+    backbone = of(pipeline)
     scheduler, schedule = as_shipped(backbone), backbone.schedule()
 
     def record(module, args, kwargs):
@@ -172,3 +178,44 @@ def test_a_prompt_of_the_limit_is_not_cut(case):
     assert differs(longest)
     if not case.startswith(("klein", "z-image", "qwen", "sd3")):  # write something behind; T5 takes more
         assert not differs(longest + 1)
+
+
+@flows
+def test_training_moves_student_and_fake_model(case):
+    """With guidance, of which the teacher alone is told another scale where it is an input."""
+    backbone, told = make(case), {}
+    backbone.text.length = 64  # fewer tokens than the pipeline's, for speed
+    config = DistillConfig(guidance_scale=4.0, student_rank=2, fake_rank=2, train_batch_size=1)
+    trainer = Trainer(config, backbone, encode_prompts(backbone.text, PROMPTS, []), Accelerator(cpu=True))
+    for name in ("teacher", "student", "fake"):
+        hook = partial(record_guidance, told.setdefault(name, set()))
+        getattr(trainer, name).register_forward_pre_hook(hook, with_kwargs=True)
+    student, fake = (
+        {name: p.clone() for name, p in parameters.items()}
+        for parameters in (trainer.student_parameters, trainer.fake_parameters)
+    )
+    assert all(bool(value.isfinite()) for value in trainer.step(0).values())
+    for before, after in ((student, trainer.student_parameters), (fake, trainer.fake_parameters)):
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+    usual = {3.5} if backbone.takes_guidance else {None}
+    expected = {4.0} if backbone.takes_guidance else {None}
+    assert told == {"teacher": expected, "student": usual, "fake": usual}
+
+
+def record_guidance(seen, module, args, kwargs):
+    scale = kwargs.get("guidance")
+    seen.update({None} if scale is None else set(scale.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [
+        ("flux-dev", {"fake_guidance_scale": 2.0}, "--fake-guidance-scale: the network of this FluxPipeline"),
+        ("z-image", {"cuda_graphs": True}, "--cuda-graphs: the network of a ZImagePipeline"),
+    ],
+)
+def test_options_that_a_network_has_no_use_for_get_one_line(case, options, message):
+    with pytest.raises(WadiError, match=message) as caught:
+        check_network(DistillConfig(**options), make(case))
+    assert "\n" not in str(caught.value)
+    check_network(DistillConfig(**options), make("sd"))

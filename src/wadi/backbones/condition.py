@@ -7,8 +7,8 @@
 | of FLUX.2-klein | `encoder_hidden_states` |
 | of PixArt, Sana, Z-Image, Qwen-Image | `encoder_hidden_states`, and `encoder_attention_mask` (N, L) |
 
-The mask is true at tokens. Only `PER_TOKEN` tensors have a place for each token. All others, the mask too, are of one length for every
-prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or filled up.
+The mask is true at tokens. Only `PER_TOKEN` tensors have a place for each token. All others, the mask too,
+are of one length for every prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or filled up.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class QwenImageBackbone(Backbone):
 
     @classmethod
     def layers(cls, network: nn.Module, pattern: str) -> list[str]:
-        """See `Backbone.layers`; without those whose result the last block drops: no gradient reaches them."""
+        """See `Backbone.layers`; without those whose result the last block drops: they get no gradient."""
         last = f"transformer_blocks.{len(network.transformer_blocks) - 1}."
         dropped = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
         unused = {last + name for name in dropped}

@@ -27,7 +27,10 @@ class ThreePrompts(PromptEncoder):
 
     def _encode(self, prompts: list[str]) -> Condition:
         states, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+            *(prompts, None, None),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.length,
         )
         return {STATES: states, POOLED: pooled}
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from wadi.backbones import Backbone
 from wadi.distill.config import FITS, DistillConfig, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
@@ -46,6 +47,26 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
         tell(
             f"--preset {config.preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
             f"{found.resolution}; the preset for that would be {_right_preset(found)}"
+        )
+
+
+def check_network(config: DistillConfig, backbone: Backbone) -> None:
+    """Refuse options that the teacher's kind of network has no use for.
+
+    Raises:
+        WadiError: guidance of the fake model, where the network takes the guidance as an input; CUDA graphs,
+            where the host must wait for the device.
+    """
+    kind = type(backbone.pipeline).__name__
+    if backbone.takes_guidance and config.fake_guidance_scale != 1:
+        raise WadiError(
+            f"--fake-guidance-scale: the network of this {kind} takes the guidance as an input, and the fake "
+            "model is told what the student is told; omit the option"
+        )
+    if config.cuda_graphs and not backbone.capturable:
+        raise WadiError(
+            f"--cuda-graphs: the network of a {kind} must know how long each prompt is, for which the host "
+            "waits; omit the option"
         )
 
 

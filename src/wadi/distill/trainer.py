@@ -15,6 +15,7 @@ from wadi import graph
 from wadi.backbones import Backbone
 from wadi.backbones.condition import Condition, pick
 from wadi.distill import checkpoint
+from wadi.distill.checks import check_network
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws, StepInputs
 from wadi.distill.fake import FakeModel
@@ -59,6 +60,7 @@ class Trainer:
         accelerator: Accelerator,
         inputs: Mapping[str, str | None] | None = None,
     ) -> None:
+        check_network(config, backbone)
         self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
         self.fingerprint = config.fingerprint(inputs)
         self.device, self.hosts = accelerator.device, hosts_group(accelerator)
@@ -83,9 +85,6 @@ class Trainer:
             raise WadiError("--cuda-graphs: needs a CUDA device; omit it here")
         if config.cuda_graphs and self.hosts is not None:
             raise WadiError("--cuda-graphs: works in one process only; omit it or start one process")
-        if config.cuda_graphs and not backbone.capturable:
-            kind = type(backbone.pipeline).__name__
-            raise WadiError(f"--cuda-graphs: the network of a {kind} waits for the device; omit the option")
 
     def _build_parts(self) -> None:
         """What a step consists of, around the three networks."""

@@ -30,6 +30,8 @@ _SANA, _KLEIN = "SanaPipeline", "Flux2KleinPipeline"
 _Z, _QWEN = "ZImagePipeline", "QwenImagePipeline"
 _TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32, _KLEIN: 128, _Z: 16, _QWEN: 64} | dict.fromkeys(_PIXART, 4)
 """Pipelines with a transformer, and the channels that it takes where its configuration does not say."""
+_KLEIN_READS = 27
+"""The last layer of its text encoder whose states FLUX.2-klein is told."""
 _PACKED = (_FLUX, _KLEIN, _QWEN)
 """Those whose transformer takes four latents as one token."""
 _ANY_SIZE = (_FLUX, _KLEIN, _Z, _QWEN)
@@ -145,10 +147,16 @@ def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> N
             f"{where}: the transformer takes {channels} channels and gives {out}; only as many{also} can be "
             "used, so name the text-to-image model"
         )
-    if pipeline in (_KLEIN, _QWEN) and config.get("guidance_embeds", pipeline == _KLEIN):
+    if pipeline in (_KLEIN, _QWEN, _SANA) and config.get("guidance_embeds", pipeline == _KLEIN):
         raise WadiError(
             f"{where}: the transformer takes the guidance as an input (guidance_embeds), which a {pipeline} "
             "does not give; name another model"
+        )
+    layers = _config(folder / "text_encoder").get("num_hidden_layers")
+    if pipeline == _KLEIN and isinstance(layers, int) and layers < _KLEIN_READS:
+        raise WadiError(
+            f"{folder / 'text_encoder'}: has {layers} layers, and a {pipeline} reads the states of the "
+            f"{_KLEIN_READS}th; the two are of different models"
         )
     if pipeline not in _ANY_SIZE:
         _check_size(where, config)
