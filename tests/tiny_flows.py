@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_clip, tiny_flow_vae, tiny_t5, tiny_tokenizer
+from wadi.backbones.sana import INSTRUCTION
 
 FLUX_SHIFT = {
     "shift": 3.0,
@@ -80,12 +81,14 @@ def tiny_flux(dev: bool = True, seed: int = 0) -> FluxPipeline:
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:
-    """One token a character."""
+    """One token a character, and one for each word of Sana's long instruction."""
     letters = [chr(i) for i in range(33, 127)]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *letters]
     tokens += [f"<0x{i:02X}>" for i in range(256)]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    tokenizer.add_tokens(sorted({word for word in " ".join(INSTRUCTION).split() if len(word) > 3}))
+    return tokenizer
 
 
 def tiny_sana(seed: int = 0) -> SanaPipeline:

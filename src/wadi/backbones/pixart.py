@@ -37,6 +37,7 @@ class T5Prompts(PromptEncoder):
             prompts,
             do_classifier_free_guidance=False,
             device=self.device,
+            max_sequence_length=self.length,
             clean_caption=cleans_captions(),
         )
         return {STATES: states, MASK: mask}
