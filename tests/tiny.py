@@ -134,6 +134,13 @@ def tiny_vae(channels: int = 4, **options) -> AutoencoderKL:
     ).eval()
 
 
+def tiny_flow_vae(scaling: float, shift: float) -> AutoencoderKL:
+    """The same as rectified flows have it: 16 channels, shifted and scaled."""
+    return tiny_vae(
+        16, scaling_factor=scaling, shift_factor=shift, use_quant_conv=False, use_post_quant_conv=False
+    )
+
+
 def tiny_sdxl(force_zeros: bool = True, seed: int = 0) -> StableDiffusionXLPipeline:
     """Build a `StableDiffusionXLPipeline` with the published scheduler, 8x8 latents and 16x16 images."""
     with torch.random.fork_rng(devices=[]):
@@ -174,6 +181,15 @@ def tiny_sdxl(force_zeros: bool = True, seed: int = 0) -> StableDiffusionXLPipel
         )
 
 
+def tiny_t5(width: int, model_max_length: int = 512) -> dict:
+    """A T5 encoder whose states have this width, and its tokenizer: one token a character."""
+    letters = [(chr(i), -3.0) for i in range(33, 127)]
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+    tokenizer = T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=model_max_length)
+    return {"encoder": T5EncoderModel(config).eval(), "tokenizer": tokenizer}
+
+
 def tiny_sd3(seed: int = 0, **options) -> StableDiffusion3Pipeline:
     """Build a `StableDiffusion3Pipeline` with the published scheduler, 8x8 latents and 16x16 images.
 
@@ -181,13 +197,11 @@ def tiny_sd3(seed: int = 0, **options) -> StableDiffusion3Pipeline:
         seed: of the weights.
         **options: of the transformer, as SD 3.5 has them.
     """
-    letters = [(chr(i), -3.0) for i in range(33, 127)]
-    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first, second = tiny_tokenizer(32), tiny_tokenizer(32)
         second.pad_token = "!"
-        t5 = T5Config(vocab_size=len(tokens), d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+        t5 = tiny_t5(64)
         transformer = SD3Transformer2DModel(
             sample_size=8,
             num_layers=2,
@@ -202,19 +216,13 @@ def tiny_sd3(seed: int = 0, **options) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(
             transformer=transformer.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=tiny_vae(
-                16,
-                scaling_factor=1.5305,
-                shift_factor=0.0609,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=tiny_flow_vae(1.5305, 0.0609),
             text_encoder=tiny_clip(CLIPTextModelWithProjection, first, 16),
             tokenizer=first,
             text_encoder_2=tiny_clip(CLIPTextModelWithProjection, second, 24),
             tokenizer_2=second,
-            text_encoder_3=T5EncoderModel(t5).eval(),
-            tokenizer_3=T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=512),
+            text_encoder_3=t5["encoder"],
+            tokenizer_3=t5["tokenizer"],
         )
 
 

@@ -19,7 +19,7 @@ from wadi.distill.report import report
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import load_tensors
 from wadi.onestep import OneStepPipeline, Student, load_pipeline
-from wadi.onestep.loading import stock_arguments, unguided_arguments
+from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.pipeline import load_for_steps
 
 TINY = {
@@ -197,4 +197,4 @@ def test_the_network_is_asked_once(case):
     )
     student("a red cat", seed=3)
     assert asked == [1]
-    assert unguided_arguments(student.pipeline) == {"guidance_scale": 1.0}
+    assert guidance_arguments(student.pipeline) == {"guidance_scale": 1.0}

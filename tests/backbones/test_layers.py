@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from peft import inject_adapter_in_model
 from torch import nn
 
 from tests.tiny import tiny_pipeline
-from wadi.backbones import fake_config, student_config
+from wadi.backbones import BACKBONES, Backbone, fake_config, student_config
 from wadi.lorad import LoRaDConfig
 
 ARCHITECTURES = {
@@ -34,6 +43,50 @@ ARCHITECTURES = {
         caption_projection_dim=1536,
         pos_embed_max_size=192,
     ),
+    "sd35-medium": lambda: SD3Transformer2DModel(
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    ),
+    "sd35-large": lambda: SD3Transformer2DModel(
+        num_layers=38,
+        attention_head_dim=64,
+        num_attention_heads=38,
+        caption_projection_dim=2432,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    ),
+    "flux-dev": lambda: FluxTransformer2DModel(guidance_embeds=True),
+    "flux-schnell": lambda: FluxTransformer2DModel(guidance_embeds=False),
+    "sana-1.6b": lambda: SanaTransformer2DModel(),
+    "sana-0.6b": lambda: SanaTransformer2DModel(
+        num_layers=28,
+        num_attention_heads=36,
+        attention_head_dim=32,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+    ),
+    "klein-4b": lambda: Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    ),
+    "klein-9b": lambda: Flux2Transformer2DModel(
+        num_layers=8,
+        num_single_layers=24,
+        num_attention_heads=32,
+        joint_attention_dim=12288,
+        guidance_embeds=False,
+    ),
+    "z-image": lambda: ZImageTransformer2DModel(axes_lens=[1536, 512, 512]),
+    "qwen-image": lambda: QwenImageTransformer2DModel(),
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -92,7 +145,44 @@ def test_counts_of_the_paper(architecture, student, fake):
             assert count(model, preset(model)) == expected
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+FLOWS = {
+    # millions of parameters: in all, of a student and of a fake model on all layers of their patterns at rank
+    # 64; the layers of the student's; and those of the last block that no gradient reaches
+    "sd35-medium": (2243.2, 104.6, 70.5, 385, ["attn.add_q_proj"]),
+    "sd35-large": (8056.6, 234.6, 158.3, 529, ["attn.add_q_proj"]),
+    "flux-dev": (11901.4, 269.0, 194.2, 494, []),
+    "flux-schnell": (11891.2, 269.0, 194.2, 494, []),
+    "sana-1.6b": (1604.5, 34.4, 34.4, 160, []),
+    "sana-0.6b": (591.7, 24.8, 24.8, 224, []),
+    "klein-4b": (3875.5, 78.6, 78.6, 100, []),
+    "klein-9b": (9078.6, 141.6, 141.6, 144, []),
+    "z-image": (6154.9, 154.3, 122.6, 270, []),
+    "qwen-image": (
+        *(20430.4, 471.9, 318.5, 840),
+        ["attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", FLOWS)
+def test_counts_of_rectified_flows(architecture):
+    """Of the published sizes; counted in another way than the adapter's, r (out + in / 2) for each layer."""
+    whole, student, fake, layers, dead = FLOWS[architecture]
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture]()
+    kind = next(kind for kind in BACKBONES.values() if kind.drives(model))
+    assert round(model.num_parameters() / 1e6, 1) == whole
+    assert len(Backbone.layers(model, kind.student_pattern)) == layers
+    for pattern, expected in ((kind.student_pattern, student), (kind.fake_pattern, fake)):
+        names = Backbone.layers(model, pattern)
+        turned = [model.get_submodule(name) for name in names]
+        found = sum(64 * (layer.out_features + layer.in_features // 2) for layer in turned)
+        assert round(found / 1e6, 1) == expected
+        left_out = sorted(set(names) - set(kind.layers(model, pattern)))
+        assert [name.split(".", 2)[2] for name in left_out] == dead
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl", "pixart"])
 def test_rank_is_an_option(architecture):
     with torch.device("meta"):
         models = [ARCHITECTURES[architecture]() for _ in range(2)]

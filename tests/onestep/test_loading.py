@@ -17,7 +17,7 @@ from wadi.backbones import load_backbone, load_prompt_encoder
 from wadi.device import chosen_device
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep import OneStepPipeline, load_pipeline
-from wadi.onestep.loading import load_denoiser, load_vae, unguided_arguments
+from wadi.onestep.loading import guidance_arguments, load_denoiser, load_vae
 from wadi.tasks import load_controlnet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -430,7 +430,7 @@ def test_no_guidance_is_said_as_each_pipeline_understands_it(name):
     """The next larger value is guidance: 1 is none for most, and w = 2 for Z-Image."""
     kind = getattr(diffusers, f"{name}Pipeline")
     pipeline = object.__new__(kind)
-    (scale,) = unguided_arguments(pipeline).values()
+    (scale,) = guidance_arguments(pipeline).values()
     for value, guided in ((scale, False), (scale + 0.1, True)):
         vars(pipeline)["_guidance_scale"] = value
         assert pipeline.do_classifier_free_guidance == guided
@@ -441,5 +441,5 @@ def test_a_pipeline_with_a_true_guidance_keeps_the_other(name):
     """There guidance_scale is an input of the network, as it was trained with it."""
     kind = getattr(diffusers, f"{name}Pipeline")
     parameters = inspect.signature(kind.__call__).parameters
-    assert unguided_arguments(object.__new__(kind)) == {"true_cfg_scale": 1.0}
+    assert guidance_arguments(object.__new__(kind)) == {"true_cfg_scale": 1.0}
     assert {"true_cfg_scale", "guidance_scale"} <= parameters.keys()

@@ -5,6 +5,11 @@
 | `StableDiffusionPipeline`, `StableDiffusionXLPipeline` | `UNet2DConditionModel` | epsilon or v |
 | `PixArtAlphaPipeline`, `PixArtSigmaPipeline` | `PixArtTransformer2DModel` | epsilon |
 | `StableDiffusion3Pipeline` | `SD3Transformer2DModel` | v of a rectified flow |
+| `FluxPipeline` | `FluxTransformer2DModel` | v of a rectified flow |
+| `SanaPipeline` | `SanaTransformer2DModel` | v of a rectified flow |
+| `Flux2KleinPipeline` | `Flux2Transformer2DModel` | v of a rectified flow |
+| `ZImagePipeline` | `ZImageTransformer2DModel` | v of a rectified flow, with the other sign |
+| `QwenImagePipeline` | `QwenImageTransformer2DModel` | v of a rectified flow |
 """
 
 from __future__ import annotations
@@ -15,11 +20,16 @@ import torch
 from torch import nn
 
 from wadi.backbones.base import Backbone
+from wadi.backbones.flux import FluxBackbone
+from wadi.backbones.klein import KleinBackbone
 from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
+from wadi.backbones.qwen import QwenImageBackbone
+from wadi.backbones.sana import SanaBackbone
 from wadi.backbones.sd import UNetBackbone
 from wadi.backbones.sd3 import SD3Backbone
 from wadi.backbones.sdxl import SDXLBackbone
 from wadi.backbones.text import PromptEncoder
+from wadi.backbones.zimage import ZImageBackbone
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.loading import pipeline_class_name, pipeline_folder
@@ -27,12 +37,17 @@ from wadi.onestep.loading import pipeline_class_name, pipeline_folder
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "FluxBackbone",
+    "KleinBackbone",
     "PixArtBackbone",
     "PixArtSigmaBackbone",
     "PromptEncoder",
+    "QwenImageBackbone",
     "SD3Backbone",
     "SDXLBackbone",
+    "SanaBackbone",
     "UNetBackbone",
+    "ZImageBackbone",
     "fake_config",
     "load_backbone",
     "load_prompt_encoder",
@@ -44,7 +59,18 @@ FAKE_RANK = 32
 
 BACKBONES: dict[str, type[Backbone]] = {
     backbone.pipeline_class.__name__: backbone
-    for backbone in (UNetBackbone, SDXLBackbone, PixArtBackbone, PixArtSigmaBackbone, SD3Backbone)
+    for backbone in (
+        UNetBackbone,
+        SDXLBackbone,
+        PixArtBackbone,
+        PixArtSigmaBackbone,
+        SD3Backbone,
+        FluxBackbone,
+        SanaBackbone,
+        KleinBackbone,
+        ZImageBackbone,
+        QwenImageBackbone,
+    )
 }
 """Backbones by the pipeline class in model_index.json."""
 
@@ -53,6 +79,7 @@ def load_backbone(
     name_or_path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    resolution: int | None = None,
 ) -> Backbone:
     """Load the backbone of the pipeline in a folder or hub id; see `Backbone.from_pretrained`.
 
@@ -60,7 +87,7 @@ def load_backbone(
         WadiError: this class of pipeline cannot be distilled, or as in `Backbone.from_pretrained`.
     """
     folder = pipeline_folder(name_or_path)
-    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device)
+    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device, resolution)
 
 
 def load_prompt_encoder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,8 +16,19 @@ from torch import nn
 from wadi.backbones.condition import Condition
 from wadi.backbones.text import PromptEncoder
 from wadi.diffusion import Schedule
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
+from wadi.onestep.arguments import own_size, size_step, whole_number
 from wadi.onestep.loading import load_pipeline, pipeline_class_name, pipeline_folder
+
+SINGLY_ABOVE = 512
+"""Pixels: images with a longer side are decoded one by one."""
+TILE = 512
+"""Pixels: side of the tiles in which a VAE works whose memory does not hold an image."""
+
+
+def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is (N, 1, 1, 1)."""
+    return null + scale * (cond - null)
 
 
 class Backbone(ABC):
@@ -30,10 +41,16 @@ class Backbone(ABC):
             CPU.
         folder: the folder of a pipeline that was loaded without its text encoders. They are then loaded only
             while they are used. ``None`` for a pipeline that holds them.
+        resolution: pixels a side of the images, for a network that makes images of any size; ``None`` for the
+            pipeline's own default.
 
     Attributes:
         network: the frozen teacher.
         text: tokenizers and text encoders.
+        image_size: height and width in pixels of the images that are trained.
+
+    Raises:
+        WadiError: `resolution` is not a multiple of what the model takes, or the network has its own size.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -49,12 +66,15 @@ class Backbone(ABC):
     """The same for the smaller selection of layers that a fake model may have."""
     student_rank: ClassVar[int]
     """Default rank of a student's adapter."""
+    capturable: ClassVar[bool] = True
+    """Whether `predict` never waits for the device, so that a CUDA graph can hold it."""
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
+        resolution: int | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.device = torch.device(device)
@@ -62,6 +82,7 @@ class Backbone(ABC):
         self.network.requires_grad_(False).eval().to(self.device)
         self.dtype = self.network.dtype
         self.text = self.text_class(pipeline, self.dtype, self.device, folder)
+        self.image_size = own_size(pipeline) if resolution is None else self._square(resolution)
 
     @classmethod
     def from_pretrained(
@@ -69,18 +90,20 @@ class Backbone(ABC):
         name_or_path: str | Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        resolution: int | None = None,
     ) -> Backbone:
         """Load a pipeline folder or hub id without its text encoders; safetensors only, network in `dtype`.
 
         Raises:
-            WadiError: as `load_pipeline`, or the pipeline is of another class.
+            WadiError: as `load_pipeline`, the pipeline is of another class, or the network has another size.
         """
         folder = pipeline_folder(name_or_path)
         name = pipeline_class_name(folder)
         if name != cls.pipeline_class.__name__:
             raise WadiError(f"{name_or_path}: holds a {name}; name a {cls.pipeline_class.__name__}")
         dtypes = {cls.network_name: dtype, "default": torch.float32}
-        return cls(load_pipeline(folder, dtypes, without=cls.text_class.parts), device, folder)
+        pipeline = load_pipeline(folder, dtypes, without=cls.text_class.parts)
+        return cls(pipeline, device, folder, resolution)
 
     @classmethod
     def drives(cls, network: nn.Module) -> bool:
@@ -89,16 +112,24 @@ class Backbone(ABC):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents that the network was trained on."""
-        size = self.network.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.network.config.in_channels, height, width
+        """(C, H, W) of the latents of images of `image_size`, as they are noised."""
+        height, width = (side // self.pixels for side in self.image_size)
+        return self.channels, height, width
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the network was trained on."""
-        _, height, width = self.latent_shape
-        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.network.config.in_channels
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image, on each side, that one latent stands for."""
+        return self.pipeline.vae_scale_factor
+
+    @property
+    def patch(self) -> int:
+        """Latents, on each side, that are one token of the network."""
+        return self.network.config.get("patch_size") or 1
 
     def schedule(self) -> Schedule:
         """The noise schedule of the pipeline's scheduler, on the CPU.
@@ -107,8 +138,7 @@ class Backbone(ABC):
             WadiError: this kind of schedule is not supported; see `Schedule.from_config`.
         """
         _, height, width = self.latent_shape
-        patch = self.network.config.get("patch_size") or 1
-        return Schedule.from_config(self.pipeline.scheduler, (height // patch) * (width // patch))
+        return Schedule.from_config(self.pipeline.scheduler, (height // self.patch) * (width // self.patch))
 
     def encode(self, prompts: list[str]) -> Condition:
         """Conditions of prompts, on the CPU; see `PromptEncoder.encode`."""
@@ -118,17 +148,37 @@ class Backbone(ABC):
         """The condition without a prompt, with first dimension 1, on the CPU; see `PromptEncoder.null`."""
         return self.text.null()
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an input, and is called once for it.
+
+        The student and the fake model are then told the stock pipeline's default, with which the student
+        will be sampled; the teacher is told the guidance that it is asked for.
+        """
+        return False
+
+    def guided(self, null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+        """Combine predictions (N, C, H, W) of no prompt and of the prompt: the function `guided`."""
+        return guided(null, cond, scale)
+
     @abstractmethod
     def predict(
-        self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+        self,
+        network: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What `network` predicts for N noisy latents.
 
         Args:
             network: the teacher, or a view of it with an adapter.
             x_t: (N, C, H, W), any float dtype.
-            t: (N,), the time as the network gets it; see `Schedule.timestep`.
+            t: (N,), the time as diffusers' schedulers count it; see `Schedule.timestep`.
             condition: the condition of N prompts, on the network's device.
+            guidance: the guidance scale for a network that `takes_guidance`, a number or N of them. ``None``
+                is the default of the stock pipeline. Other networks do not use it.
 
         Returns:
             (N, C, H, W) float32; its meaning is the schedule's `prediction_type`.
@@ -154,13 +204,21 @@ class Backbone(ABC):
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Scale latents (N, C, H, W) of the VAE to those of the network."""
         config = self.pipeline.vae.config
-        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """The inverse of `scaled`, by the operations of the stock pipeline."""
         config = self.pipeline.vae.config
         latents = latents / config.scaling_factor
-        return latents if config.shift_factor is None else latents + config.shift_factor
+        return latents if config.get("shift_factor") is None else latents + config.shift_factor
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the VAE encodes images (N, 3, H, W) in [-1, 1] to: the mean of its posterior."""
+        return self.pipeline.vae.encode(pixels).latent_dist.mean
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [-1, 1] of latents as the VAE has them."""
+        return self.pipeline.vae.decode(latents, return_dict=False)[0]
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -168,20 +226,58 @@ class Backbone(ABC):
 
         Images are resized until they cover `image_size`, and then cropped equally on both sides.
         """
-        vae, latents = self.pipeline.vae.to(self.device), []
-        height, width = self.image_size
+        self.pipeline.vae.to(self.device)
+        latents, (height, width) = [], self.image_size
         for image in images:
             fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
             pixels = self.pipeline.image_processor.preprocess(fitted).to(self.device, torch.float32)
-            latents.append(self.scaled(vae.encode(pixels).latent_dist.mean).cpu())
-        vae.to("cpu")
+            latents.append(self.scaled(self._in_memory(self._encoded, pixels)).cpu())
+        self.pipeline.vae.to("cpu")
         return torch.cat(latents)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int = 16) -> list[Image.Image]:
-        """Images of clean latents (N, C, H, W), decoded in float32 as diffusers' pipeline does."""
-        vae = self.pipeline.vae.to(self.device)
-        parts = self.unscaled(latents.float()).split(batch_size)
-        pixels = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
-        vae.to("cpu")
-        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        """Images of clean latents (N, C, H, W), decoded in float32 as diffusers' pipeline does.
+
+        Images above `SINGLY_ABOVE` are decoded one by one; where the memory does not hold one, in tiles,
+        which changes it slightly and is told.
+        """
+        self.pipeline.vae.to(self.device)
+        if self.pixels * max(latents.shape[-2:]) > SINGLY_ABOVE:
+            batch_size = 1
+        pixels = [
+            self._in_memory(self._decoded, self.unscaled(part)).cpu()
+            for part in latents.float().split(batch_size)
+        ]
+        self.pipeline.vae.to("cpu")
+        return self.pipeline.image_processor.postprocess(torch.cat(pixels), output_type="pil")
+
+    def _in_memory(self, call: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+        """Call the VAE on a value; in tiles from then on, where the memory is too small for a whole image."""
+        vae = self.pipeline.vae
+        try:
+            return call(value)
+        except torch.OutOfMemoryError:
+            if not hasattr(vae, "enable_tiling") or getattr(vae, "use_tiling", True):
+                raise
+        tell("the memory does not hold a whole image in the VAE, which now works in tiles of it")
+        vae.enable_tiling()
+        if hasattr(vae, "tile_sample_min_size"):  # of an AutoencoderKL: a tile may be as large as an image
+            side = min(TILE, vae.tile_sample_min_size)
+            vae.tile_latent_min_size = side * vae.tile_latent_min_size // vae.tile_sample_min_size
+            vae.tile_sample_min_size = side
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return call(value)
+
+    def _square(self, resolution: int) -> tuple[int, int]:
+        """A resolution that the user asks for, as height and width."""
+        step, own = size_step(self.pipeline), own_size(self.pipeline)
+        side = whole_number("--resolution", resolution, step)
+        if side % step:
+            raise WadiError(f"--resolution {side}: must be a multiple of {step} for this model")
+        if self.network.config.get("sample_size") is not None and (side, side) != own:
+            raise WadiError(
+                f"--resolution {side}: this model makes images of {own[0]} x {own[1]} pixels; omit the option"
+            )
+        return side, side

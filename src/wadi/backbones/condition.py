@@ -1,13 +1,14 @@
-"""The inputs of a network for a prompt: tensors by the name of the network's argument.
+"""The inputs of a network for a prompt: tensors by the name that most networks have for them.
 
 | network | tensors |
 | --- | --- |
 | `UNet2DConditionModel` | `encoder_hidden_states` (N, L, D); of SDXL also `text_embeds` (N, P), pooled |
-| `SD3Transformer2DModel` | `encoder_hidden_states`, and `pooled_projections` (N, P) |
-| `PixArtTransformer2DModel` | `encoder_hidden_states`, and `encoder_attention_mask` (N, L), true at tokens |
+| of Stable Diffusion 3, FLUX.1 | `encoder_hidden_states`, and `pooled_projections` (N, P) |
+| of FLUX.2-klein | `encoder_hidden_states` |
+| of PixArt, Sana, Z-Image, Qwen-Image | `encoder_hidden_states`, and `encoder_attention_mask` (N, L) |
 
-Only `PER_TOKEN` tensors have an entry for each token. All others, and the mask, have the same length for
-every prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or padded.
+The mask is true at tokens. Only `PER_TOKEN` tensors have an entry for each token. All others, and the mask,
+have the same length for every prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or padded.
 """
 
 from __future__ import annotations

@@ -25,14 +25,19 @@ _BLOCKS = rf"transformer_blocks\..*\.({ATTENTION_AND_FEED_FORWARD})"
 class T5Prompts(PromptEncoder):
     """The states of T5 and their mask: 120 tokens for alpha, 300 for Sigma, as each pipeline pads them."""
 
-    t5 = "text_encoder"
+    large = "text_encoder"
     dimensions: ClassVar[dict[str, int]] = {STATES: 3, MASK: 2}
+
+    def facts(self) -> list[object]:
+        """See `PromptEncoder.facts`; whether prompts are cleaned of mark-up depends on what is installed."""
+        return [*super().facts(), cleans_captions()]
 
     def _encode(self, prompts: list[str]) -> Condition:
         states, mask, *_ = self.pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
             device=self.device,
+            max_sequence_length=self.length,
             clean_caption=cleans_captions(),
         )
         return {STATES: states, MASK: mask}
@@ -60,8 +65,9 @@ class PixArtBackbone(Backbone):
         pipeline: DiffusionPipeline,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
+        resolution: int | None = None,
     ) -> None:
-        super().__init__(pipeline, device, folder)
+        super().__init__(pipeline, device, folder, resolution)
         self.added: Condition = {}
         if self.network.use_additional_conditions:
             height, width = self.image_size
@@ -73,7 +79,12 @@ class PixArtBackbone(Backbone):
             }
 
     def predict(
-        self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+        self,
+        network: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Backbone.predict`."""
         added = {name: value.expand(len(x_t), -1) for name, value in self.added.items()}

@@ -51,7 +51,12 @@ class UNetBackbone(Backbone):
         return None
 
     def predict(
-        self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+        self,
+        network: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Backbone.predict`."""
         return network(

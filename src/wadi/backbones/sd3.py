@@ -22,12 +22,15 @@ class ThreePrompts(PromptEncoder):
     """
 
     parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    t5 = "text_encoder_3"
+    large = "text_encoder_3"
     dimensions: ClassVar[dict[str, int]] = {STATES: 3, POOLED: 2}
 
     def _encode(self, prompts: list[str]) -> Condition:
         states, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+            *(prompts, None, None),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.length,
         )
         return {STATES: states, POOLED: pooled}
 
@@ -56,7 +59,12 @@ class SD3Backbone(Backbone):
         return [name for name in super().layers(network, pattern) if name != unused]
 
     def predict(
-        self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+        self,
+        network: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Backbone.predict`; t is 1000 sigma."""
         return network(

@@ -54,8 +54,9 @@ class SDXLBackbone(UNetBackbone):
         pipeline: DiffusionPipeline,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
+        resolution: int | None = None,
     ) -> None:
-        super().__init__(pipeline, device, folder)
+        super().__init__(pipeline, device, folder, resolution)
         height, width = self.image_size
         # original size, corner of what was cut out, size; made here: a CUDA graph cannot copy from the host
         self.time_ids = torch.tensor(

@@ -6,19 +6,20 @@ import gc
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from wadi.backbones.condition import MASK, STATES, Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
-from wadi.onestep.loading import load_pipeline, pipeline_folder, prompt_reader
+from wadi.onestep.loading import call_default, load_pipeline, pipeline_folder, prompt_reader
 
 NETWORKS = ("unet", "transformer")
 SAMPLED_BEYOND = 2**30
@@ -38,13 +39,17 @@ class PromptEncoder(ABC):
 
     Attributes:
         tokenizer: by which the length of a prompt is measured; see `prompt_reader`.
+        length: `max_sequence_length` of the stock pipeline's call, to which embeddings are padded or cut;
+            ``None`` if the call has no such argument.
         limit: most tokens of a prompt.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the text encoders in the pipeline."""
-    t5: ClassVar[str | None] = None
-    """Which of them is a T5, if any."""
+    large: ClassVar[str | None] = None
+    """Which of them is a language model of billions of weights, if any."""
+    no_prompt: ClassVar[str] = ""
+    """What `encode` takes for no prompt."""
     dimensions: ClassVar[dict[str, int]] = {STATES: 3}
     """Names of a condition's tensors, and how many dimensions each has, the prompts included."""
 
@@ -57,6 +62,7 @@ class PromptEncoder(ABC):
     ) -> None:
         self.pipeline, self.dtype, self.device, self.folder = pipeline, dtype, torch.device(device), folder
         self.tokenizer, self.limit = prompt_reader(pipeline)
+        self.length: int | None = call_default(type(pipeline), "max_sequence_length")
 
     @classmethod
     def from_pretrained(
@@ -79,12 +85,17 @@ class PromptEncoder(ABC):
         """Conditions of one batch, with the text encoders on the device; any device and float dtype."""
 
     def null(self, empty: Condition | None = None) -> Condition:
-        """What the pipeline uses where there is no prompt, first dimension 1: its embedding of "".
+        """What the pipeline uses where there is no prompt, first dimension 1.
 
         Args:
-            empty: what `encode` gives for [""], where the caller has it; it is encoded when ``None``.
+            empty: what `encode` gives for [`no_prompt`], where the caller has it; encoded when ``None``.
         """
-        return self.encode([""]) if empty is None else empty
+        return self.encode([self.no_prompt]) if empty is None else empty
+
+    def facts(self) -> list[object]:
+        """What decides a condition beside the prompt and the files of encoders and tokenizers."""
+        kind = type(self.pipeline).__name__
+        return [kind, self.dtype, self._encoder_dtypes, self.limit, self.length]
 
     def identity(self) -> str:
         """Hash of everything that decides a condition but the prompt: encoders, tokenizers, class, dtypes.
@@ -96,9 +107,7 @@ class PromptEncoder(ABC):
         """
         if self.folder is None:
             raise WadiError("the pipeline was not loaded from a folder, so its prompts cannot be cached")
-        clean = self.t5 is not None and cleans_captions()
-        facts = [type(self.pipeline).__name__, self.dtype, self._encoder_dtypes, self.limit, clean]
-        digest = hashlib.sha256(repr(facts).encode())
+        digest = hashlib.sha256(repr(self.facts()).encode())
         for encoder in self.parts:
             tokenizer = encoder.replace("text_encoder", "tokenizer")
             for part in (tokenizer, encoder):
@@ -110,32 +119,53 @@ class PromptEncoder(ABC):
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Hold the text encoders on the device for the block; afterwards nothing holds them.
+        """Hold the text encoders in memory for the block, and on the device the one that works.
+
+        Afterwards nothing holds them, or the CPU does where the pipeline has them.
 
         Raises:
             WadiError: their weights are missing or unreadable.
         """
         pipeline = self.pipeline
-        if self.folder is None or getattr(pipeline, self.parts[0]) is not None:
+        absent = getattr(pipeline, self.parts[0]) is None
+        if absent:
+            whole = load_pipeline(self.folder, self._encoder_dtypes, without=(*NETWORKS, "vae"))
             for part in self.parts:
-                getattr(pipeline, part).to(self.device)
-            yield
-            if self.folder is None:
-                for part in self.parts:
-                    getattr(pipeline, part).to("cpu")
-            return
-        whole = load_pipeline(self.folder, self._encoder_dtypes, without=(*NETWORKS, "vae"))
-        for part in self.parts:
-            setattr(pipeline, part, getattr(whole, part).to(self.device).requires_grad_(False).eval())
-        try:
-            yield
-        finally:
-            for part in self.parts:
-                setattr(pipeline, part, None)
+                setattr(pipeline, part, getattr(whole, part).requires_grad_(False).eval())
             del whole
+        elif self.folder is not None:  # in a block of this kind already
+            yield
+            return
+        try:
+            with self._one_on_the_device():
+                yield
+        finally:
+            if absent:
+                for part in self.parts:
+                    setattr(pipeline, part, None)
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _one_on_the_device(self) -> Iterator[None]:
+        """Each text encoder comes to the device when it is called, and the others leave it before."""
+        encoders = [getattr(self.pipeline, part) for part in self.parts]
+
+        def come(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            for other in encoders:
+                if other is not module:
+                    other.to("cpu")
+            module.to(self.device)
+            return send_to_device((args, kwargs), self.device)
+
+        handles = [encoder.register_forward_pre_hook(come, with_kwargs=True) for encoder in encoders]
+        try:
+            yield
+        finally:
+            for handle, encoder in zip(handles, encoders, strict=True):
+                handle.remove()
+                encoder.to("cpu")
 
     @torch.no_grad()
     def encode(self, prompts: list[str], batch_size: int = 128) -> Condition:
@@ -151,11 +181,21 @@ class PromptEncoder(ABC):
 
     @property
     def _encoder_dtypes(self) -> dict[str, torch.dtype]:
-        """float32, but for a T5 with bfloat16 conditions: its XXL would take 19 GB, and fp16 overflows it."""
+        """float32, or bfloat16 where the conditions of a large one are: T5-XXL in float32 takes 19 GB."""
         dtypes = {"default": torch.float32}
-        if self.t5 is not None and self.dtype == torch.bfloat16:
-            dtypes[self.t5] = torch.bfloat16
+        if self.large is not None and self.dtype == torch.bfloat16:  # T5 overflows float16
+            dtypes[self.large] = torch.bfloat16
         return dtypes
+
+
+def padded(states: Sequence[torch.Tensor], length: int) -> Condition:
+    """States (N, `length`, D), filled up with zeros, of N prompts (L, D), and the mask of their tokens."""
+    found = states[0].new_zeros(len(states), length, states[0].shape[1])
+    mask = torch.zeros(len(states), length, dtype=torch.bool, device=found.device)
+    for row, tokens in enumerate(states):
+        found[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    return {STATES: found, MASK: mask}
 
 
 def cleans_captions() -> bool:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from wadi.backbones import Backbone
 from wadi.diffusion.schedule import prediction_type
 from wadi.distill.config import DistillConfig
 from wadi.distill.presets import FITS, Fit
@@ -43,8 +44,9 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
             f"--alpha-T-squared {alpha}: is unusual for {name}, which predicts v and needs "
             "none; omit it unless you know that the student needs this value"
         )
+    side = config.model.resolution or max(own_size(pipeline))
     if config.model.preset != "none":
-        _compare(config, Fit(type(pipeline).__name__, prediction, max(own_size(pipeline))))
+        _compare(config, Fit(type(pipeline).__name__, prediction, side))
     one_step_scheduler(pipeline.scheduler, alpha)  # raises what is wrong with either
 
 
@@ -64,6 +66,26 @@ def _compare(config: DistillConfig, found: Fit) -> None:
             f"--preset {preset}: is for images of {wanted.resolution} pixels a side, and {name} makes "
             f"{found.resolution}; "
             + (f"the preset for that would be {nearest}" if better else "no preset is nearer")
+        )
+
+
+def check_network(config: DistillConfig, backbone: Backbone) -> None:
+    """Refuse options that the teacher's kind of network has no use for.
+
+    Raises:
+        WadiError: guidance of the fake model, where the network takes the guidance as an input; CUDA graphs,
+            where the host must wait for the device.
+    """
+    kind = type(backbone.pipeline).__name__
+    if backbone.takes_guidance and config.fake.guidance_scale != 1:
+        raise WadiError(
+            f"--fake-guidance-scale: the network of this {kind} takes the guidance as an input, and the fake "
+            "model is told what the student is told; omit the option"
+        )
+    if config.run.cuda_graphs and not backbone.capturable:
+        raise WadiError(
+            f"--cuda-graphs: the network of a {kind} must know how long each prompt is, for which the host "
+            "waits; omit the option"
         )
 
 

@@ -32,6 +32,10 @@ class ModelOptions(Options):
     pretrained_model_name_or_path: str | None = option(None, often=True)
     """Teacher: the folder of a diffusers pipeline, or a hub id. docs/models.md lists the kinds."""
 
+    resolution: int | None = option(None, at_least=1)
+    """Pixels a side of the images, for teachers that make images of any size (FLUX.1, FLUX.2-klein, Z-Image,
+    Qwen-Image). The default is that of their pipelines, 1024."""
+
     prompts: str | None = option(None, often=True)
     """Prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet file, or a `datasets` id."""
 

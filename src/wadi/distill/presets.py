@@ -46,7 +46,8 @@ def with_equal_fake(config: DistillConfig) -> DistillConfig:
 
 
 _SD, _SDXL, _PIXART = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline"
-_SD3 = "StableDiffusion3Pipeline"
+_SD3, _FLUX, _SANA = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline"
+_KLEIN, _Z_IMAGE, _QWEN = "Flux2KleinPipeline", "ZImagePipeline", "QwenImagePipeline"
 _SMALL = Fit(_SD, "epsilon", 64)
 
 
@@ -140,18 +141,28 @@ def _other_models() -> dict[str, tuple[Fit, DistillConfig]]:
         "student_rank": 64,
         "fake_learning_rate": 1e-3,
     }
-    # public code for flows has guidance around 4.5, DMD's weight, and a fake model that learns v itself
-    flow = {**common, "guidance_scale": 4.5, "weighting": "normalized", "fake_weighting": "none"}
-    sd3 = Fit(_SD3, "flow_prediction", 1024)
+    # public code for flows has DMD's weight, and a fake model that learns v itself; the guidance is that of
+    # the stock pipelines
+    flow = {**common, "weighting": "normalized", "fake_weighting": "none"}
     rows = (
-        ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", Fit(_SDXL, "epsilon", 1024), common),
-        ("sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", sd3, flow),
-        ("sd35-medium", "stabilityai/stable-diffusion-3.5-medium", sd3, flow),
-        ("sd35-large", "stabilityai/stable-diffusion-3.5-large", sd3, flow),
+        ("sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", _SD3, 7.0),
+        ("sd35-medium", "stabilityai/stable-diffusion-3.5-medium", _SD3, 4.5),
+        ("sd35-large", "stabilityai/stable-diffusion-3.5-large", _SD3, 4.5),
+        ("flux-dev", "black-forest-labs/FLUX.1-dev", _FLUX, 3.5),
+        ("flux-schnell", "black-forest-labs/FLUX.1-schnell", _FLUX, 1.0),
+        ("sana-1.6b", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", _SANA, 4.5),
+        ("sana-0.6b", "Efficient-Large-Model/Sana_600M_1024px_diffusers", _SANA, 4.5),
+        ("klein-4b", "black-forest-labs/FLUX.2-klein-base-4B", _KLEIN, 4.0),
+        ("klein-9b", "black-forest-labs/FLUX.2-klein-base-9B", _KLEIN, 4.0),
+        ("z-image", "Tongyi-MAI/Z-Image", _Z_IMAGE, 6.0),
+        ("qwen-image", "Qwen/Qwen-Image", _QWEN, 4.0),
     )
-    return {
-        name: (fit, with_equal_fake(_published(name, model, **options))) for name, model, fit, options in rows
-    }
+    sdxl = _published("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", **common)
+    found = {"sdxl": (Fit(_SDXL, "epsilon", 1024), with_equal_fake(sdxl))}
+    for name, model, pipeline, guidance_scale in rows:
+        config = _published(name, model, guidance_scale=guidance_scale, **flow)
+        found[name] = (Fit(pipeline, "flow_prediction", 1024), with_equal_fake(config))
+    return found
 
 
 _ALL = _emoji_presets() | _papers_models() | _other_models()

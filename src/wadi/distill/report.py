@@ -28,7 +28,7 @@ from wadi.distill.presets import PRESETS
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
-from wadi.onestep.loading import stock_arguments, unguided_arguments
+from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.scheduler import last_alpha_squared
 from wadi.progress import progress
 
@@ -79,7 +79,7 @@ def before_after(
     in_one_step = OneStepPipeline(teacher, alpha_T_squared)
     many_steps = OneStepPipeline(teacher, alpha_T_squared).pipeline  # a copy, the modules are shared
     many_steps.scheduler = _of_many_steps(teacher)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **stock_arguments(teacher)}
+    options = guidance_arguments(teacher, guidance_scale) | stock_arguments(teacher)
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -96,7 +96,9 @@ def before_after(
         before, _ = rows(in_one_step)
         student(prompts[0], generator=generators(), num_images_per_prompt=len(seeds))  # warms up
         after, student_seconds = rows(student)
-        reference, teacher_seconds = rows(lambda prompt, **own: many_steps(prompt, **options, **own).images)
+        reference, teacher_seconds = rows(
+            lambda prompt, **own: many_steps(prompt, num_inference_steps=steps, **options, **own).images
+        )
     return Comparison(
         prompts=prompts,
         seeds=seeds,
@@ -109,7 +111,7 @@ def before_after(
         teacher_seconds=teacher_seconds,
         sampler=type(many_steps.scheduler).__name__,
         pipeline_class=type(student.pipeline).__name__,
-        arguments=unguided_arguments(student.pipeline) | stock_arguments(student.pipeline),
+        arguments=guidance_arguments(student.pipeline) | stock_arguments(student.pipeline),
     )
 
 

@@ -219,7 +219,7 @@ def _load(
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
-    backbone = load_backbone(teacher, config.run.dtype, accelerator.device)
+    backbone = load_backbone(teacher, config.run.dtype, accelerator.device, model.resolution)
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     check_preset(config, backbone.pipeline)
     if config.student.adapter is not None:

@@ -9,13 +9,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from wadi.backbones import Backbone
+from wadi.backbones.base import guided
 from wadi.backbones.condition import Condition, concatenate, repeat
 from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws
 
-Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
-"""What a network predicts for latents (N, C, H, W), times (N,) and N prompts; float32."""
+Predict = Callable[..., torch.Tensor]
+"""What a network predicts for latents (N, C, H, W), times (N,) and N prompts, float32. A network that
+takes the guidance as an input gets a fifth argument, or else the default guidance of its pipeline."""
+Guided = Callable[[torch.Tensor, torch.Tensor, "float | torch.Tensor"], torch.Tensor]
+"""Combines the predictions for the empty prompt and for the prompt at a guidance scale."""
 
 
 def predictor(backbone: Backbone, schedule: Schedule) -> Predict:
@@ -25,18 +29,17 @@ def predictor(backbone: Backbone, schedule: Schedule) -> Predict:
     """
 
     def predict(
-        network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+        network: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
             network = network.module
-        return backbone.predict(network, x_t, schedule.timestep(t), condition)
+        return backbone.predict(network, x_t, schedule.timestep(t), condition, guidance)
 
     return predict
-
-
-def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance, p = p_null + s (p_cond - p_null); a tensor s is (N, 1, 1, 1)."""
-    return null + scale * (cond - null)
 
 
 def interval_scale(
@@ -61,6 +64,7 @@ class Scores:
         fake: the fake model's network.
         null: one empty prompt.
         shape: (C, H, W) of the latents.
+        guide: combines two predictions; ``None`` for a network that takes the guidance as an input.
     """
 
     def __init__(
@@ -72,9 +76,11 @@ class Scores:
         fake: torch.nn.Module,
         null: Condition,
         shape: tuple[int, ...],
+        guide: Guided | None = guided,
     ) -> None:
         self.config, self.schedule, self.predict, self.shape = config, schedule, predict, shape
         self.teacher_network, self.fake_network, self.null = teacher, fake, null
+        self.guide = guide
         # the last time at which the teacher is guided
         highest = torch.tensor(config.objective.guidance_max_timestep, dtype=torch.float64)
         self.highest_guided = schedule.times(highest)
@@ -106,8 +112,12 @@ class Scores:
         return self._guided(self.teacher_network, x_t, t, condition, 1.0)
 
     def fake(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """What the fake model predicts, with guidance if the options ask for it, (N, C, H, W) float32."""
-        return self._guided(self.fake_network, x_t, t, condition, self.config.fake.guidance_scale)
+        """What the fake model predicts, with guidance if the options ask for it, (N, C, H, W) float32.
+
+        If guidance is an input of the network, it gets the default guidance, as the student does.
+        """
+        scale = None if self.guide is None else self.config.fake.guidance_scale
+        return self._guided(self.fake_network, x_t, t, condition, scale)
 
     @torch.no_grad()
     def _guided(
@@ -116,17 +126,19 @@ class Scores:
         x_t: torch.Tensor,
         t: torch.Tensor,
         condition: Condition,
-        scale: float | torch.Tensor,
+        scale: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """Predict with the empty prompt and with the condition in one call; at scale 1 with the latter alone.
 
         The host does not read a scale that is a tensor, because it would wait for the device.
         """
+        if self.guide is None:
+            return self.predict(network, x_t, t, condition, scale)
         if not isinstance(scale, torch.Tensor) and scale == 1:
             return self.predict(network, x_t, t, condition)
         both = concatenate([repeat(self.null, len(t)), condition])
         pair = self.predict(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        return guided(*pair.chunk(2), scale)
+        return self.guide(*pair.chunk(2), scale)
 
 
 class Place:

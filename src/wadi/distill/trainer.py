@@ -14,6 +14,7 @@ from wadi import graph
 from wadi.backbones import Backbone
 from wadi.backbones.condition import Condition, pick
 from wadi.distill import checkpoint
+from wadi.distill.checks import check_network
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws, StepInputs
 from wadi.distill.fake import FakeModel
@@ -58,6 +59,7 @@ class Trainer:
         accelerator: Accelerator,
         inputs: Mapping[str, str | None] | None = None,
     ) -> None:
+        check_network(config, backbone)
         self.config, self.backbone, self.prompts, self.accelerator = config, backbone, prompts, accelerator
         self.fingerprint = config.fingerprint(inputs)
         self.device, self.hosts = accelerator.device, hosts_group(accelerator)
@@ -91,7 +93,8 @@ class Trainer:
         own_end = schedule.ending_at(config.student.alpha_T_squared)
         self.generator = Student(own_end, self.predict, self.student)
         networks = self.teacher, self.fake_network
-        self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape)
+        guide = None if self.backbone.takes_guidance else self.backbone.guided
+        self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape, guide)
         self.terms = terms_of(config, schedule, shape)
         self.fake_model = FakeModel(config.fake, schedule, self.predict, self.fake, self.null, shape)
         student, fake = self.student_parameters, self.fake_parameters

@@ -18,6 +18,8 @@ LARGEST = 16
 """Largest side of an image, as a multiple of the model's own. Larger images would fill the memory."""
 STOCK_STEP = 8
 """Sides in pixels must be multiples of this in diffusers' pipelines, whatever their VAE."""
+USUAL_SIDE = 1024
+"""Pixels a side of the images of pipelines whose call alone has this number."""
 SEEDS = 2**63
 """Seeds must be below this, for `torch.Generator`."""
 _ANY_SIZE = {"UpBlock2D", "CrossAttnUpBlock2D"}
@@ -49,11 +51,11 @@ def image_size(
 def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Height and width in pixels that a pipeline's network was trained on.
 
-    Networks that do not say it (FLUX.1, Z-Image) are taken for 1024 pixels, as by their stock pipelines.
+    If the network's configuration has no `sample_size`, it is the stock pipeline's own default.
     """
-    size = _network(pipeline).config.get("sample_size")
+    size = _network(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
     if size is None:
-        return 1024, 1024
+        return USUAL_SIDE, USUAL_SIDE
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows * pipeline.vae_scale_factor, columns * pipeline.vae_scale_factor
 
@@ -71,7 +73,6 @@ def size_step(pipeline: DiffusionPipeline) -> int:
     elif not {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
         latents = 2**network.num_upsamplers
     processor = getattr(pipeline, "image_processor", None)
-    # FLUX.1 packs patches outside its network
     rounded = 1 if processor is None else processor.config.vae_scale_factor
     return math.lcm(STOCK_STEP, rounded, pipeline.vae_scale_factor * latents)
 

@@ -13,7 +13,15 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    ZImagePipeline,
+)
 from transformers import PreTrainedTokenizerBase
 
 from wadi.errors import WadiError, tell
@@ -139,33 +147,73 @@ def pipeline_class_name(folder: Path) -> str:
     return str(read_json(folder / "model_index.json").get("_class_name"))
 
 
+def call_default(kind: type[DiffusionPipeline], argument: str) -> Any:
+    """The default of an argument of a pipeline's call; ``None`` if the call has no such argument."""
+    found = inspect.signature(kind.__call__).parameters.get(argument)
+    return None if found is None else found.default
+
+
+def _around(pipeline: DiffusionPipeline) -> int:
+    """Tokens that the pipeline writes around a prompt, which count against its limit."""
+    tokenizer = pipeline.tokenizer
+    if isinstance(pipeline, SanaPipeline):  # keeps two less than it says; one is the first token of the text
+        return 2 - tokenizer.num_special_tokens_to_add()
+    if isinstance(pipeline, QwenImagePipeline):
+        template = tokenizer(pipeline.prompt_template_encode.format("")).input_ids
+        return len(template) - pipeline.prompt_template_encode_start_idx
+    if isinstance(pipeline, (Flux2KleinPipeline, ZImagePipeline)):
+        thinking = isinstance(pipeline, ZImagePipeline)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        return len(tokenizer(text).input_ids)
+    return 0
+
+
 def prompt_reader(pipeline: DiffusionPipeline) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer that decides whether a prompt is too long, and the largest number of its tokens.
 
     If a pipeline has a length of its own (`max_sequence_length`), its last text encoder reads the whole
     prompt: the T5 of Stable Diffusion 3 reads 256 tokens, its CLIPs only the first 77, and diffusers prints
     what they cut. Otherwise all text encoders read the same tokens, and the smallest limit decides (SDXL).
+    What the pipeline writes around a prompt counts too.
     """
-    names = [name for name in TOKENIZERS if getattr(pipeline, name, None) is not None]
-    own = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-    if own is not None:
-        tokenizer = getattr(pipeline, names[-1])
-        return tokenizer, min(tokenizer.model_max_length, own.default)
-    return getattr(pipeline, names[0]), min(getattr(pipeline, name).model_max_length for name in names)
+    found = [t for name in TOKENIZERS if (t := getattr(pipeline, name, None)) is not None]
+    own = call_default(type(pipeline), "max_sequence_length")
+    if own is None:
+        return found[0], min(tokenizer.model_max_length for tokenizer in found)
+    return found[-1], min(found[-1].model_max_length, own) - _around(pipeline)
 
 
 def stock_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Arguments that make a stock pipeline keep the size that a call asks for."""
-    binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    binned = call_default(type(pipeline), "use_resolution_binning") is not None
     return {"use_resolution_binning": False} if binned else {}
 
 
-def unguided_arguments(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """The argument of a call with which a stock pipeline asks its network once, with the prompt alone."""
-    if "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters:
-        return {"true_cfg_scale": 1.0}  # FLUX.1 and Qwen-Image; their guidance_scale is the network's input
-    # Z-Image adds 1 to its scale
-    return {"guidance_scale": 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0}
+def guidance_arguments(pipeline: DiffusionPipeline, scale: float = 1.0) -> dict[str, Any]:
+    """Arguments of a call that guide a stock pipeline by p_null + scale (p_prompt - p_null).
+
+    Pipelines count differently: no guidance, which is a scale of 1, is 1 for most and 0 for Z-Image, and has
+    another name in Qwen-Image. A network that takes the guidance as an input (FLUX.1 dev) is told the scale;
+    1, which stands for a student's call, leaves it at the pipeline's own default, as in training.
+
+    Args:
+        pipeline: of a teacher or a student.
+        scale: as `wadi distill --guidance-scale`.
+    """
+    network = getattr(pipeline, "transformer", None)
+    if isinstance(pipeline, FluxPipeline) and network is not None and network.config.guidance_embeds:
+        return {} if scale == 1 else {"guidance_scale": scale}
+    if isinstance(pipeline, ZImagePipeline):
+        return {"guidance_scale": scale - 1}
+    if isinstance(pipeline, (FluxPipeline, QwenImagePipeline)):
+        negative = " " if isinstance(pipeline, QwenImagePipeline) else ""
+        return {"true_cfg_scale": scale} | ({} if scale == 1 else {"negative_prompt": negative})
+    return {"guidance_scale": scale}
 
 
 def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -> torch.nn.Module:

@@ -24,11 +24,11 @@ from wadi.onestep.arguments import (
 from wadi.onestep.embedding import as_learned, load_embedding
 from wadi.onestep.fast import FastPath
 from wadi.onestep.loading import (
+    guidance_arguments,
     load_pipeline,
     load_vae,
     prompt_reader,
     stock_arguments,
-    unguided_arguments,
 )
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
@@ -44,7 +44,7 @@ class OneStepPipeline:
         images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
 
     In float32 the images are, bit for bit, those of the stock pipeline called with ``num_inference_steps=1,
-    guidance_scale=1.0`` (or its own way to say so, `unguided_arguments`) and the same generators. In half
+    guidance_scale=1.0`` (or its own way to say so, `guidance_arguments`) and the same generators. In half
     precision x0 is still formed in float32.
 
     Args:
@@ -188,7 +188,7 @@ class OneStepPipeline:
             num_images_per_prompt=int(num_images_per_prompt),
             generator=generator,
             output_type=output_type,
-            **unguided_arguments(self.pipeline),
+            **guidance_arguments(self.pipeline),
             **sides,
             **options,
         )

@@ -26,8 +26,21 @@ NEEDED = (
 _USABLE = "name a text-to-image pipeline, such as a StableDiffusionPipeline"
 _SD, _SDXL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 _PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
-_FLOWS = {**dict.fromkeys((_SD, _SDXL, *_PIXART), False), _SD3: True}
-"""Whether a pipeline is run with the schedule of a rectified flow; of other pipelines nothing is known."""
+_FLUX = "FluxPipeline"
+_SANA, _KLEIN = "SanaPipeline", "Flux2KleinPipeline"
+_Z, _QWEN = "ZImagePipeline", "QwenImagePipeline"
+_TAKES = {_SD3: 16, _FLUX: 64, _SANA: 32, _KLEIN: 128, _Z: 16, _QWEN: 64} | dict.fromkeys(_PIXART, 4)
+"""Pipelines with a transformer, and the channels that it takes where its configuration does not say."""
+_KLEIN_READS = 27
+"""The last layer of its text encoder whose states FLUX.2-klein is told."""
+_PACKED = (_FLUX, _KLEIN, _QWEN)
+"""Those whose transformer takes four latents as one token."""
+_ANY_SIZE = (_FLUX, _KLEIN, _Z, _QWEN)
+"""Those whose transformer does not say on which size it was trained."""
+_FLOWS = dict.fromkeys((_SD, _SDXL, *_PIXART), False) | dict.fromkeys(
+    (_SD3, _FLUX, _SANA, _KLEIN, _Z, _QWEN), True
+)
+"""Whether a pipeline runs with the schedule of a rectified flow. Nothing is known of other pipelines."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONS = {
     "class_embed_type": "takes a class as its condition",
@@ -149,20 +162,32 @@ def _check_unet(folder: Path, config: dict[str, Any], pipeline: str) -> None:
 
 
 def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> None:
-    if pipeline not in (*_PIXART, _SD3):
+    if pipeline not in _TAKES:
         return
-    where = folder / "transformer"
-    usual = 16 if pipeline == _SD3 else 4
-    channels = config.get("in_channels", usual)
+    where, channels = folder / "transformer", config.get("in_channels", _TAKES[pipeline])
     out, learned = config.get("out_channels") or channels, pipeline in _PIXART
+    if pipeline == _QWEN:  # counts what it gives by latents, and not by tokens
+        out = 4 * config.get("out_channels", 16)
     if out not in ((channels, 2 * channels) if learned else (channels,)):
         also = ", or twice as many (learned sigma)," if learned else ""
         raise WadiError(
             f"{where}: the transformer takes {channels} channels and gives {out}; only as many{also} can be "
             "used, so name the text-to-image model"
         )
-    _check_size(where, config)
-    _check_latents(folder, where, channels)
+    if pipeline in (_KLEIN, _QWEN, _SANA) and config.get("guidance_embeds", pipeline == _KLEIN):
+        raise WadiError(
+            f"{where}: the transformer takes the guidance as an input (guidance_embeds), which a {pipeline} "
+            "does not give; name another model"
+        )
+    layers = _config(folder / "text_encoder").get("num_hidden_layers")
+    if pipeline == _KLEIN and isinstance(layers, int) and layers < _KLEIN_READS:
+        raise WadiError(
+            f"{folder / 'text_encoder'}: has {layers} layers, and a {pipeline} reads the states of the "
+            f"{_KLEIN_READS}th; the two are of different models"
+        )
+    if pipeline not in _ANY_SIZE:
+        _check_size(where, config)
+    _check_latents(folder, where, channels // 4 if pipeline in _PACKED else channels)
     _check_text(folder, where, config, pipeline)
 
 
@@ -177,7 +202,8 @@ def _check_size(where: Path, config: dict[str, Any]) -> None:
 
 
 def _check_latents(folder: Path, where: Path, channels: int) -> None:
-    latents = _config(folder / "vae").get("latent_channels", channels)
+    vae = _config(folder / "vae")
+    latents = vae.get("latent_channels", vae.get("z_dim", channels))
     if latents != channels:
         raise WadiError(
             f"{where}: takes latents of {channels} channels, but the autoencoder in {folder / 'vae'} gives "
@@ -209,7 +235,15 @@ def _widths(pipeline: str, network: dict[str, Any], encoders: list[dict[str, Any
         }
     if pipeline == _SD3:
         return {"joint_attention_dim": states[2], "pooled_projection_dim": _sum(pooled[0], pooled[1])}
-    if pipeline in _PIXART:
+    if pipeline == _FLUX:
+        return {"joint_attention_dim": states[1], "pooled_projection_dim": states[0]}
+    if pipeline == _KLEIN:
+        return {"joint_attention_dim": _sum(*[states[0]] * 3)}
+    if pipeline == _QWEN:
+        return {"joint_attention_dim": encoders[0].get("text_config", {}).get("hidden_size", states[0])}
+    if pipeline == _Z:
+        return {"cap_feat_dim": states[0]}
+    if pipeline in (*_PIXART, _SANA):
         return {"caption_channels": states[0]}
     return {} if encoders[1] else {"cross_attention_dim": states[0]}
 

@@ -43,11 +43,11 @@ def encode_prompts(
     where = {text: i for i, text in enumerate(prompts)}
     others = [text for text in validation if text not in where]
     if cache is not None:
-        sets = cache.encode(prompts, [""], *([others] if others else []))
+        sets = cache.encode(prompts, [encoder.no_prompt], *([others] if others else []))
         embeddings, empty = sets[0], sets[1].take(torch.tensor([0]))
         more = [sets[2].take(torch.tensor([i])) for i in range(len(others))]
     else:
-        encoded = encoder.encode(["", *others, *prompts])
+        encoded = encoder.encode([encoder.no_prompt, *others, *prompts])
         empty = pick(encoded, slice(1))
         more = [pick(encoded, slice(i, i + 1)) for i in range(1, len(others) + 1)]
         embeddings = Embeddings([pick(encoded, slice(1 + len(others), None))])
