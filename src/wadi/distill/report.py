@@ -84,6 +84,9 @@ def before_after(
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def in_many_steps(prompt: str, **own: Any) -> list[Image.Image]:
+        return many_steps(prompt, num_inference_steps=steps, **options, **own).images
+
     def rows(make: Callable[..., list[Image.Image]]) -> tuple[list[list[Image.Image]], float]:
         """Images of every prompt, and the seconds of one."""
         start, images = time.perf_counter(), []
