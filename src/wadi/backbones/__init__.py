@@ -19,6 +19,7 @@ from wadi.backbones.pixart import PixArtBackbone, PixArtSigmaBackbone
 from wadi.backbones.sd import UNetBackbone
 from wadi.backbones.sd3 import SD3Backbone
 from wadi.backbones.sdxl import SDXLBackbone
+from wadi.backbones.storage import Precision
 from wadi.backbones.text import PromptEncoder
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
@@ -29,6 +30,7 @@ __all__ = [
     "Backbone",
     "PixArtBackbone",
     "PixArtSigmaBackbone",
+    "Precision",
     "PromptEncoder",
     "SD3Backbone",
     "SDXLBackbone",
@@ -53,6 +55,7 @@ def load_backbone(
     name_or_path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    precision: Precision | None = None,
 ) -> Backbone:
     """Load whatever kind of pipeline a folder or hub id holds; see `Backbone.from_pretrained`.
 
@@ -60,7 +63,7 @@ def load_backbone(
         WadiError: a class of pipeline that cannot be distilled, or as for `Backbone.from_pretrained`.
     """
     folder = pipeline_folder(name_or_path)
-    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device)
+    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device, precision)
 
 
 def load_prompt_encoder(

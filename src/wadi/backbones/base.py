@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from wadi.backbones.condition import Condition
+from wadi.backbones.storage import Precision, store_base
 from wadi.backbones.text import PromptEncoder
 from wadi.diffusion import Schedule
 from wadi.errors import WadiError
@@ -67,18 +68,26 @@ class Backbone(ABC):
         name_or_path: str | Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        precision: Precision | None = None,
     ) -> Backbone:
         """Load a pipeline folder or hub id without its text encoders; safetensors only, network in `dtype`.
 
+        With a `precision`, what a student's adapter turns is stored in that, and widened when it is used.
+
         Raises:
-            WadiError: as `load_pipeline`, or another architecture.
+            WadiError: as `load_pipeline` and `store_base`, or another architecture.
         """
         folder = pipeline_folder(name_or_path)
         name = pipeline_class_name(folder)
         if name != cls.pipeline_class.__name__:
             raise WadiError(f"{name_or_path}: holds a {name}; name a {cls.pipeline_class.__name__}")
         dtypes = {cls.network_name: dtype, "default": torch.float32}
-        return cls(load_pipeline(folder, dtypes, without=cls.text_class.parts), device, folder)
+        pipeline = load_pipeline(folder, dtypes, without=cls.text_class.parts)
+        if precision is not None:
+            network = getattr(pipeline, cls.network_name)
+            names = cls.layers(network, cls.student_pattern)
+            store_base(network, names, precision, device, folder / cls.network_name)
+        return cls(pipeline, device, folder)
 
     @classmethod
     def drives(cls, network: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from wadi.distill.regions import check_compiler, compile_regions
 from wadi.errors import WadiError
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.layer import SHARED
+from wadi.lorad.small import small_layers
 from wadi.onestep.adapters import adapter_folder
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -47,6 +48,10 @@ def view(module: Module) -> Module:
     memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     for tensor in memo.values():
         setattr(tensor, SHARED, True)
+    for layer in small_layers(module).values():
+        # bitsandbytes has scales, and of 8 bits the weight once more, beside the parameters
+        for part in (getattr(layer, "state", None), getattr(layer, "quant_state", None)):
+            memo[id(part)] = part
     return copy.deepcopy(module, memo)
 
 
@@ -64,7 +69,15 @@ def build_roles(
         base: the teacher's network, on its device and in the compute dtype.
         student, fake: configurations of the two adapters; None for a whole copy, all of it trained.
         seed: of the adapters' initialization; torch's own generators are left as they were.
+
+    Raises:
+        WadiError: the whole of a base is to be trained whose weights are stored small.
     """
+    if None in (student, fake) and small_layers(base):
+        raise WadiError(
+            "--student-method, --fake-method: full trains the weights themselves, and those of this base are "
+            "stored small; omit --base-precision, or train adapters"
+        )
     base.requires_grad_(False).eval()
     views = []
     with torch.random.fork_rng(devices=[]):

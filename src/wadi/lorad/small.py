@@ -60,6 +60,8 @@ class SmallLinear(nn.Linear):
         scale: (out, 1), float32.
     """
 
+    compute_dtype = torch.float32  # where PEFT finds it, in what it makes the adapters of a quantized layer
+
     def __init__(self, linear: nn.Linear, dtype: torch.dtype = torch.int8) -> None:
         nn.Module.__init__(self)  # past nn.Linear's, which would make a weight of its own
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -128,6 +130,33 @@ def backend_of(layer: nn.Module) -> QuantizationBackend | None:
             "model in full precision."
         )
     return None
+
+
+def small_layers(network: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a network whose weights are stored small, by name.
+
+    Raises:
+        TypeError: as `backend_of`.
+    """
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and backend_of(layer) is not None
+    }
+
+
+def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict that a network would have in full precision.
+
+    What is stored small has its names and shapes there, and no values (it is on the meta device).
+    """
+    state = dict(network.state_dict())
+    for name, layer in small_layers(network).items():
+        weight = f"{name}.weight"
+        for key in [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]:
+            del state[key]
+        state[weight] = torch.empty(layer.out_features, layer.in_features, device="meta")
+    return state
 
 
 def _never() -> Any:
