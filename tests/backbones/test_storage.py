@@ -1,18 +1,21 @@
 """A base that is stored small: which layers, from which values, and a student that fits the full base."""
 
 import copy
+import dataclasses
+import shutil
 import sys
 
 import pytest
 import torch
+from diffusers import TorchAoConfig, UNet2DConditionModel
 
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi.backbones import load_backbone, student_config
 from wadi.backbones.storage import store_base
-from wadi.distill import DistillConfig, Trainer, encode_prompts, make_accelerator
+from wadi.distill import DistillConfig, Trainer, distill, encode_prompts, make_accelerator
 from wadi.distill.methods import merged_state, method_config
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
-from wadi.errors import WadiError
+from wadi.errors import WadiError, WadiWarning
 from wadi.lorad.io import load_adapter, save_adapter
 from wadi.lorad.small import small_layers
 from wadi.onestep import Student
@@ -223,3 +226,56 @@ def test_a_base_that_is_quantized_already_is_refused(folders):
     message = r"^--base-precision int8: the network is quantized already \(int8 .*; omit the option.*$"
     with pytest.raises(WadiError, match=message):
         store_base(network, names, "int8", "cpu")
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tmp_path_factory):
+    """A pipeline whose U-Net torchao has quantized; read only."""
+    quantization = pytest.importorskip("torchao.quantization")
+    folder = tmp_path_factory.mktemp("quantized") / "sd"
+    tiny_pipeline().save_pretrained(folder)
+    how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    options = {"quantization_config": how, "torch_dtype": torch.bfloat16}
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+def quantized_run(quantized_folder, tmp_path, **changes):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return DistillConfig(
+        pretrained_model_name_or_path=str(quantized_folder),
+        prompts=str(tmp_path / "prompts.txt"),
+        output_dir=str(tmp_path / "run"),
+        student_rank=2,
+        fake_rank=2,
+        max_train_steps=1,
+        train_batch_size=2,
+        validation_steps=0,
+        mixed_precision="bf16",
+        **changes,
+    )
+
+
+def test_a_teacher_that_is_quantized_already_gives_an_adapter_for_the_full_one(
+    quantized_folder, folders, tmp_path
+):
+    with pytest.warns(WadiWarning, match=r"is quantized, so the run ends with adapter/"):
+        run = distill(quantized_run(quantized_folder, tmp_path))
+    assert not (run / "pipeline").exists()
+    export_pipeline(folders / "sd", run / "adapter", tmp_path / "pipeline")
+    with pytest.raises(WadiError, match=r"adapter could not be merged: .*stored small \(torchao\)"):
+        export_pipeline(quantized_folder, run / "adapter", tmp_path / "other")
+    with pytest.raises(WadiError, match=r"^--base-precision int8: .*is quantized already \(torchao"):
+        load_backbone(quantized_folder, torch.bfloat16, precision="int8")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_only_an_adapter_of_lorad_comes_out_of_a_quantized_teacher(quantized_folder, tmp_path, method):
+    precision = "no" if method == "full" else "bf16"
+    config = dataclasses.replace(
+        quantized_run(quantized_folder, tmp_path), student_method=method, mixed_precision=precision
+    )
+    with pytest.raises(WadiError, match=rf"^--student-method {method}: .*is quantized"):
+        distill(config)

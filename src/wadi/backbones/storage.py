@@ -66,6 +66,11 @@ def store_base(
         network.set_submodule(name, _small(layer, precision, dtype))
 
 
+def quantized_in_files(network: nn.Module) -> bool:
+    """Whether a network was quantized already in the folder it was loaded from, by whatever library."""
+    return getattr(network, "hf_quantizer", None) is not None
+
+
 def _small(layer: nn.Linear, precision: Precision, dtype: torch.dtype) -> nn.Linear:
     if precision == "nf4":
         return nf4_linear(layer, dtype)

@@ -18,6 +18,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
 from wadi.backbones import Backbone, fake_config, student_config
+from wadi.backbones.storage import quantized_in_files
 from wadi.distill.checks import check_ranks, free_memory
 from wadi.distill.config import DistillConfig
 from wadi.distill.methods import method_config
@@ -109,9 +110,14 @@ def adapted_roles(config: DistillConfig, backbone: Backbone, device: torch.devic
 
     Raises:
         WadiError: a rank is too high for the network or the memory, the adapter to start from does not fit,
-            or the compiler does not work.
+            the compiler does not work, or what is trained cannot be merged into the base.
     """
     base = backbone.network
+    if config.student_method != "lorad" and quantized_in_files(base):
+        raise WadiError(
+            f"--student-method {config.student_method}: ends as a whole pipeline, and "
+            f"{config.pretrained_model_name_or_path} is quantized; name the model in full precision"
+        )
     student = student_config(base, config.student_rank)
     fake_layers = fake_config if config.fake_layers == "attention" else student_config
     fake = fake_layers(base, config.fake_rank)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from wadi.backbones import Backbone, load_backbone
+from wadi.backbones.storage import quantized_in_files
 from wadi.distill.cache import EmbeddingCache, cache_output
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset
@@ -20,7 +21,7 @@ from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import Prompt, PromptEmbeddings, check_length, encode_prompts, read_prompts
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
 from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
@@ -74,7 +75,10 @@ def distill(config: DistillConfig) -> Path:
 
 
 def export(trainer: Trainer, run: Path) -> None:
-    """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher."""
+    """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher.
+
+    Of a teacher that was quantized already there is no pipeline/: merging would round it once more.
+    """
     config = trainer.config
     student = trainer.accelerator.unwrap_model(trainer.student)
     if config.student_method != "lorad":
@@ -88,7 +92,8 @@ def export(trainer: Trainer, run: Path) -> None:
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
         Student.of(backbone.network, backbone.pipeline.scheduler, config.alpha_T_squared).write(folder)
-    OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
+    if not quantized_in_files(backbone.network):
+        OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
 
 
 def part(run: Path, name: str) -> Output:
@@ -208,6 +213,11 @@ def _load(
         refuse_other_inputs(run, started, inputs, INPUTS)
     backbone = load_backbone(config.pretrained_model_name_or_path, config.dtype, accelerator.device)
     check_teacher(config.pretrained_model_name_or_path, backbone.pipeline.scheduler, backbone.network)
+    if quantized_in_files(backbone.network):
+        tell(
+            f"{config.pretrained_model_name_or_path}: is quantized, so the run ends with adapter/ and not "
+            "with pipeline/; merge the adapter into the model in full precision with wadi export"
+        )
     check_preset(config, backbone.pipeline)
     if config.student_adapter is not None:
         student_with(backbone.pipeline, [adapter_folder(config.student_adapter)])
