@@ -211,6 +211,15 @@ def test_the_whole_of_a_small_base_is_not_trained(folders):
         build_roles(base, None, student_config(base, 2), seed=0)
 
 
+def test_a_base_that_rounds_its_inputs_is_refused(folders):
+    quantization = pytest.importorskip("torchao.quantization")
+    base = load_backbone(folders / "sd").network
+    quantization.quantize_(base, quantization.Int8DynamicActivationInt8WeightConfig())
+    config = student_config(base, 2)
+    with pytest.raises(WadiError, match=r"round their inputs too .*--base-precision int8"):
+        build_roles(base, config, config, seed=0)
+
+
 def test_nf4_says_what_it_needs(folders, monkeypatch):
     with pytest.raises(WadiError, match=r"^--base-precision nf4: needs a GPU; use int8 here$"):
         load_backbone(folders / "sd", precision="nf4")

@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from tests.lorad.cases import numbers
 from wadi.lorad import LoRaDConfig, LoRaDLayer, load_adapter, save_adapter
 from wadi.lorad.rotation import rotate, widen
-from wadi.lorad.small import SmallLinear, backend_of, plain_state, small_layers, store_small
+from wadi.lorad.small import (
+    SmallLinear,
+    backend_of,
+    plain_state,
+    rounds_inputs,
+    small_layers,
+    store_small,
+)
 
 STORED = [torch.int8, torch.bfloat16]
 ADAPTERS = {"no adapter": (), "one adapter": ("a",), "two adapters": ("a", "b")}
@@ -306,6 +313,33 @@ def test_adapters_on_what_other_libraries_quantize(quantize):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="stored small"):
         layer.merge()
+
+
+def torchao_with_inputs(layer):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("quantize", "rounds"),
+    [
+        (torchao, False),
+        (torchao_float8, False),
+        (bitsandbytes_4_bits, False),
+        (bitsandbytes_8_bits, True),
+        (torchao_with_inputs, True),
+        (SmallLinear, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_an_untrained_adapter_is_the_layer_unless_the_layer_rounds_its_inputs(quantize, rounds):
+    net, x = nn.Sequential(quantize(nn.Linear(128, 64).requires_grad_(False))), numbers(5, 128)
+    assert rounds_inputs(net[0]) == rounds
+    expected = net(x)
+    inject_adapter_in_model(LoRaDConfig(r=3, target_modules=["0"]), net)
+    rounds = rounds and quantize is not bitsandbytes_8_bits  # which does so on a GPU alone
+    assert ((net(x) - expected).norm() > 1e-3 * expected.norm()) == rounds
 
 
 class Unknown(nn.Parameter):

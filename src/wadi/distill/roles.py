@@ -26,7 +26,7 @@ from wadi.distill.regions import check_compiler, compile_regions
 from wadi.errors import WadiError
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.layer import SHARED
-from wadi.lorad.small import small_layers
+from wadi.lorad.small import rounds_inputs, small_layers
 from wadi.onestep.adapters import adapter_folder
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -50,9 +50,8 @@ def view(module: Module) -> Module:
     for tensor in memo.values():
         setattr(tensor, SHARED, True)
     for layer in small_layers(module).values():
-        # bitsandbytes has scales, and of 8 bits the weight once more, beside the parameters
-        for part in (getattr(layer, "state", None), getattr(layer, "quant_state", None)):
-            memo[id(part)] = part
+        state = getattr(layer, "quant_state", None)  # bitsandbytes has its scales beside the parameters
+        memo[id(state)] = state
     return copy.deepcopy(module, memo)
 
 
@@ -72,13 +71,10 @@ def build_roles(
         seed: of the adapters' initialization; torch's own generators are left as they were.
 
     Raises:
-        WadiError: the whole of a base is to be trained whose weights are stored small.
+        WadiError: the whole of a base is to be trained whose weights are stored small, or the base rounds
+            the inputs of its layers too.
     """
-    if None in (student, fake) and small_layers(base):
-        raise WadiError(
-            "--student-method, --fake-method: full trains the weights themselves, and those of this base are "
-            "stored small; omit --base-precision, or train adapters"
-        )
+    _check_small(base, None in (student, fake))
     base.requires_grad_(False).eval()
     views = []
     with torch.random.fork_rng(devices=[]):
@@ -91,6 +87,22 @@ def build_roles(
             cast_training_params(network, torch.float32)
             views.append(network)
     return Roles(base, *views)
+
+
+def _check_small(base: torch.nn.Module, whole: bool) -> None:
+    """Raise unless a base whose weights are stored small, if they are, can be what `build_roles` wants."""
+    layers = small_layers(base)
+    if whole and layers:
+        raise WadiError(
+            "--student-method, --fake-method: full trains the weights themselves, and those of this base are "
+            "stored small; omit --base-precision, or train adapters"
+        )
+    if rounding := [name for name, layer in layers.items() if rounds_inputs(layer)]:
+        raise WadiError(
+            f"the teacher is quantized so that its layers round their inputs too (such as {rounding[0]}), "
+            "and an untrained student would differ from it; name the model in full precision, with "
+            "--base-precision int8 if the memory is too small"
+        )
 
 
 def enable_gradient_checkpointing(network: torch.nn.Module) -> None:

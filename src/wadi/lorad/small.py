@@ -145,6 +145,16 @@ def small_layers(network: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def rounds_inputs(layer: nn.Linear) -> bool:
+    """Whether a quantized layer rounds its inputs too, which an adapter on it does not."""
+    weight = layer.weight
+    return (
+        hasattr(layer, "state")  # bitsandbytes, 8 bits
+        or getattr(weight, "act_quant_kwargs", None) is not None  # torchao
+        or type(weight).__name__ == "LinearActivationQuantizedTensor"  # torchao before 0.15
+    )
+
+
 def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict that a network would have in full precision.
 
