@@ -268,9 +268,13 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         """Return `weight`, in its own shape and dtype, turned by the sum of the angles."""
         raise NotImplementedError
 
-    def _matrix_shape(self) -> tuple[int, int]:
-        """(out, fan-in) of the weight, read as a matrix."""
+    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """View `weight` as (out, fan-in)."""
         raise NotImplementedError
+
+    def _matrix_shape(self) -> torch.Size | tuple[int, int]:
+        """(out, fan-in) of the weight, read as a matrix."""
+        return self._as_matrix(self.get_base_layer().weight).shape
 
     def _rotated_forward(self, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         raise NotImplementedError
@@ -317,9 +321,8 @@ class LoRaDConv(LoRaDLayer):
         """PEFT converts linear layers only."""
         return False
 
-    def _matrix_shape(self) -> tuple[int, int]:
-        weight = self.get_base_layer().weight
-        return len(weight), weight[0].numel()
+    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1)
 
     def _rotated(self, weight: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         return rotated_weight(weight.flatten(1), factors).view(weight.shape)
