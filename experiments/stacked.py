@@ -31,6 +31,7 @@ from wadi.distill.terms.term import generator_loss
 from wadi.distill.update import count_skipped
 from wadi.graph import record
 from wadi.lorad import rotation
+from wadi.lorad.small import SmallLinear
 
 # --- the weights of K adapters of one kind and size on one layer, (K, out, in) ---
 
@@ -160,7 +161,8 @@ def _adapted(linear: nn.Linear, layer: str, trainers: Sequence[Trainer], part: s
         [getattr(trainer, f"{part}_parameters")[layer + suffix] for suffix in KINDS[method][0]]
         for trainer in trainers
     ]
-    return Adapted(linear.weight, method, parameters)
+    weight = linear.wide_weight() if isinstance(linear, SmallLinear) else linear.weight
+    return Adapted(weight, method, parameters)
 
 
 # --- the training ---

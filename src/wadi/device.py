@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from wadi.errors import WadiError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The dtype of the networks by the value of --mixed-precision."""
+
+Precision = Literal["bf16", "int8", "nf4"]
+"""How the base's weights that adapters turn may be stored, the values of --base-precision."""
 
 
 def chosen_device(name: str | torch.device | None = None) -> str:

@@ -5,8 +5,6 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from wadi.distill.cache import EmbeddingCache
-from wadi.distill.prompts import encode_prompts
 
 from tests.backbones.cases import CASES, PROMPTS, as_shipped, close, make, noise, of, stock
 from wadi.backbones import student_config
@@ -18,6 +16,8 @@ from wadi.distill.roles import build_roles, enable_gradient_checkpointing, train
 from wadi.distill.scores import Scores
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
+from wadi.prompts import encode_prompts
+from wadi.prompts.cache import EmbeddingCache
 
 FLOWS = [case for case in CASES if not case.startswith(("sd", "pixart")) or case.startswith("sd3")]
 flows = pytest.mark.parametrize("case", FLOWS)
@@ -28,7 +28,7 @@ def predicted(backbone, x, t, condition, scale):
     """What the teacher predicts with guidance, as in training; t is sigma."""
     schedule = backbone.schedule()
     guide = None if backbone.takes_guidance else backbone.guided
-    config = DistillConfig(guidance_scale=scale)
+    config = DistillConfig.of(guidance_scale=scale)
 
     def predict(network, x, t, *told):
         return backbone.predict(network, x, schedule.timestep(t), *told)
@@ -83,7 +83,7 @@ def test_the_network_is_told_the_time_of_the_pipeline_in_bfloat16(case):
         backbone.predict(backbone.network, z, schedule.timestep(sigma.expand(1)), condition)
     assert len(told) == len(expected) == len(sigmas)
     for ours, theirs in zip(told, expected, strict=True):
-        assert ours.dtype == theirs.dtype
+        assert ours.run.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
 
 
@@ -185,7 +185,7 @@ def test_a_prompt_of_the_limit_is_not_cut(case):
 def test_training_moves_student_and_fake_model(case):
     """With guidance, of which the teacher alone is told another scale where it is an input."""
     backbone, told = make(case), {}
-    config = DistillConfig(guidance_scale=4.0, student_rank=2, fake_rank=2, train_batch_size=1)
+    config = DistillConfig.of(guidance_scale=4.0, student_rank=2, fake_rank=2, train_batch_size=1)
     trainer = Trainer(config, backbone, encode_prompts(backbone.text, PROMPTS, []), Accelerator(cpu=True))
     for name in ("teacher", "student", "fake"):
         hook = partial(record_guidance, told.setdefault(name, set()))
@@ -216,6 +216,6 @@ def record_guidance(seen, module, args, kwargs):
 )
 def test_options_that_a_network_has_no_use_for_get_one_line(case, options, message):
     with pytest.raises(WadiError, match=message) as caught:
-        check_network(DistillConfig(**options), make(case))
+        check_network(DistillConfig.of(**options), make(case))
     assert "\n" not in str(caught.value)
-    check_network(DistillConfig(**options), make("sd"))
+    check_network(DistillConfig.of(**options), make("sd"))

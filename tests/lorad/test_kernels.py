@@ -1,11 +1,17 @@
-"""The fused kernels against float64; they need a GPU, so what can be asked without one is little."""
+"""The fused kernels against float64: on a GPU, and in Triton's interpreter where Triton is installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from wadi.lorad import kernels
-from wadi.lorad.rotation import Factors, angles, rotate, rotated_linear, rotated_weight
+from wadi.lorad.rotation import Factors, angles, rotate, rotated_linear, rotated_weight, widen
+from wadi.lorad.small import SmallLinear, store_small
 
 SHAPES = [(64, 64, 4), (70, 50, 24), (320, 320, 256), (1280, 5120, 256), (130, 258, 5), (3, 2, 1)]
 # The turned weight is rounded to its dtype: half a unit of 24, 8 and 11 bits; 1e-5 and 3e-3 are asked for.
@@ -31,6 +37,40 @@ def test_the_eager_path_is_taken_where_there_is_no_kernel():
     assert not kernels.supports(weight, torch.float32)
 
 
+INTERPRETED = """
+import torch
+from tests.lorad.test_kernels import case, relative_error
+from wadi.lorad import kernels
+from wadi.lorad.rotation import angle_gradient, angles, rotate, widen
+from wadi.lorad.small import store_small
+
+for shape in [(70, 50, 24), (3, 2, 1), (5, 2050, 2), (1, 4100, 1)]:
+    weight, A, B = case(*shape, device="cpu")
+    theta, grad = angles(A, B), torch.ones_like(weight).cumsum(1)
+    for dtype in (torch.int8, torch.bfloat16, None):
+        small, scale = (weight, None) if dtype is None else store_small(weight, dtype)
+        wide = weight.double() if dtype is None else widen(small, scale, torch.float64)
+        exact = rotate(wide, theta.double())
+        turned, grad_theta = kernels._rotate_backward_cuda(small, theta, grad, True, scale, torch.float32)
+        assert torch.equal(turned, kernels._rotate_cuda(small, theta, scale, torch.float32))
+        assert turned.dtype == torch.float32
+        assert relative_error(turned, exact) < 1e-6
+        assert relative_error(grad_theta, angle_gradient(exact, grad.double())) < 1e-6
+"""
+
+
+def test_the_arithmetic_of_the_kernel_in_the_interpreter():
+    """Rows that begin within a block, several blocks a row, one pair a row."""
+    pytest.importorskip("triton")
+    # the interpreter is chosen when the kernels are read
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    folder = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.gpu
 def test_what_is_supported():
     weight, _, _ = case(8, 6, 2)
@@ -39,6 +79,9 @@ def test_what_is_supported():
     assert not kernels.supports(weight.double(), torch.float32)
     assert not kernels.supports(weight, torch.float64)
     assert not kernels.supports(weight[:, :5], torch.float32)
+    small, scale = store_small(weight, torch.int8)
+    assert kernels.supports(small, torch.float32, scale)
+    assert not kernels.supports(small, torch.float32)
 
 
 @pytest.mark.gpu
@@ -85,6 +128,42 @@ def test_gradient_of_the_angles_against_float64(shape, dtype):
     nothing, alone = kernels.rotate_backward(weight, theta, grad, with_weight=False)
     assert nothing is None
     assert torch.equal(alone, grad_theta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("stored", [torch.int8, torch.bfloat16], ids=str)
+def test_a_small_weight_is_read_as_it_is(shape, dtype, stored):
+    weight, A, B = case(*shape)
+    (small, scale), theta = store_small(weight, stored), angles(A, B)
+    exact = theta.double().requires_grad_()
+    reference = rotate(widen(small, scale, torch.float64), exact)
+    grad = torch.randn_like(weight)
+    (expected,) = torch.autograd.grad(reference, exact, grad.double())
+    turned, grad_theta = kernels.rotate_backward(small, theta, grad, scale=scale, dtype=dtype)
+    assert turned.dtype == dtype
+    assert torch.equal(turned, kernels.rotate(small, theta, scale, dtype))
+    assert relative_error(turned, reference.detach()) < TOLERANCE[dtype]
+    assert relative_error(grad_theta, expected) < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_a_captured_layer_on_a_small_weight(dtype):
+    layer = SmallLinear(nn.Linear(64, 96, device="cuda").requires_grad_(False))
+    _, A, B = case(96, 64, 8)
+    x = torch.randn(40, 64, device="cuda", dtype=dtype)
+
+    def step():
+        return layer(x) + layer.linear(x, [Factors(A, B)])
+
+    expected, graph = step(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 @pytest.mark.gpu
@@ -152,6 +231,9 @@ def test_compiles_without_a_graph_break():
 def test_ops_follow_the_rules_of_custom_operators():
     weight, A, B = case(70, 50, 24)
     theta, grad = angles(A, B), torch.randn_like(weight)
-    torch.library.opcheck(torch.ops.wadi.rotate.default, (weight, theta))
-    for with_weight in (True, False):
-        torch.library.opcheck(torch.ops.wadi.rotate_backward.default, (weight, theta, grad, with_weight))
+    small, scale = store_small(weight, torch.int8)
+    for given, options in ((weight, ()), (small, (scale, torch.bfloat16))):
+        torch.library.opcheck(torch.ops.wadi.rotate.default, (given, theta, *options))
+        for with_weight in (True, False):
+            arguments = given, theta, grad, with_weight, *options
+            torch.library.opcheck(torch.ops.wadi.rotate_backward.default, arguments)

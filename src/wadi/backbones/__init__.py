@@ -30,6 +30,7 @@ from wadi.backbones.sd3 import SD3Backbone
 from wadi.backbones.sdxl import SDXLBackbone
 from wadi.backbones.text import PromptEncoder
 from wadi.backbones.zimage import ZImageBackbone
+from wadi.device import Precision
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.loading import pipeline_class_name, pipeline_folder
@@ -80,6 +81,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     resolution: int | None = None,
+    precision: Precision | None = None,
 ) -> Backbone:
     """Load the backbone of the pipeline in a folder or hub id; see `Backbone.from_pretrained`.
 
@@ -87,7 +89,7 @@ def load_backbone(
         WadiError: this class of pipeline cannot be distilled, or as in `Backbone.from_pretrained`.
     """
     folder = pipeline_folder(name_or_path)
-    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device, resolution)
+    return _kind(name_or_path, folder).from_pretrained(folder, dtype, device, resolution, precision)
 
 
 def load_prompt_encoder(

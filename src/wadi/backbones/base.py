@@ -14,7 +14,9 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from wadi.backbones.condition import Condition
+from wadi.backbones.storage import store_base
 from wadi.backbones.text import PromptEncoder
+from wadi.device import Precision
 from wadi.diffusion import Schedule
 from wadi.errors import WadiError, tell
 from wadi.onestep.arguments import own_size, size_step, whole_number
@@ -91,11 +93,15 @@ class Backbone(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         resolution: int | None = None,
+        precision: Precision | None = None,
     ) -> Backbone:
         """Load a pipeline folder or hub id without its text encoders; safetensors only, network in `dtype`.
 
+        With a `precision`, what a student's adapter turns is stored in that, and widened when it is used.
+
         Raises:
-            WadiError: as `load_pipeline`, the pipeline is of another class, or the network has another size.
+            WadiError: as `load_pipeline` and `store_base`, the pipeline is of another class, or the
+                network has another size.
         """
         folder = pipeline_folder(name_or_path)
         name = pipeline_class_name(folder)
@@ -103,6 +109,10 @@ class Backbone(ABC):
             raise WadiError(f"{name_or_path}: holds a {name}; name a {cls.pipeline_class.__name__}")
         dtypes = {cls.network_name: dtype, "default": torch.float32}
         pipeline = load_pipeline(folder, dtypes, without=cls.text_class.parts)
+        if precision is not None:
+            network = getattr(pipeline, cls.network_name)
+            names = cls.layers(network, cls.student_pattern)
+            store_base(network, names, precision, device, folder / cls.network_name)
         return cls(pipeline, device, folder, resolution)
 
     @classmethod

@@ -172,8 +172,15 @@ def layer_sizes(network: nn.Module, names: Collection[str]) -> dict[str, tuple[i
         network: without adapters.
         names: of its layers; modules without a weight are not among the results.
     """
-    weights = {name: getattr(network.get_submodule(name), "weight", None) for name in names}
-    return {name: (len(w), w[0].numel()) for name, w in weights.items() if w is not None}
+    layers = {name: network.get_submodule(name) for name in names}
+    # a linear layer says its sizes; its weight may be packed
+    return {
+        name: (layer.out_features, layer.in_features)
+        if isinstance(layer, nn.Linear)
+        else (len(layer.weight), layer.weight[0].numel())
+        for name, layer in layers.items()
+        if getattr(layer, "weight", None) is not None
+    }
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import yaml
 
-from wadi.device import DTYPES
+from wadi.device import DTYPES, Precision
 from wadi.distill.options import Options, option
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_text
@@ -218,6 +218,10 @@ class RunOptions(Options):
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", often=True)
     """Precision of the frozen base. Adapters, one-step images and losses are always float32."""
+
+    base_precision: Precision | None = option(None, often=True)  # noqa: RUF009
+    """Storage of the base's weights that adapters turn: bf16, int8 (one scale for each row) or nf4 (needs
+    bitsandbytes and a GPU). It needs less memory. The default stores them in --mixed-precision."""
 
     gradient_checkpointing: bool = option(False, often=True)
     """Recompute activations in the backward pass: less memory, more time."""

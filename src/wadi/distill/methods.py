@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from wadi.distill.config import Method
 from wadi.lorad import LoRaDConfig
+from wadi.lorad.small import small_layers
 
 
 def method_config(method: Method, like: LoRaDConfig) -> PeftConfig | None:
@@ -31,16 +32,29 @@ def method_config(method: Method, like: LoRaDConfig) -> PeftConfig | None:
     )
 
 
-def merged_state(network: torch.nn.Module, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+def merged_state(network: torch.nn.Module, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a network with its adapters merged, on the CPU, by their names without adapters.
 
     Args:
         network: as `wadi.distill.roles.build_roles` makes it. It is not changed.
-        keys: names of the state dict of the network without adapters.
+        base: the state dict of the network without adapters, in full precision. Adapters of layers that are
+            stored in fewer bits are merged into these weights.
     """
     whole = copy.deepcopy(network).to("cpu")
+    for name, layer in small_layers(whole).items():
+        full = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        full.weight = torch.nn.Parameter(base[_plain(f"{name}.weight")].detach().to("cpu", copy=True))
+        full.bias = layer.bias
+        whole.set_submodule(name, full)
+        if isinstance(owner := whole.get_submodule(name.removesuffix(".base_layer")), BaseTunerLayer):
+            owner.quantization_backend = None
     for module in list(whole.modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
-    state = {name.replace(".base_layer.", "."): tensor for name, tensor in whole.state_dict().items()}
-    return {key: state[key] for key in keys}
+    state = {_plain(name): tensor for name, tensor in whole.state_dict().items()}
+    return {key: state[key] for key in base}
+
+
+def _plain(name: str) -> str:
+    """What a tensor of a layer with an adapter is called without it."""
+    return name.replace(".base_layer.", ".")

@@ -18,6 +18,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
 from wadi.backbones import Backbone, fake_config, student_config
+from wadi.backbones.storage import quantized_in_files
 from wadi.distill.checks import check_ranks, free_memory
 from wadi.distill.config import DistillConfig
 from wadi.distill.methods import method_config
@@ -25,6 +26,7 @@ from wadi.distill.regions import check_compiler, compile_regions
 from wadi.errors import WadiError
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.layer import SHARED
+from wadi.lorad.small import rounds_inputs, small_layers
 from wadi.onestep.adapters import adapter_folder
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -47,6 +49,9 @@ def view(module: Module) -> Module:
     memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     for tensor in memo.values():
         setattr(tensor, SHARED, True)
+    for layer in small_layers(module).values():
+        state = getattr(layer, "quant_state", None)  # bitsandbytes has its scales beside the parameters
+        memo[id(state)] = state
     return copy.deepcopy(module, memo)
 
 
@@ -64,7 +69,12 @@ def build_roles(
         base: the teacher's network, on its device and in the compute dtype.
         student, fake: configurations of the two adapters; None for a whole copy, all of it trained.
         seed: of the adapters' initialization; torch's own generators are left as they were.
+
+    Raises:
+        WadiError: the whole of a base is to be trained whose weights are stored small, or the base rounds
+            the inputs of its layers too.
     """
+    _check_small(base, None in (student, fake))
     base.requires_grad_(False).eval()
     views = []
     with torch.random.fork_rng(devices=[]):
@@ -77,6 +87,22 @@ def build_roles(
             cast_training_params(network, torch.float32)
             views.append(network)
     return Roles(base, *views)
+
+
+def _check_small(base: torch.nn.Module, whole: bool) -> None:
+    """Raise unless a base whose weights are stored small, if they are, can be what `build_roles` wants."""
+    layers = small_layers(base)
+    if whole and layers:
+        raise WadiError(
+            "--student-method, --fake-method: full trains the weights themselves, and those of this base are "
+            "stored small; omit --base-precision, or train adapters"
+        )
+    if rounding := [name for name, layer in layers.items() if rounds_inputs(layer)]:
+        raise WadiError(
+            f"the teacher is quantized so that its layers round their inputs too (such as {rounding[0]}), "
+            "and an untrained student would differ from it; name the model in full precision, with "
+            "--base-precision int8 if the memory is too small"
+        )
 
 
 def enable_gradient_checkpointing(network: torch.nn.Module) -> None:
@@ -96,9 +122,14 @@ def adapted_roles(config: DistillConfig, backbone: Backbone, device: torch.devic
 
     Raises:
         WadiError: a rank is too high for the network or the memory, the adapter to start from does not fit,
-            or the compiler does not work.
+            the compiler does not work, or what is trained cannot be merged into the base.
     """
     base = backbone.network
+    if config.student.method != "lorad" and quantized_in_files(base):
+        raise WadiError(
+            f"--student-method {config.student.method}: ends as a whole pipeline, and "
+            f"{config.model.pretrained_model_name_or_path} is quantized; name the model in full precision"
+        )
     student = student_config(base, config.student.rank)
     fake_layers = fake_config if config.fake.layers == "attention" else student_config
     fake = fake_layers(base, config.fake.rank)

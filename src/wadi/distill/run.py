@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from wadi.backbones import Backbone, load_backbone
+from wadi.backbones.storage import quantized_in_files
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset, check_preset_name
 from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
@@ -17,7 +18,7 @@ from wadi.distill.methods import merged_state
 from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
 from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
@@ -80,7 +81,10 @@ def distill(config: DistillConfig) -> Path:
 
 
 def export(trainer: Trainer, run: Path) -> None:
-    """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher."""
+    """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher.
+
+    A teacher that was quantized already gets no pipeline/, because merging would round it again.
+    """
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
     options, teacher = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     if options.method != "lorad":
@@ -94,7 +98,8 @@ def export(trainer: Trainer, run: Path) -> None:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
         record = Student.of(backbone.network, backbone.pipeline.scheduler, options.alpha_T_squared)
         record.write(folder)
-    OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
+    if not quantized_in_files(backbone.network):
+        OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
 
 
 def part(run: Path, name: str) -> Output:
@@ -219,8 +224,15 @@ def _load(
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
-    backbone = load_backbone(teacher, config.run.dtype, accelerator.device, model.resolution)
+    backbone = load_backbone(
+        teacher, config.run.dtype, accelerator.device, model.resolution, config.run.base_precision
+    )
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
+    if quantized_in_files(backbone.network):
+        tell(
+            f"{teacher}: is quantized, so the run ends with adapter/ and without pipeline/; merge "
+            "the adapter into the model in full precision with wadi export"
+        )
     check_preset(config, backbone.pipeline)
     if config.student.adapter is not None:
         student_with(backbone.pipeline, [adapter_folder(config.student.adapter)])

@@ -3,7 +3,8 @@
 One kernel reads ``W`` and ``Theta`` and writes the turned weight; in backward one reads the gradient too and
 writes ``dL/dTheta`` as well. Sine, cosine and the complex product stay in registers, in float32; for weights
 of half precision sine and cosine are the hardware's (absolute error 5e-7, far below the rounding of the
-weight). The product ``A B`` is left to cuBLAS.
+weight). The product ``A B`` is left to cuBLAS. A weight that is stored small (int8 with one scale a row) is
+read as it is, and widened in registers.
 
 Used where `supports` says so; everything else, and every other device, takes the eager path.
 """
@@ -24,9 +25,10 @@ except ImportError:  # a CPU build of torch comes without
 _HALF = (torch.float16, torch.bfloat16)
 _BLOCK = 1024
 _LIBRARY = torch.library.Library("wadi", "DEF")
-_LIBRARY.define("rotate(Tensor weight, Tensor theta) -> Tensor")
+_LIBRARY.define("rotate(Tensor weight, Tensor theta, Tensor? scale=None, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define(
-    "rotate_backward(Tensor weight, Tensor theta, Tensor grad, bool with_weight) -> (Tensor, Tensor)"
+    "rotate_backward(Tensor weight, Tensor theta, Tensor grad, bool with_weight, "
+    "Tensor? scale=None, ScalarType? dtype=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define("angle_gradient(Tensor turned, Tensor grad) -> Tensor")
 
@@ -43,32 +45,48 @@ def available() -> bool:
     )
 
 
-def supports(weight: torch.Tensor, theta_dtype: torch.dtype) -> bool:
-    """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32."""
+def supports(weight: torch.Tensor, theta_dtype: torch.dtype, scale: torch.Tensor | None = None) -> bool:
+    """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32.
+
+    A weight of integers has a scale.
+    """
+    known = (*_HALF, torch.float32) if scale is None else (*_HALF, torch.float32, torch.int8)
     return (
         weight.is_cuda
         and weight.shape[1] % 2 == 0
-        and weight.dtype in (*_HALF, torch.float32)
+        and weight.dtype in known
         and theta_dtype == torch.float32
         and available()
     )
 
 
-def rotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+def rotate(
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Turn the pairs of columns of `weight` by `theta`.
 
     Args:
-        weight: (out, in), float16, bfloat16 or float32, in even.
+        weight: (out, in), float16, bfloat16 or float32, in even; with a scale also int8.
         theta: radians, (out, in // 2), float32.
+        scale: (out, 1) float32, what each row is multiplied by; None for 1.
+        dtype: of the result; that of `weight` when None.
 
     Returns:
-        (out, in), contiguous, the dtype of `weight`.
+        (out, in), contiguous.
     """
-    return torch.ops.wadi.rotate(weight, theta)
+    return torch.ops.wadi.rotate(weight, theta, scale, dtype)
 
 
 def rotate_backward(
-    weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool = True
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    grad: torch.Tensor,
+    with_weight: bool = True,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Turn `weight` again, and give the gradient of the angles, ``dL/dTheta = g_e o' - g_o e'``.
 
@@ -77,11 +95,13 @@ def rotate_backward(
         theta: radians, (out, in // 2), float32.
         grad: (out, in), gradient of the turned weight.
         with_weight: whether the turned weight is wanted.
+        scale: as of `rotate`.
+        dtype: as of `rotate`.
 
     Returns:
-        The turned weight (out, in) in the dtype of `weight`, or None; dL/dTheta, (out, in // 2), float32.
+        The turned weight (out, in), as of `rotate`, or None; dL/dTheta, (out, in // 2), float32.
     """
-    turned, grad_theta = torch.ops.wadi.rotate_backward(weight, theta, grad, with_weight)
+    turned, grad_theta = torch.ops.wadi.rotate_backward(weight, theta, grad, with_weight, scale, dtype)
     return (turned if with_weight else None), grad_theta
 
 
@@ -99,15 +119,26 @@ def angle_gradient(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.register_fake("wadi::rotate", lib=_LIBRARY)
-def _rotate_fake(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    return weight.new_empty(weight.shape)
+def _rotate_fake(
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)
 
 
 @torch.library.register_fake("wadi::rotate_backward", lib=_LIBRARY)
 def _rotate_backward_fake(
-    weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    grad: torch.Tensor,
+    with_weight: bool,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return weight.new_empty(weight.shape if with_weight else (0,)), theta.new_empty(theta.shape)
+    turned = weight.new_empty(weight.shape if with_weight else (0,), dtype=dtype)
+    return turned, theta.new_empty(theta.shape)
 
 
 @torch.library.register_fake("wadi::angle_gradient", lib=_LIBRARY)
@@ -115,18 +146,29 @@ def _angle_gradient_fake(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tens
     return turned.new_empty((turned.shape[0], turned.shape[1] // 2), dtype=torch.float32)
 
 
-def _rotate_cuda(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    turned = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _launch(weight, theta, turned, turned, turned, store_weight=True, store_grad=False)
+def _rotate_cuda(
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    turned = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    _launch(weight, theta, scale, turned, turned, turned, store_weight=True, store_grad=False)
     return turned
 
 
 def _rotate_backward_cuda(
-    weight: torch.Tensor, theta: torch.Tensor, grad: torch.Tensor, with_weight: bool
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    grad: torch.Tensor,
+    with_weight: bool,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    turned = torch.empty(weight.shape if with_weight else (0,), dtype=weight.dtype, device=weight.device)
+    shape = weight.shape if with_weight else (0,)
+    turned = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
     grad_theta = torch.empty(theta.shape, dtype=torch.float32, device=weight.device)
-    _launch(weight, theta, grad, turned, grad_theta, store_weight=with_weight, store_grad=True)
+    _launch(weight, theta, scale, grad, turned, grad_theta, store_weight=with_weight, store_grad=True)
     return turned, grad_theta
 
 
@@ -149,6 +191,7 @@ _LIBRARY.impl("rotate_backward", _rotate_backward_cuda, "CUDA")
 def _launch(
     weight: torch.Tensor,
     theta: torch.Tensor,
+    scale: torch.Tensor | None,
     grad: torch.Tensor,
     turned: torch.Tensor,
     grad_theta: torch.Tensor,
@@ -160,13 +203,16 @@ def _launch(
         _rotate_kernel[(triton.cdiv(pairs, _BLOCK),)](
             weight.contiguous(),
             theta.contiguous(),
+            theta if scale is None else scale.contiguous(),
             grad.contiguous(),
             turned,
             grad_theta,
             pairs,
+            theta.shape[1],
+            SCALED=scale is not None,
             STORE_WEIGHT=store_weight,
             STORE_GRAD=store_grad,
-            HARDWARE_SINE=weight.dtype in _HALF,
+            HARDWARE_SINE=turned.dtype in _HALF,
             BLOCK=_BLOCK,
             num_warps=4,
         )
@@ -178,10 +224,13 @@ if triton is not None:
     def _rotate_kernel(
         weight_pointer,
         theta_pointer,
+        scale_pointer,
         grad_pointer,
         turned_pointer,
         grad_theta_pointer,
         pairs,
+        pairs_a_row,
+        SCALED: tl.constexpr,
         STORE_WEIGHT: tl.constexpr,
         STORE_GRAD: tl.constexpr,
         HARDWARE_SINE: tl.constexpr,
@@ -199,6 +248,12 @@ if triton is not None:
         else:
             cosine, sine = tl.cos(theta), tl.sin(theta)
         odd, even = tl.split(tl.reshape(weight, (BLOCK, 2)))
+        if SCALED:
+            # the wide division once a program, that of every pair in 32 bits
+            first = start // pairs_a_row
+            ahead = (start - first * pairs_a_row).to(tl.int32) + tl.arange(0, BLOCK)
+            scale = tl.load(scale_pointer + first + ahead // pairs_a_row, mask=pair < pairs, other=0.0)
+            odd, even = odd * scale, even * scale
         turned_odd = odd * cosine - even * sine
         turned_even = odd * sine + even * cosine
         if STORE_WEIGHT:

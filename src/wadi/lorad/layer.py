@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.rotation import Factors, rotated_linear, rotated_weight
+from wadi.lorad.small import SmallLinear, backend_of
 
 SHARED = "shared_by_views"
 """Attribute of a Parameter that several networks share. Whoever shares it sets this; it forbids merging."""
@@ -19,6 +20,9 @@ SHARED = "shared_by_views"
 
 class LoRaDLayer(nn.Module, BaseTunerLayer):
     """A layer whose weight, read as a matrix (out, fan-in), is turned by the angles of the active adapters.
+
+    A linear layer's weight may be stored small (see `wadi.lorad.small.backend_of`); it is then frozen, is
+    widened for as long as it is used, and cannot be merged into.
 
     The base layer's own `forward` is bypassed while an adapter is active: hooks on the base layer
     (sequential CPU offload, layerwise casting) do not run then. A trainable base weight gets its gradient,
@@ -34,7 +38,8 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         in_features, out_features: of the base layer; for convolutions its input and output channels.
 
     Raises:
-        TypeError: the base layer is quantized or already carries another kind of adapter.
+        TypeError: the base layer is quantized in a way that cannot be read, or already carries another kind
+            of adapter.
         ValueError: the fan-in is less than 2: there is nothing to turn.
     """
 
@@ -47,8 +52,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"LoRaD cannot wrap {type(base_layer).__name__}; merge or unload that adapter first."
             )
-        if not base_layer.weight.is_floating_point():
-            raise TypeError(f"LoRaD needs a floating-point weight, {type(base_layer).__name__} is quantized.")
+        self.quantization_backend = backend_of(base_layer)
         self.base_layer = base_layer
         self.in_features, self.out_features = _get_in_out_features(base_layer)
         self.r: dict[str, int] = {}
@@ -65,7 +69,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, r: int, config: LoRaDConfig) -> None:
         """Add an adapter of rank `r`; it turns nothing until it is trained or loaded (see `init_weights`)."""
-        out_features, fan_in = self._as_matrix(self.get_base_layer().weight).shape
+        out_features, fan_in = self._matrix_shape()
         if fan_in < 2:
             raise ValueError(
                 f"LoRaD turns pairs of inputs, {self.get_base_layer()} has a fan-in of {fan_in}."
@@ -103,7 +107,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return turned minus original weight for one adapter: the weight's shape, the dtype of A."""
-        weight = self._unmerged_weight().detach()
+        weight = self.get_base_weight() if self._original is None else self._original.to(self.weight)
         A = self.lorad_A[adapter].detach()
         wide = weight.to(torch.promote_types(A.dtype, torch.float32))
         return (self._rotated(wide, self._factors([adapter])) - wide).detach().to(A.dtype)
@@ -205,12 +209,13 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
     def _factors(self, names: list[str]) -> list[Factors]:
         return [Factors(self.lorad_A[name], self.lorad_B[name], self.scaling[name]) for name in names]
 
-    def _unmerged_weight(self) -> torch.Tensor:
-        weight = self.get_base_layer().weight
-        return weight if self._original is None else self._original.to(weight)
-
     def _writable_weight(self) -> nn.Parameter:
         weight = self.get_base_layer().weight
+        if self.quantization_backend is not None:
+            raise ValueError(
+                f"The weight is stored small ({self.quantization_backend.backend_name}), and merging would "
+                "round it once more: load the model in full precision and merge the adapter into that."
+            )
         if weight.is_meta:
             raise ValueError(
                 f"The weight of {self.get_base_layer()} has no values (it is on the meta device): load or "
@@ -235,7 +240,7 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         # a checksum, because turning again may round differently (threads, TF32, another device)
         if not self.merged or _checksum(weight) == self._written:
             return None
-        turned = self._turned(self._unmerged_weight(), self._merged_factors)
+        turned = self._turned(self._original.to(weight), self._merged_factors)
         return _wide(weight) - _wide(turned)
 
     @torch.no_grad()
@@ -267,6 +272,10 @@ class LoRaDLayer(nn.Module, BaseTunerLayer):
         """View `weight` as (out, fan-in)."""
         raise NotImplementedError
 
+    def _matrix_shape(self) -> torch.Size | tuple[int, int]:
+        """(out, fan-in) of the weight, read as a matrix."""
+        return self._as_matrix(self.get_base_layer().weight).shape
+
     def _rotated_forward(self, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         raise NotImplementedError
 
@@ -280,11 +289,18 @@ class LoRaDLinear(LoRaDLayer):
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features  # the weight itself may be packed
+
     def _rotated(self, weight: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         return self._as_matrix(rotated_weight(self._as_matrix(weight), factors)).contiguous()
 
     def _rotated_forward(self, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
         base_layer = self.base_layer
+        if isinstance(base_layer, SmallLinear):
+            return base_layer.linear(x, factors)
+        if self.quantization_backend is not None:
+            return rotated_linear(x, self.get_base_weight, base_layer.bias, factors)
         return rotated_linear(x, self._as_matrix(base_layer.weight), base_layer.bias, factors)
 
 

@@ -18,13 +18,17 @@ Angles, sine, cosine and rotation are computed in float32, or in float64 if an o
 the dtypes of base and adapter and whatever `torch.autocast` says; only the finished weight is rounded to the
 compute dtype. (TF32, where the user allows it, applies to the product ``A B`` as to any other.)
 
+A frozen weight may be stored small, as ``W = Q s`` with ``Q`` in few bits and ``s`` one number a row (see
+`wadi.lorad.small`). It is widened here, for as long as it is used; backward keeps ``Q`` and ``s``, and widens
+again.
+
 This is the eager statement. On an NVIDIA GPU `rotated_weight` and `rotated_linear` use the fused kernels of
 `wadi.lorad.kernels`, which compute the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -50,6 +54,22 @@ def angles(
     A = A.to(wide)
     with _without_autocast(A.device.type):
         return (A if scale == 1.0 else A * scale) @ B.to(wide)
+
+
+def widen(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the weight that a small one stands for, rounded once.
+
+    Args:
+        weight: (out, in), int8 or any floating dtype.
+        scale: (out, 1), what each row is multiplied by, float32.
+        dtype: of the result; the product is computed in float32, or in float64 if this is float64.
+
+    Returns:
+        (out, in), without a graph.
+    """
+    wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    # one kernel, and nothing of the weight's size besides its result
+    return torch.mul(weight.detach(), scale.detach().to(_wide_dtype(dtype)), out=wide)
 
 
 def rotate(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -111,28 +131,36 @@ def angle_gradient(turned: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def rotated_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]
+    x: torch.Tensor,
+    weight: torch.Tensor | Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
+    adapters: Sequence[Factors],
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``x W'^T + bias`` with W' the turned weight; keeps only x, W, A, B for backward.
 
     The matrix products run in the dtype `torch.nn.functional.linear` would choose for `weight`: its own, or
-    that of the surrounding `torch.autocast` region.
+    that of the surrounding `torch.autocast` region. A weight that is stored small, which has no dtype to
+    compute in, takes that of `x` in place of its own.
 
     Args:
         x: (..., in).
-        weight: (out, in), any floating dtype.
+        weight: (out, in), any floating dtype. Of a frozen weight that is stored small also int8, with its
+            `scale`; or a function that returns it widened, which is called again in backward.
         bias: (out,) or None.
-        adapters: one or more, their shapes matching `weight`.
+        adapters: their shapes matching `weight`; none, for the weight as it is.
+        scale: (out, 1) float32, what each row of a small weight is multiplied by.
 
     Returns:
         (..., out) in the compute dtype.
     """
-    dtype = _compute_dtype(weight)
+    small = scale is not None or not isinstance(weight, torch.Tensor)
+    dtype = _compute_dtype(x if small else weight)
     factors = [tensor for adapter in adapters for tensor in adapter[:2]]
-    if _needs_graph(x, weight, bias, *factors):
+    if _needs_graph(x, None if small else weight, bias, *factors):
         scales = tuple(adapter.scale for adapter in adapters)
-        return _RotatedLinear.apply(x, weight, bias, dtype, scales, *factors)
-    return _linear(x, _rotated(weight, _total_angles(adapters, weight.dtype)), bias, dtype)
+        return _RotatedLinear.apply(x, weight, scale, bias, dtype, scales, *factors)
+    return _linear(x, _Turn(_read(weight), scale, adapters, dtype).weight(), bias, dtype)
 
 
 class _RotatedWeight(torch.autograd.Function):
@@ -149,7 +177,7 @@ class _RotatedWeight(torch.autograd.Function):
         weight, *factors = ctx.saved_tensors
         adapters = _pack(factors, ctx.scales)
         needs_weight, _, *needs_factors = ctx.needs_input_grad
-        turn = _Backward(weight, adapters)
+        turn = _Turn(weight, None, adapters, weight.dtype)
         _, grad_theta = turn.with_gradient(grad, with_weight=False)
         grad_weight = turn.undone(grad) if needs_weight else None
         return grad_weight, None, *_factor_gradients(grad_theta, adapters, needs_factors)
@@ -160,25 +188,30 @@ class _RotatedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Callable[[], torch.Tensor],
+        row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
         scales: tuple[float, ...],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        _, needs_weight, _, _, _, *needs_factors = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight or any(needs_factors) else None, weight, *factors)
+        _, needs_weight, _, _, _, _, *needs_factors = ctx.needs_input_grad
+        # never the widened weight: what is read from elsewhere is read again
+        ctx.read = None if isinstance(weight, torch.Tensor) else weight
+        kept = weight if ctx.read is None else None
+        needs_x = needs_weight or any(needs_factors)
+        ctx.save_for_backward(x if needs_x else None, kept, row_scale, *factors)
         ctx.dtype, ctx.scales, ctx.x_dtype = dtype, scales, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        theta = _total_angles(_pack(factors, scales), weight.dtype)
-        return _linear(x, _rotated(weight, theta), bias, dtype)
+        turn = _Turn(_read(weight), row_scale, _pack(factors, scales), dtype)
+        return _linear(x, turn.weight(), bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *factors = ctx.saved_tensors
+        x, weight, row_scale, *factors = ctx.saved_tensors
         adapters = _pack(factors, ctx.scales)
-        needs_x, needs_weight, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
-        turn = _Backward(weight, adapters)
+        needs_x, needs_weight, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
+        turn = _Turn(_read(weight if ctx.read is None else ctx.read), row_scale, adapters, ctx.dtype)
 
         grad_x = grad_weight = grad_bias = turned = None
         grad_factors: Sequence[torch.Tensor | None] = [None] * len(factors)
@@ -194,27 +227,44 @@ class _RotatedLinear(torch.autograd.Function):
             if needs_x:
                 turned = turn.weight() if turned is None else turned
                 grad_x = (grad @ turned.to(ctx.dtype)).to(ctx.x_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, *grad_factors
+        return grad_x, grad_weight, None, grad_bias, None, None, *grad_factors
 
 
-class _Backward:
-    """What backward asks of one turned weight, from the kernels or eagerly."""
+class _Turn:
+    """What is asked of one turned weight, from the kernels or eagerly; no graph.
 
-    def __init__(self, weight: torch.Tensor, adapters: Sequence[Factors]) -> None:
-        self.original, self.theta = weight, _total_angles(adapters, weight.dtype)
-        self.fused = kernels.supports(weight, self.theta.dtype)
+    Args:
+        weight: (out, in).
+        scale: (out, 1) of a weight that is stored small, else None.
+        adapters: that turn it; none, for the weight as it is.
+        dtype: that a small weight is widened to.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        adapters: Sequence[Factors],
+        dtype: torch.dtype,
+    ) -> None:
+        self.original, self.scale = weight, scale
+        self.dtype = weight.dtype if scale is None else dtype
+        self.theta = _total_angles(adapters, weight.dtype) if adapters else None
 
     def weight(self) -> torch.Tensor:
         """The turned weight, (out, in)."""
-        return _rotated(self.original, self.theta)
+        if self.theta is None:
+            return _wide_weight(self.original, self.scale, self.dtype)
+        return _rotated(self.original, self.theta, self.scale, self.dtype)
 
     def with_gradient(
         self, grad: torch.Tensor, with_weight: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The turned weight and, from its gradient (out, in), dL/dTheta (out, in // 2)."""
-        if self.fused:
-            return kernels.rotate_backward(self.original, self.theta, grad, with_weight)
-        turned = rotate(self.original, self.theta)
+        if kernels.supports(self.original, self.theta.dtype, self.scale):
+            given = self.original, self.theta, grad, with_weight
+            return kernels.rotate_backward(*given, self.scale, self.dtype)
+        turned = rotate(_wide_weight(self.original, self.scale, self.theta.dtype), self.theta)
         return turned, angle_gradient(turned, grad.to(turned.dtype))
 
     def undone(self, grad: torch.Tensor) -> torch.Tensor:
@@ -237,11 +287,24 @@ def _factor_gradients(
     return grad_factors
 
 
-def _rotated(weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """The turned weight, from the kernels in its own dtype, eagerly in float32 or wider; no graph."""
-    if kernels.supports(weight, theta.dtype):
-        return kernels.rotate(weight, theta)
-    return rotate(weight, theta)
+def _rotated(
+    weight: torch.Tensor,
+    theta: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The turned weight, from the kernels in `dtype`, eagerly in float32 or wider; no graph."""
+    if kernels.supports(weight, theta.dtype, scale):
+        return kernels.rotate(weight, theta, scale, dtype)
+    return rotate(_wide_weight(weight, scale, theta.dtype), theta)
+
+
+def _wide_weight(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return weight if scale is None else widen(weight, scale, dtype)
+
+
+def _read(weight: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+    return weight if isinstance(weight, torch.Tensor) else weight().detach()
 
 
 def _linear(

@@ -125,4 +125,7 @@ def _merge(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
             f"{folder}: the adapter does not fit the model: {len(wrong)} names of weights differ, such as "
             f"{min(wrong)}; name the model that it was made for"
         )
-    return adapted.merge_and_unload()
+    try:
+        return adapted.merge_and_unload()
+    except ValueError as error:
+        raise WadiError(f"{folder}: the adapter could not be merged: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors, read_json
@@ -265,6 +266,8 @@ def _check_finite(module: torch.nn.Module, folder: Path) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
             continue
+        if is_traceable_wrapper_subclass(tensor):  # quantized by torchao
+            tensor = tensor.dequantize()
         # this reads once and allocates nothing; NaN becomes a bound
         if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
             raise WadiError(

@@ -17,6 +17,7 @@ from torch import nn
 from wadi.diffusion.schedule import PREDICTIONS, prediction_type
 from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
+from wadi.lorad.small import plain_state
 
 STUDENT_FILE = "student.json"
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
@@ -144,7 +145,7 @@ def shapes_fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in plain_state(network).items()}
 
 
 def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
