@@ -23,6 +23,14 @@ _HELP = {
     "output_dir": "Run folder; new or empty, unless a run is resumed.",
 }
 """What the command line says otherwise than `DistillConfig` does."""
+_DESCRIPTION = """Turn a diffusion model into a one-step generator.
+
+--teacher and --prompts are required, except with the presets emoji, emoji-cpu and emoji-paper:
+
+wadi distill --preset sd15 --teacher FOLDER --prompts prompts.txt --out runs/mine
+
+The fake model is a second adapter, which learns what the student's images look like. The main loss of the
+student comes from its difference to the teacher."""
 _TITLES = {"fake": "fake model"}
 """Groups that the help calls otherwise."""
 
@@ -51,9 +59,18 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
     often = not everything and not {"-h", "--help"}.isdisjoint(arguments)
     if everything:
         arguments = [*(word for word in arguments if word != HELP_ALL), "--help"]
-    groups = tyro.cli(options_type(start_of(arguments), often), prog="wadi distill", args=arguments)
+    start = start_of(arguments)
+    groups = tyro.cli(options_type(start, often), prog="wadi distill", args=arguments)
     values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
-    return DistillConfig.of(**values)
+    words = {word.split("=")[0].replace("-", "_") for word in arguments}
+    given = [name for name in values if not words.isdisjoint(_flags(name))]
+    return start.replace(**{name: values[name] for name in given})
+
+
+def _flags(name: str) -> list[str]:
+    """The flags of an option, with underscores for all dashes."""
+    own = [f"__{name}", f"__no_{name}", *_ALIASES.get(name, ())]
+    return [flag.replace("-", "_") for flag in own]
 
 
 def start_of(arguments: Sequence[str]) -> DistillConfig:
@@ -93,7 +110,7 @@ def options_type(start: DistillConfig | None = None, often: bool = False) -> typ
         named = Annotated[part, tyro.conf.arg(name=_TITLES.get(group, group))]
         parts.append((group, named, dataclasses.field(default_factory=part)))
     whole = dataclasses.make_dataclass("Flags", parts, frozen=True)
-    whole.__doc__ = "Turn a diffusion model into a one-step generator."
+    whole.__doc__ = _DESCRIPTION
     if often:
         whole.__doc__ += f" These are the options that people set; {HELP_ALL} shows all of them."
     return whole

@@ -30,7 +30,7 @@ class ModelOptions(Options):
     """Name of the preset that the other options started from. It is compared with the teacher."""
 
     pretrained_model_name_or_path: str | None = option(None, often=True)
-    """Teacher: the folder of a diffusers pipeline, or a hub id. docs/models.md lists the kinds."""
+    """Teacher: the folder of a diffusers pipeline, or a hub id. docs/distilling.md lists the kinds."""
 
     resolution: int | None = option(None, at_least=1)
     """Pixels a side of the images, for teachers that make images of any size (FLUX.1, FLUX.2-klein, Z-Image,
@@ -85,7 +85,8 @@ class FakeOptions(Options):
     """The fake model, which learns what the student makes."""
 
     rank: int = option(32, "fake_rank", often=True, at_least=1)
-    """Rank of the fake model's adapter. The student's rank, with two updates, keeps diversity."""
+    """Rank of the fake model's adapter. Give it the student's rank and --fake-updates 2, because all images of a
+    prompt become alike if the fake model learns too slowly."""
 
     layers: Literal["attention", "student"] = option("attention", "fake_layers", often=True)
     """Layers of the fake model's adapter: the paper's smaller selection, or the student's own."""
@@ -163,7 +164,8 @@ class OptimizerOptions(Options):
     """Batches, learning rates and AdamW."""
 
     train_batch_size: int = option(4, often=True, changeable=True, at_least=1)
-    """Samples per process and micro-batch. A resumed run keeps the samples per step."""
+    """Images per process and micro-batch. You may change it when you resume a run. The number of images per
+    step then stays the same."""
 
     gradient_accumulation_steps: int = option(1, often=True, changeable=True, at_least=1)
     """Micro-batches per optimizer step."""
@@ -308,13 +310,27 @@ class DistillConfig(Options):
         """
         return cls().replace(**options)
 
+    def replace(self, **options: object) -> DistillConfig:
+        """See `Options.replace`; the names are added to `given`."""
+        new = super().replace(**options)
+        object.__setattr__(new, "_given", self.given | options.keys())
+        return new
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that `of` and `replace` were called with, perhaps with default values."""
+        return getattr(self, "_given", frozenset())
+
     def fingerprint(self, inputs: Mapping[str, str | None] | None = None) -> str:
-        """Hash of every option that decides the numbers: a checkpoint goes on only under the same one.
+        """Hash of every option that decides the numbers. A checkpoint goes on only under the same one.
+
+        Options with their default values do not count, so that a new option does not end older runs.
 
         Args:
             inputs: digests of what the options in `INPUTS` name; their paths do not count.
         """
-        fixed = {name: v for name, v in self.values().items() if name not in CHANGEABLE | INPUTS.keys()}
+        usual, free = DistillConfig().values(), CHANGEABLE | INPUTS.keys()
+        fixed = {n: value for n, value in self.values().items() if n not in free and value != usual[n]}
         return hashlib.sha256(json.dumps(fixed | (inputs or {}), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:

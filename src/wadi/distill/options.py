@@ -81,8 +81,17 @@ class Options:
 
     @classmethod
     def places(cls) -> dict[str, Place]:
-        """Every option of this group and of the groups in it, by the name of its flag."""
-        return {place.name: place for place in _walk(cls)}
+        """Every option of this group and of the groups in it, by the name of its flag.
+
+        Raises:
+            TypeError: two options have the same flag.
+        """
+        found = list(_walk(cls))
+        places = {place.name: place for place in found}
+        if len(places) < len(found):
+            double = [place for place in found if places[place.name] is not place]
+            raise TypeError(f"{_flag(double[0].name)} is the flag of two options; give one another name")
+        return places
 
     def values(self) -> dict[str, Any]:
         """The value of every option, by the name of its flag."""

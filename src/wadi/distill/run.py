@@ -142,7 +142,7 @@ def resolve(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     """Make paths absolute. If a run is resumed, take its options and find its checkpoint.
 
     When a run is resumed, `CHANGEABLE` options may have new values. Options in `INPUTS` may name another path
-    of the same content. All other options must be the run's own, or the defaults. The number of samples per
+    of the same content. All other options that are given must be the run's own. The number of samples per
     step stays the same; see `share_batch`.
 
     Returns:
@@ -181,12 +181,14 @@ def _resume(config: DistillConfig) -> tuple[DistillConfig, Path | None]:
     saved = DistillConfig.load(run / "config.yaml")
     own, defaults, changed = saved.values(), DistillConfig().values(), {}
     for name, value in config.values().items():
-        if name in ("output_dir", "resume_from_checkpoint") or value == defaults[name]:
+        if name in ("output_dir", "resume_from_checkpoint"):
+            continue
+        if value == defaults[name] and name not in config.given:
             continue
         if name in CHANGEABLE:
             changed[name] = value
         elif name in INPUTS:
-            changed[name] = _absolute(value)
+            changed[name] = None if value is None else _absolute(value)
         elif value != own[name]:
             raise WadiError(
                 f"--{name.replace('_', '-')}: the run was started with {own[name]}, it cannot go on with "
