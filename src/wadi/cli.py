@@ -230,7 +230,8 @@ def _overview() -> str:
     return (
         "usage: wadi COMMAND [OPTIONS]\n\n"
         "Train and use one-step diffusion models (WaDi). A teacher is a multi-step text-to-image model. Its\n"
-        "student makes an image in one step. Commands that make images use the built-in models if you\nname none; distill needs a teacher and prompts.\n\n"
+        "student makes an image in one step. Commands that make images use the built-in models if you name\n"
+        "none; distill needs a teacher and prompts.\n\n"
         f"commands:\n{commands}\n\n"
         f"options:\n  {'--help':{width}}show this overview; after a command, its options\n"
         f"  {'--version':{width}}show the version\n\n"

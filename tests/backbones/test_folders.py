@@ -9,12 +9,17 @@ from wadi.backbones import load_backbone, load_prompt_encoder
 from wadi.errors import WadiError
 from wadi.onestep.loading import load_pipeline
 
-OTHER_TEXT = "takes text embeddings of width {} .{}.*give {}; they are of different models"
+OTHER_TEXT = "takes text embeddings of width {} .{}.*give {}; they are from different models"
 BROKEN = [
     ("flux-dev", "transformer", {"joint_attention_dim": 48}, OTHER_TEXT.format(48, "joint_att", 32)),
     ("flux-dev", "transformer", {"pooled_projection_dim": 8}, OTHER_TEXT.format(8, "pooled_proj", 16)),
     ("flux-schnell", "transformer", {"in_channels": 384, "out_channels": 64}, "takes 384 channels and gives"),
-    ("flux-dev", "vae", {"latent_channels": 4}, "latents of 16 channels.* gives 4; the two are of different"),
+    (
+        "flux-dev",
+        "vae",
+        {"latent_channels": 4},
+        "latents of 16 channels.* gives 4",
+    ),
     ("flux-dev", "model_index", {"text_encoder": [None, None]}, "lists no text_encoder"),
     ("sana", "transformer", {"caption_channels": 8}, OTHER_TEXT.format(8, "caption_channels", 16)),
     ("sana", "transformer", {"guidance_embeds": True}, "takes the guidance as an input"),

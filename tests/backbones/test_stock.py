@@ -83,7 +83,7 @@ def test_the_network_is_told_the_time_of_the_pipeline_in_bfloat16(case):
         backbone.predict(backbone.network, z, schedule.timestep(sigma.expand(1)), condition)
     assert len(told) == len(expected) == len(sigmas)
     for ours, theirs in zip(told, expected, strict=True):
-        assert ours.run.dtype == theirs.dtype
+        assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
 
 

@@ -11,7 +11,7 @@ from diffusers import TorchAoConfig, UNet2DConditionModel
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi.backbones import load_backbone, student_config
 from wadi.backbones.storage import store_base
-from wadi.distill import DistillConfig, Trainer, distill, encode_prompts, make_accelerator
+from wadi.distill import DistillConfig, Trainer, distill, make_accelerator
 from wadi.distill.methods import merged_state, method_config
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
 from wadi.errors import WadiError, WadiWarning
@@ -19,6 +19,7 @@ from wadi.lorad.io import load_adapter, save_adapter
 from wadi.lorad.small import small_layers
 from wadi.onestep import Student
 from wadi.onestep.export import export_pipeline
+from wadi.prompts import encode_prompts
 
 TEACHERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
 STORED = {"int8": torch.int8, "bf16": torch.bfloat16}

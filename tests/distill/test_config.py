@@ -1,9 +1,13 @@
 """Options: they come back from YAML, every number is checked, and presets go together."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from wadi.distill.config import DistillConfig
+from wadi.distill.options import Options, option
 from wadi.distill.presets import PRESETS
+from wadi.distill.terms import TERMS
 from wadi.distill.update import learning_rate_factor
 from wadi.errors import WadiError
 
@@ -113,3 +117,32 @@ def test_learning_rate_schedule():
     assert set(factors[10:60]) == {1.0}
     assert factors[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])
     assert learning_rate_factor(DistillConfig(), 0) == learning_rate_factor(DistillConfig(), 19_999) == 1
+
+
+def test_terms_and_their_options_have_the_same_names():
+    groups = {place.path[1] for place in DistillConfig.places().values() if len(place.path) == 3}
+    assert {term.name for term in TERMS} == groups
+
+
+def test_two_options_cannot_have_one_flag():
+    @dataclass(frozen=True)
+    class Inner(Options):
+        weight: float = option(0.0, "weight")
+
+    @dataclass(frozen=True)
+    class Outer(Options):
+        weight: float = option(1.0)
+        inner: Inner = Inner()
+
+    Outer.__annotations__["inner"] = Inner  # its name is not one of the module
+    with pytest.raises(TypeError, match="--weight is the flag of two options"):
+        Outer.places()
+
+
+def test_a_new_option_does_not_end_older_runs():
+    """Options with their defaults do not count for the fingerprint."""
+    config = DistillConfig.of(student_rank=8)
+    assert config.replace(guidance_scale=DistillConfig().objective.guidance_scale).fingerprint() == (
+        config.fingerprint()
+    )
+    assert config.replace(guidance_scale=3.0).fingerprint() != config.fingerprint()

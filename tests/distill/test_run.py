@@ -184,6 +184,12 @@ def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
     assert checkpoint == run / "checkpoints/step-000002"
     with pytest.raises(WadiError, match="--student-rank: the run was started with 2"):
         resolve(DistillConfig.of(resume_from_checkpoint=str(run), student_rank=8))
+    usual = DistillConfig()  # what is given counts, also if it is the default
+    with pytest.raises(WadiError, match="--student-rank: the run was started with 2"):
+        resolve(DistillConfig.of(resume_from_checkpoint=str(run), student_rank=usual.student.rank))
+    steps = usual.run.max_train_steps
+    config, _ = resolve(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=steps))
+    assert config.run.max_train_steps == steps
     with pytest.raises(WadiError, match="not a run folder"):
         resolve(DistillConfig.of(resume_from_checkpoint=str(tmp_path)))
     shutil.rmtree(run / "checkpoints")

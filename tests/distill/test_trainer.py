@@ -200,9 +200,12 @@ def test_null_prompt_probability():
 def test_null_prompt_reaches_the_whole_batch():
     trainer, seen = make(null_prompt_probability=1.0), []
     inner = trainer.backbone.predict
-    trainer.backbone.predict = lambda network, x, t, c: (seen.append((network, c)), inner(network, x, t, c))[
-        1
-    ]
+
+    def predict(network, x_t, t, condition, guidance):
+        seen.append((network, condition))
+        return inner(network, x_t, t, condition, guidance)
+
+    trainer.backbone.predict = predict
     trainer.step(0)
     updates = [c for network, c in seen if network is trainer.fake][1:]  # the first call is the guided one
     assert len(updates) == 2
@@ -287,8 +290,8 @@ def spoil(trainer, steps, role="teacher"):
     """Let the network's predictions be infinite during the given steps."""
     inner_step, inner, now = trainer.step, trainer.backbone.predict, [0]
 
-    def predict(network, x_t, t, condition):
-        output = inner(network, x_t, t, condition)
+    def predict(network, x_t, t, condition, guidance):
+        output = inner(network, x_t, t, condition, guidance)
         return output * math.inf if network is getattr(trainer, role) and now[0] in steps else output
 
     trainer.backbone.predict = predict

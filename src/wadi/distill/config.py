@@ -85,7 +85,7 @@ class FakeOptions(Options):
     """The fake model, which learns what the student makes."""
 
     rank: int = option(32, "fake_rank", often=True, at_least=1)
-    """Rank of the fake model's adapter. Give it the student's rank and --fake-updates 2, because all images of a
+    """Rank of the fake model's adapter. Give it the student's rank and --fake-updates 2: all images of a
     prompt become alike if the fake model learns too slowly."""
 
     layers: Literal["attention", "student"] = option("attention", "fake_layers", often=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import io
 import json
@@ -76,10 +77,11 @@ def before_after(
     """
     # with the student's alpha_T, as training started: the teacher's own may be zero
     alpha_T_squared = last_alpha_squared(student.pipeline.scheduler) or None
-    in_one_step = OneStepPipeline(teacher, alpha_T_squared)
-    many_steps = OneStepPipeline(teacher, alpha_T_squared).pipeline  # a copy, the modules are shared
+    in_one_step = OneStepPipeline(teacher, alpha_T_squared, student.resolution)
+    many_steps = copy.copy(in_one_step.pipeline)  # the modules are shared
     many_steps.scheduler = _of_many_steps(teacher)
-    options = guidance_arguments(teacher, guidance_scale) | stock_arguments(teacher)
+    size = {} if student.resolution is None else dict.fromkeys(("height", "width"), student.resolution)
+    options = guidance_arguments(teacher, guidance_scale) | stock_arguments(teacher) | size
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -99,9 +101,7 @@ def before_after(
         before, _ = rows(in_one_step)
         student(prompts[0], generator=generators(), num_images_per_prompt=len(seeds))  # warms up
         after, student_seconds = rows(student)
-        reference, teacher_seconds = rows(
-            lambda prompt, **own: many_steps(prompt, num_inference_steps=steps, **options, **own).images
-        )
+        reference, teacher_seconds = rows(in_many_steps)
     return Comparison(
         prompts=prompts,
         seeds=seeds,
@@ -114,7 +114,7 @@ def before_after(
         teacher_seconds=teacher_seconds,
         sampler=type(many_steps.scheduler).__name__,
         pipeline_class=type(student.pipeline).__name__,
-        arguments=guidance_arguments(student.pipeline) | stock_arguments(student.pipeline),
+        arguments=guidance_arguments(student.pipeline) | stock_arguments(student.pipeline) | size,
     )
 
 

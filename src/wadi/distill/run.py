@@ -87,16 +87,17 @@ def export(trainer: Trainer, run: Path) -> None:
     """
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
     options, teacher = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
+    own = options.alpha_T_squared, trainer.config.model.resolution
     if options.method != "lorad":
         pipeline = load_pipeline(teacher)
         network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, options.alpha_T_squared).write(part(run, "pipeline"))
+        OneStepPipeline(pipeline, *own).write(part(run, "pipeline"))
         return
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
-        record = Student.of(backbone.network, backbone.pipeline.scheduler, options.alpha_T_squared)
+        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own)
         record.write(folder)
     if not quantized_in_files(backbone.network):
         OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))

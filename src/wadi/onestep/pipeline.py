@@ -51,19 +51,28 @@ class OneStepPipeline:
         pipeline: any loaded text-to-image pipeline with a `unet` or `transformer`. It is left as it is; the
             modules are shared.
         alpha_T_squared: see `one_step_scheduler`.
+        resolution: usual side of the images in pixels, for a network that makes images of any size; ``None``
+            for the stock pipeline's own default.
 
     Attributes:
         pipeline: the stock pipeline, with the one-step scheduler in place.
-        alpha_T_squared: as given.
+        alpha_T_squared, resolution: as given.
         fast: the fast path after `compile`, else ``None``.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, alpha_T_squared: float | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        alpha_T_squared: float | None = None,
+        resolution: int | None = None,
+    ) -> None:
         scheduler = one_step_scheduler(pipeline.scheduler, alpha_T_squared)
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = stepping_in_float32(scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.alpha_T_squared = alpha_T_squared
+        if resolution is not None:
+            self.pipeline.default_sample_size = resolution // pipeline.vae_scale_factor
+        self.alpha_T_squared, self.resolution = alpha_T_squared, resolution
         self.fast: FastPath | None = None
 
     @classmethod
@@ -106,7 +115,8 @@ class OneStepPipeline:
             pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
         if device is not None:
             pipeline.to(device)
-        one_step = cls(pipeline, None if student is None else student.alpha_T_squared)
+        own = (None, None) if student is None else (student.alpha_T_squared, student.resolution)
+        one_step = cls(pipeline, *own)
         return one_step.compile() if fast else one_step
 
     def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
@@ -230,9 +240,12 @@ class OneStepPipeline:
             raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
         stock.scheduler = one_step_scheduler(self.pipeline.scheduler)
+        if "is_distilled" in stock.config:  # FLUX.2-klein: its default call is then not guided
+            stock.register_to_config(is_distilled=True)
         with output.writing() as temporary:
             save_pipeline(stock, temporary)
-            Student.of(network_of(stock), stock.scheduler, self.alpha_T_squared).write(temporary)
+            own = self.alpha_T_squared, self.resolution
+            Student.of(network_of(stock), stock.scheduler, *own).write(temporary)
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""

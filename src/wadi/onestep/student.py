@@ -31,7 +31,7 @@ class Student:
     """The record of a one-step student: `student.json` in its adapter folder or its exported pipeline.
 
         {"prediction": "epsilon", "steps": [1.0], "alpha_T_squared": null,
-         "base": {"class": "UNet2DConditionModel", "shapes": "<sha256>"}}
+         "resolution": null, "base": {"class": "UNet2DConditionModel", "shapes": "<sha256>"}}
 
     Attributes:
         prediction: what the network predicts, one of `STUDENT_PREDICTIONS`.
@@ -40,6 +40,7 @@ class Student:
         alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule,
             and for every flow.
         steps: where the network is called, as fractions of T: once, at T.
+        resolution: pixels a side of the images that it was trained on; ``None`` for the base's own size.
     """
 
     prediction: str
@@ -47,6 +48,7 @@ class Student:
     base_shapes: str
     alpha_T_squared: float | None = None  # noqa: N815
     steps: tuple[float, ...] = (1.0,)
+    resolution: int | None = None
 
     @classmethod
     def of(
@@ -54,6 +56,7 @@ class Student:
         network: nn.Module,
         scheduler: SchedulerMixin | Mapping[str, Any],
         alpha_T_squared: float | None = None,
+        resolution: int | None = None,
     ) -> Student:
         """Describe the student of a base.
 
@@ -61,9 +64,10 @@ class Student:
             network: the base's U-Net or transformer, without adapters in it.
             scheduler: the base's scheduler, or its configuration.
             alpha_T_squared: of the student, where it is not the schedule's own.
+            resolution: of its images in pixels, where it is not the base's own.
         """
-        fingerprint = shapes_fingerprint(_shapes(network))
-        return cls(prediction_type(scheduler), type(network).__name__, fingerprint, alpha_T_squared)
+        base = type(network).__name__, shapes_fingerprint(_shapes(network))
+        return cls(prediction_type(scheduler), *base, alpha_T_squared, resolution=resolution)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `student.json` into a folder.
@@ -73,9 +77,8 @@ class Student:
         """
         base = {"class": self.base_class, "shapes": self.base_shapes}
         record = {"prediction": self.prediction, "steps": list(self.steps)}
-        write_json(
-            Path(folder) / STUDENT_FILE, {**record, "alpha_T_squared": self.alpha_T_squared, "base": base}
-        )
+        record |= {"alpha_T_squared": self.alpha_T_squared, "resolution": self.resolution, "base": base}
+        write_json(Path(folder) / STUDENT_FILE, record)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Student | None:
@@ -90,8 +93,9 @@ class Student:
         value = read_json(path)
         if problem := _problem(value):
             raise WadiError(f"{path}: {problem}; fetch the student again, or write the file by hand")
-        base, alpha = value["base"], value["alpha_T_squared"]
-        return cls(value["prediction"], base["class"], base["shapes"], alpha, tuple(value["steps"]))
+        base, steps = value["base"], tuple(value["steps"])
+        own = value["alpha_T_squared"], steps, value.get("resolution")
+        return cls(value["prediction"], base["class"], base["shapes"], *own)
 
     def check_base(
         self, folder: str | os.PathLike, shapes: Mapping[str, Sequence[int]], base: str | os.PathLike
@@ -228,6 +232,9 @@ def _problem(value: Any) -> str | None:
         return "alpha_T_squared must be null or a number between 0 and 1"
     if alpha is not None and predicted == "flow_prediction":
         return "alpha_T_squared must be null for a student that predicts a flow"
+    side = value.get("resolution")
+    if side is not None and not (type(side) is int and side > 0):
+        return "resolution must be null or the side of the images in pixels"
     base = value.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("class"), str):
         return "base must name the class of the network"

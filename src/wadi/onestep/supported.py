@@ -183,7 +183,7 @@ def _check_transformer(folder: Path, config: dict[str, Any], pipeline: str) -> N
     if pipeline == _KLEIN and isinstance(layers, int) and layers < _KLEIN_READS:
         raise WadiError(
             f"{folder / 'text_encoder'}: has {layers} layers, and a {pipeline} reads the states of the "
-            f"{_KLEIN_READS}th; the two are of different models"
+            f"{_KLEIN_READS}th; the two are from different models"
         )
     if pipeline not in _ANY_SIZE:
         _check_size(where, config)
