@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.backbones.cases import CASES, SIDE
 from tests.distill.test_resume import FILES, config
 from tests.onestep.test_pipeline import tiny_pixart
 from tests.tiny import tiny_sd3, tiny_sdxl
@@ -198,3 +199,29 @@ def test_the_network_is_asked_once(case):
     student("a red cat", seed=3)
     assert asked == [1]
     assert guidance_arguments(student.pipeline) == {"guidance_scale": 1.0}
+
+
+ANY_SIZE = ("flux-dev", "flux-schnell", "klein", "z-image", "qwen-image")
+
+
+@pytest.mark.parametrize("kind", [*ANY_SIZE, "sana"])
+def test_other_flows_train_and_ship_what_stock_diffusers_draws(kind, tmp_path):
+    CASES[kind]().save_pretrained(tmp_path / "teacher")
+    options = config(tmp_path / "teacher", tmp_path, "run", fake_layers="student", guidance_scale=3.5)
+    side = {"resolution": SIDE} if kind in ANY_SIZE else {}
+    run = distill(options.replace(max_train_steps=2, validation_steps=2, validation_seeds=(0,), **side))
+    assert Student.read(run / "pipeline").resolution == side.get("resolution")
+    ours = OneStepPipeline.from_pretrained(tmp_path / "teacher", run / "adapter")("a red cat", seed=3)[0]
+    pipeline = stock(run / "pipeline")
+    theirs = pipeline(
+        prompt="a red cat",
+        num_inference_steps=1,
+        generator=[torch.Generator().manual_seed(3)],
+        height=ours.height,
+        width=ours.width,
+        **guidance_arguments(pipeline),
+        **stock_arguments(pipeline),
+    ).images[0]
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert np.asarray(ours).std() > 5
+    assert "Distilled with 2 updates" in report(run, steps=2).read_text()

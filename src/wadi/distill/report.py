@@ -87,7 +87,7 @@ def before_after(
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def in_many_steps(prompt: str, **own: Any) -> list[Image.Image]:
-        return many_steps(prompt, num_inference_steps=steps, **options, **own).images
+        return many_steps(prompt=prompt, num_inference_steps=steps, **options, **own).images
 
     def rows(make: Callable[..., list[Image.Image]]) -> tuple[list[list[Image.Image]], float]:
         """Images of every prompt, and the seconds of one."""
@@ -249,7 +249,7 @@ from diffusers import {comparison.pipeline_class}
 
 pipeline = {comparison.pipeline_class}.from_pretrained({str(_pipeline(run_folder))!r})
 image = pipeline(
-    {comparison.prompts[0]!r},
+    prompt={comparison.prompts[0]!r},
     generator=torch.Generator().manual_seed({comparison.seeds[0]}),
     num_inference_steps=1{arguments}
 ).images[0]

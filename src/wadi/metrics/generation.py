@@ -105,7 +105,7 @@ def generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState)
         for first in range(0, len(missing), config.batch_size):
             part = missing[first : first + config.batch_size]
             made = pipeline(
-                [task.caption for task in part],
+                prompt=[task.caption for task in part],
                 num_inference_steps=config.num_inference_steps,
                 generator=[torch.Generator().manual_seed(task.seed) for task in part],
                 **stock_arguments(pipeline),

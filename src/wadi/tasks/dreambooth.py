@@ -32,7 +32,7 @@ from wadi.images import open_image
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import adapter_folder, merge_adapters, student_with
 from wadi.onestep.arguments import seeded
-from wadi.onestep.loading import prompt_reader, stock_arguments
+from wadi.onestep.loading import guidance_arguments, prompt_reader, stock_arguments
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.student import check_teacher, network_of
 from wadi.outputs import Output
@@ -139,11 +139,12 @@ def class_images(
 def _generate(
     pipeline: DiffusionPipeline, prompts: list[str], config: DreamBoothConfig, seed: int
 ) -> list[Image.Image]:
+    scale = GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale
     return pipeline(
-        prompts,
+        prompt=prompts,
         num_inference_steps=config.num_inference_steps,
-        guidance_scale=GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale,
         generator=seeded(seed, len(prompts)),
+        **guidance_arguments(pipeline, scale),
         **stock_arguments(pipeline),
     ).images
 
