@@ -106,6 +106,7 @@ def new_backbone(options: Options) -> Backbone:
     pipeline = SimpleNamespace(
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         tokenizer=SimpleNamespace(model_max_length=77),
+        vae_scale_factor=8,
         **{"transformer" if pixart else "unet": network},
     )
     return (PixArtBackbone if pixart else UNetBackbone)(pipeline, options.device)

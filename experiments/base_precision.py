@@ -160,8 +160,8 @@ class Student(ablation.Student):
         self.names = list(student_config(full).target_modules)
         common = ablation.Options(
             out=options.out,
-            max_train_steps=options.run.max_train_steps,
-            train_batch_size=options.optimizer.train_batch_size,
+            max_train_steps=options.max_train_steps,
+            train_batch_size=options.train_batch_size,
             num_samples=options.num_samples,
             curve_samples=min(500, options.num_samples),
             device=options.device,
@@ -216,7 +216,7 @@ def train(teacher: str, folder: Path, options: Options) -> None:
     if not missing:
         return
     world = ablation.World(folder, options.device, options.num_samples)
-    with tqdm(total=len(missing) * options.run.max_train_steps, unit="update") as bar:
+    with tqdm(total=len(missing) * options.max_train_steps, unit="update") as bar:
         for first in range(0, len(missing), options.together):
             students = [
                 Student(base, seed, teacher, world_on(world, base), world.backbone.network, options)
