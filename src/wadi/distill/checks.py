@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -68,7 +69,7 @@ def _compare(config: DistillConfig, found: Fit) -> None:
 
 
 def _right_preset(found: Fit) -> str:
-    """The preset for such a teacher whose resolution is nearest."""
+    """The preset for such a teacher whose resolution is nearest, as a ratio."""
     alike = [
         name
         for name, fit in FITS.items()
@@ -76,7 +77,7 @@ def _right_preset(found: Fit) -> str:
     ]
     if not alike:
         return "no preset (--preset none)"
-    return f"--preset {min(alike, key=lambda name: abs(FITS[name].resolution - found.resolution))}"
+    return f"--preset {min(alike, key=lambda name: abs(math.log(FITS[name].resolution / found.resolution)))}"
 
 
 # --- ranks ---

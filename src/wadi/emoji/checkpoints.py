@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 
-from wadi.distill.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from wadi.distill.checkpoint import (
+    CHECKPOINT,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from wadi.emoji.clock import TimedSteps
 from wadi.emoji.training import LatentTraining
 from wadi.errors import WadiError
+from wadi.outputs import Output
 
 
 class TimedCheckpoints:
@@ -26,14 +33,19 @@ class TimedCheckpoints:
         options: the options that decide the numbers. A checkpoint goes on only under the same ones.
 
     Raises:
-        WadiError: the folder holds a checkpoint of other options, or one that cannot be read.
+        WadiError: the folder holds a checkpoint of other options or one that cannot be read, or no folder can
+            be written there.
     """
 
     def __init__(self, folder: Path | None, every: float, options: Mapping[str, Any]) -> None:
         self.folder, self.every, self.saved_at = folder, every, 0.0
         text = json.dumps(options, sort_keys=True, default=os.fspath)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.path = None if folder is None else latest_checkpoint(folder)
+        self.path = None
+        if folder is None:
+            return
+        Output(folder / "step-000000", CHECKPOINT, overwrite=True, option="--checkpoints").check()
+        self.path = latest_checkpoint(folder)
         if self.path is not None and read_state(self.path).get("config") != self.fingerprint:
             raise WadiError(
                 f"--checkpoints {folder}: {self.path.name} was trained with other options; "

@@ -36,7 +36,7 @@ CLIPS = ("text_encoder", "text_encoder_2")
 
 
 def new_flow_transformer(layers: int = 6, heads: int = 6) -> SD3Transformer2DModel:
-    """A transformer with 7.75 M parameters: 6 joint blocks, 192 wide, on 8 x 8 patches of 2 x 2 latents.
+    """A transformer with 7.77 M parameters: 6 joint blocks, 192 wide, on 8 x 8 patches of 2 x 2 latents.
 
     It predicts v = n - x0. As in DiT, the first prediction is zero. Queries and keys are normalised, as in
     Stable Diffusion 3.5, which keeps training in bfloat16 stable.

@@ -24,6 +24,7 @@ from wadi.emoji.training import LatentTraining, TrainOptions, encoded_scenes, jo
 from wadi.emoji.unet import UNet
 from wadi.errors import WadiError
 from wadi.files import write_json
+from wadi.onestep.arguments import whole_number
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import pipeline_class_name
 from wadi.outputs import Output
@@ -150,17 +151,25 @@ class TeacherTraining(LatentTraining):
 
 
 def _networks(config: TrainTeacherConfig, architecture: Architecture) -> Networks:
-    if config.init is None:
-        networks = architecture.new()
-    else:
-        networks = {
-            name: load_module(kind, config.init / name, torch.float32)
-            for name, kind in architecture.networks.items()
-        }
+    networks = architecture.new()
+    if config.init is not None:
+        for name, new in networks.items():
+            networks[name] = load_module(architecture.networks[name], config.init / name, torch.float32)
+            if _shapes(networks[name]) != _shapes(new):
+                raise WadiError(
+                    f"--init {config.init}: its {name} has other sizes than one of the emoji world; name a "
+                    f"folder that wadi emoji train-teacher --architecture {config.architecture} wrote"
+                )
     return {name: network.to(config.device).train() for name, network in networks.items()}
 
 
+def _shapes(network: torch.nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in network.parameters()]
+
+
 def _check(config: TrainTeacherConfig, architecture: Architecture) -> None:
+    for name in ("pictures", "captions", "train_batch_size"):
+        whole_number(f"--{name.replace('_', '-')}", getattr(config, name), 1)
     if not 0 <= config.init_share <= 1 or (config.init_share and config.init is None):
         raise WadiError(f"--init-share {config.init_share}: must be between 0 and 1, and needs --init")
     if not 0 <= config.recombine <= 1:
