@@ -93,26 +93,19 @@ def test_the_stock_pipeline_and_the_backbone_tell_the_same(flow_folder):
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "text_encoder_3"])
 @torch.no_grad()
-def test_every_encoder_says_what_the_caption_is(part):
-    """The order of words, too: the captions differ in the tokens of one encoder alone."""
+def test_every_encoder_alone_says_what_the_caption_is(part):
+    """All weights of the others are zero."""
     architecture, found = small(), networks()
-    first, other = (architecture.tokens([t]) for t in ("a cat left of a dog", "a dog left of a cat"))
-    x, t, source = torch.randn(1, 4, 16, 16), torch.tensor([500.0]), torch.zeros(1, 48, dtype=torch.int64)
-
-    def predict(ids):
-        return architecture.predict(found, x, t, ids[:, None], source)
-
-    alone = {name: network for name, network in found.items() if name != part}
-    blank = {name: copy.deepcopy(found[part]) for name in [part]}
-    for parameter in blank[part].parameters():
-        parameter.zero_()
-    with_part = (predict(first) - predict(other)).abs().max()
-    found = alone | blank
-    assert with_part > 1e-4
-    assert (predict(first) - predict(other) - with_part).abs().max() > 1e-4
+    for name in found.keys() - {part, "transformer"}:
+        for parameter in found[name].parameters():
+            parameter.zero_()
+    ids = architecture.tokens(["a big cat", "a small dog"])[:, None]
+    x = torch.randn(1, 4, 16, 16).expand(2, -1, -1, -1)
+    first, other = architecture.predict(found, x, torch.full((2,), 500.0), ids, ids[:, 0])
+    assert (first - other).abs().max() > 1e-4
 
 
-def one_step(times=None):
+def one_step():
     architecture, found = small(), networks()
     before = copy.deepcopy(found)
     config = train_teacher.TrainTeacherConfig(
