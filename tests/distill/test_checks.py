@@ -33,6 +33,15 @@ TEACHERS = {
 }
 
 
+@pytest.mark.parametrize(("pixels", "nearest"), [(128, "emoji-flow"), (512, "sd3-medium")])
+def test_the_nearest_size_is_a_ratio(pixels, nearest):
+    pipeline = tiny_sd3()
+    pipeline.transformer.register_to_config(sample_size=pixels // 2)
+    config = PRESETS["sd35-large" if pixels < 512 else "emoji-flow"]
+    with pytest.warns(WadiWarning, match=f"for that would be --preset {nearest}"):
+        check_preset(config.replace(pretrained_model_name_or_path="mine"), pipeline)
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_for_its_kind_of_teacher(preset, kind):

@@ -42,6 +42,18 @@ def test_the_time_left_is_right_from_the_first_step_on(seconds, max_train_steps,
     assert left == [pytest.approx(98.0)]
 
 
+def test_goes_on_where_it_was(monkeypatch):
+    """Six seconds of ten and two steps are over."""
+    now = [1000.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    steps, seen = TimedSteps(10.0, 1000, "test", done=2, elapsed=6.0), []
+    for step, used in steps:
+        seen.append((step, used))
+        now[0] += 3
+    assert seen == [(2, pytest.approx(0.6)), (3, pytest.approx(0.9))]
+    assert (steps.done, steps.elapsed) == (4, 12.0)
+
+
 def test_stops_when_the_loss_stays_not_finite():
     """Once may be a batch that was skipped; twice in a row it is the weights."""
     losses = {0: 1.0, 50: float("nan"), 100: 0.5, 150: float("inf"), 200: float("nan")}

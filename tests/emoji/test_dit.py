@@ -9,13 +9,12 @@ from diffusers import PixArtAlphaPipeline
 
 from tests.emoji.cases import synthetic_atlas
 from wadi.backbones import student_config
-from wadi.commands.distill import start_of
 from wadi.distill import distill
 from wadi.distill.presets import PRESETS
-from wadi.emoji import prompts_file, teacher_folder, train_teacher
-from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
+from wadi.emoji import teacher_folder, train_teacher
+from wadi.emoji.dit import DiT, new_t5_encoder, new_transformer, predict_noise
 from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_generator
-from wadi.emoji.tokenizer import build_t5_tokenizer
+from wadi.emoji.tokenizer import build_t5_tokenizer, tokenize
 from wadi.errors import WadiError
 from wadi.files import save_tensors
 from wadi.onestep import OneStepPipeline
@@ -65,11 +64,11 @@ def dit_folder(train):
 def test_padding_changes_nothing_and_the_stock_pipeline_tells_the_same():
     transformer, text_encoder = networks()
     tokenizer = build_t5_tokenizer()
-    ids = train_teacher.tokenize(tokenizer, CAPTIONS)
+    ids = tokenize(tokenizer, CAPTIONS)
     assert ids.shape == (4, 24)
     x, t = torch.randn(4, 4, 16, 16), torch.tensor([3, 400, 700, 999])
     pipeline = PixArtAlphaPipeline(
-        tokenizer, text_encoder, vae=None, transformer=transformer, scheduler=train_teacher.new_scheduler()
+        tokenizer, text_encoder, vae=None, transformer=transformer, scheduler=DiT().scheduler()
     )
     states, mask, *_ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
     assert states.shape == (4, 120, 128)
@@ -84,7 +83,7 @@ def test_padding_changes_nothing_and_the_stock_pipeline_tells_the_same():
 def test_the_caption_and_the_order_of_its_words_are_seen():
     transformer, text_encoder = networks()
     texts = ["a cat left of a dog", "a dog left of a cat", "a cat"]
-    ids = train_teacher.tokenize(build_t5_tokenizer(), texts)
+    ids = tokenize(build_t5_tokenizer(), texts)
     x = torch.randn(1, 4, 16, 16).expand(3, -1, -1, -1)
     with torch.no_grad():
         first, other, short = predict_noise(transformer, text_encoder, x, torch.tensor([500] * 3), ids)
@@ -94,7 +93,7 @@ def test_the_caption_and_the_order_of_its_words_are_seen():
 
 def test_autocast_and_compilation_change_only_the_rounding():
     transformer, text_encoder = networks()
-    ids = train_teacher.tokenize(build_t5_tokenizer(), CAPTIONS)
+    ids = tokenize(build_t5_tokenizer(), CAPTIONS)
     x, t = torch.randn(4, 4, 16, 16), torch.tensor([3, 400, 700, 999])
     whole = torch.compile(transformer, fullgraph=True, backend="eager")  # raises at a graph break
     with torch.no_grad():
@@ -110,10 +109,9 @@ def one_step(transformer, text_encoder):
     config = train_teacher.TrainTeacherConfig(
         "", "", architecture="dit", train_batch_size=4, max_train_steps=2, device="cpu"
     )
-    tokenizer = build_t5_tokenizer()
-    empty = train_teacher.tokenize(tokenizer, [""])
-    training = train_teacher.TeacherTraining(config, transformer, text_encoder, empty)
-    ids, latents = train_teacher.tokenize(tokenizer, CAPTIONS), torch.randn(4, 4, 16, 16)
+    architecture, networks = DiT(), {"transformer": transformer, "text_encoder": text_encoder}
+    training = train_teacher.TeacherTraining(config, architecture, networks)
+    ids, latents = architecture.tokens(CAPTIONS), torch.randn(4, 4, 16, 16)
     training.step(latents, ids[:, None], 0, 1e-4, torch.Generator().manual_seed(0))
     return training, latents
 
@@ -131,12 +129,12 @@ def test_one_training_step():
     training, latents = one_step(transformer, text_encoder)
     # Stable Diffusion's schedule and the loss ||eps(alpha x + sigma n, t, c) - n||^2, written out.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
+    kept = (1 - betas).cumprod(0)[training.times][:, None, None, None]
     noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
     mask = (training.ids[:, 0] != 0).long()
     with torch.no_grad():
         states = before[1](training.ids[:, 0], attention_mask=mask)[0]
-        output = before[0](noisy, states, training.timesteps, NO_SIZE, encoder_attention_mask=mask)
+        output = before[0](noisy, states, training.times, NO_SIZE, encoder_attention_mask=mask)
     expected = (output.sample[:, :4] - training.noise).square().mean()
     torch.testing.assert_close(training.loss, expected, rtol=1e-4, atol=1e-5)
     # Rows of the last layer are (2 x 2 pixels, 8 channels): those of the learned sigma get no gradient.
@@ -172,7 +170,7 @@ def test_the_stock_pipeline_samples_it(dit_folder):
     stock = pipeline(prompt, latents=z, output_type="latent", **arguments).images
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
-    ids, x = train_teacher.tokenize(pipeline.tokenizer, ["", prompt]), z.double()
+    ids, x = tokenize(pipeline.tokenizer, ["", prompt]), z.double()
     for t in range(999, 0, -200):
         with torch.no_grad():
             null, cond = predict_noise(
@@ -238,12 +236,6 @@ def test_preset_trains_a_tenth_of_the_transformer():
     )
     total = sum(parameter.numel() for parameter in transformer.parameters())
     assert count / total == pytest.approx(0.1, abs=0.005)
-
-
-def test_preset_of_the_command_line_needs_a_teacher():
-    options = start_of(["--preset", "emoji-dit"])
-    assert options.model.prompts == str(prompts_file())
-    assert options.model.pretrained_model_name_or_path is None
 
 
 def test_refusals(train, dit_folder, tmp_path):

@@ -1,16 +1,16 @@
 import torch
 
-from wadi.emoji import train_teacher
 from wadi.emoji.captions import is_held_out, parse_caption, sample_captions
 from wadi.emoji.glyphs import NAMES
 from wadi.emoji.recombine import Recombination
-from wadi.emoji.tokenizer import build_tokenizer
+from wadi.emoji.tokenizer import build_tokenizer, tokenize
+from wadi.emoji.unet import new_text_encoder, take_states
 
 
 def drawn(count, share=1.0, seed=0):
     tokenizer = build_tokenizer()
     captions = sample_captions(count, seed)
-    ids = train_teacher.tokenize(tokenizer, [caption.text for caption in captions])
+    ids = tokenize(tokenizer, [caption.text for caption in captions])
     recombination = Recombination(tokenizer, "cpu")
     generator = torch.Generator().manual_seed(seed)
     variants, source = recombination.draw(ids, recombination.facts(captions), share, generator)
@@ -62,7 +62,7 @@ def test_share():
 def test_states_are_taken_from_where_the_source_says():
     states = torch.randn(6, 5, 2)
     source = torch.tensor([[0, 1, 2, 1, 0], [2, 2, 1, 0, 0]])
-    taken = train_teacher.take_states(states, source)
+    taken = take_states(states, source)
     for n in range(2):
         for token in range(5):
             assert torch.equal(taken[n, token], states[3 * n + source[n, token], token])
@@ -71,13 +71,11 @@ def test_states_are_taken_from_where_the_source_says():
 def test_the_emoji_reaches_the_states_of_its_own_name_alone():
     """Every other state is the same whatever the caption itself says there."""
     torch.manual_seed(0)
-    text_encoder = train_teacher.new_text_encoder(build_tokenizer())
+    text_encoder = new_text_encoder(build_tokenizer())
     _, _, _, variants, source = drawn(50)
     blank = variants.clone()
     blank[:, 0] = 7
     with torch.no_grad():
-        a, b = (
-            train_teacher.take_states(text_encoder(v.flatten(0, 1))[0], source) for v in (variants, blank)
-        )
+        a, b = (take_states(text_encoder(v.flatten(0, 1))[0], source) for v in (variants, blank))
     assert torch.equal(a[source != 0], b[source != 0])
     assert not torch.equal(a[source == 0], b[source == 0])

@@ -119,15 +119,15 @@ def test_one_step(loss, pipeline, tmp_path):
     training.step(latents, ids[:, None], 0, 1e-3, torch.Generator().manual_seed(0))
     # Stable Diffusion's schedule and || eps(alpha x + sigma n, t, c, condition) - n ||^2, written out.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
+    kept = (1 - betas).cumprod(0)[training.times][:, None, None, None]
     noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
     pixels = maps[:, None].float().repeat(1, 3, 1, 1)
     with torch.no_grad():
         states = pipeline.text_encoder(training.ids[:, 0])[0]
-        residuals = before(noisy, training.timesteps, states, pixels)
+        residuals = before(noisy, training.times, states, pixels)
         prediction = pipeline.unet(
             noisy,
-            training.timesteps,
+            training.times,
             states,
             down_block_additional_residuals=residuals.down_block_res_samples,
             mid_block_additional_residual=residuals.mid_block_res_sample,

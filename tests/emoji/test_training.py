@@ -13,6 +13,7 @@ from wadi.emoji.glyphs import NAMES
 from wadi.emoji.judge import Judge
 from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.tokenizer import build_tokenizer
+from wadi.emoji.unet import UNet
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
 from wadi.metrics import feature_statistics, frechet_distance
@@ -69,11 +70,9 @@ def test_teacher(vae_folder, atlas, tmp_path):
 
 
 def test_an_update_that_is_not_finite_changes_nothing(tmp_path):
-    tokenizer = build_tokenizer()
-    config = train_teacher.TrainTeacherConfig(tmp_path, tmp_path / "out", **TINY)
-    empty = train_teacher.tokenize(tokenizer, [""])
-    text_encoder = train_teacher.new_text_encoder(tokenizer)
-    training = train_teacher.TeacherTraining(config, train_teacher.new_unet(), text_encoder, empty)
+    config, architecture = train_teacher.TrainTeacherConfig(tmp_path, tmp_path / "out", **TINY), UNet()
+    empty = architecture.tokens([""])
+    training = train_teacher.TeacherTraining(config, architecture, architecture.new())
 
     def moved(latents):
         before = [p.detach().clone() for p in (*training.parameters, *training.ema)]
@@ -117,27 +116,26 @@ def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path):
 @pytest.mark.parametrize("recombine", [0.0, 0.7])
 def test_one_step_of_the_teacher(recombine):
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    unet, text_encoder = train_teacher.new_unet(), train_teacher.new_text_encoder(tokenizer)
-    before = copy.deepcopy((unet, text_encoder))
+    architecture = UNet()
+    networks, empty = architecture.new(), architecture.tokens([""])
+    before = copy.deepcopy((networks["unet"], networks["text_encoder"]))
     config = train_teacher.TrainTeacherConfig("", "", recombine=recombine, **TINY)
-    empty = train_teacher.tokenize(tokenizer, [""])
-    training = train_teacher.TeacherTraining(config, unet, text_encoder, empty)
+    training = train_teacher.TeacherTraining(config, architecture, networks)
     start = [parameter.detach().clone() for parameter in training.parameters]
     latents = torch.randn(4, 4, 16, 16)
-    ids = train_teacher.tokenize(tokenizer, ["a cat", "a big dog", "an owl", "a cat and a dog"])
-    lowest = torch.tensor([900, 900, 0, 0])
+    ids = architecture.tokens(["a cat", "a big dog", "an owl", "a cat and a dog"])
+    lowest = torch.tensor([0.9, 0.9, 0.0, 0.0])
     ids, source = ids[:, None], torch.zeros(4, 24, dtype=torch.int64)
     if recombine:
         # each from the captions of the next two as well, in turn
         ids, source = torch.cat([ids, ids.roll(-1, 0), ids.roll(-2, 0)], 1), torch.arange(24).repeat(4, 1) % 3
     training.step(latents, ids, 0, 1e-4, torch.Generator().manual_seed(0), lowest, source)
-    assert (training.timesteps >= lowest).all()
-    assert (training.timesteps < 1000).all()
+    assert (training.times >= 1000 * lowest).all()
+    assert (training.times < 1000).all()
     assert all(torch.equal(a, b) or (a == empty).all() for a, b in zip(training.ids, ids, strict=True))
     # Stable Diffusion's schedule and the loss ||eps(alpha x + sigma n, t, c) - n||^2, written out.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - betas).cumprod(0)[training.timesteps][:, None, None, None]
+    kept = (1 - betas).cumprod(0)[training.times][:, None, None, None]
     noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * training.noise).float()
     with torch.no_grad():
         encoded = [before[1](of_each)[0] for of_each in training.ids]
@@ -147,7 +145,7 @@ def test_one_step_of_the_teacher(recombine):
                 for s, which in zip(encoded, source, strict=True)
             ]
         )
-        prediction = before[0](noisy, training.timesteps, states).sample
+        prediction = before[0](noisy, training.times, states).sample
     expected = (prediction - training.noise).square().mean()
     torch.testing.assert_close(training.loss, expected, rtol=1e-4, atol=1e-5)
     # The average starts quickly: (1 + 0) / (10 + 0) of the old, the rest of the new.

@@ -12,7 +12,7 @@ import tyro
 
 from wadi import emoji
 from wadi.distill.config import DistillConfig
-from wadi.distill.presets import PRESETS
+from wadi.distill.presets import FITS, PRESETS
 
 HELP_ALL = "--help-all"
 
@@ -82,7 +82,7 @@ def start_of(arguments: Sequence[str]) -> DistillConfig:
     preset = start.model.preset
     if preset.startswith("emoji"):  # a preset of the library cannot know where the built-in teacher is
         start = start.replace(prompts=str(emoji.prompts_file()))
-        if preset != "emoji-dit":  # its teacher does not come with wadi
+        if FITS[preset] == FITS["emoji"]:  # the teachers of the others do not come with wadi
             start = start.replace(pretrained_model_name_or_path=str(emoji.teacher_folder()))
     return start
 

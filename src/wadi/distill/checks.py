@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -90,7 +91,7 @@ def check_network(config: DistillConfig, backbone: Backbone) -> None:
 
 
 def _right_preset(found: Fit) -> str:
-    """The preset for such a teacher whose resolution is nearest."""
+    """The preset for such a teacher whose resolution is nearest, as a ratio."""
     alike = [
         name
         for name, fit in FITS.items()
@@ -98,7 +99,7 @@ def _right_preset(found: Fit) -> str:
     ]
     if not alike:
         return "no preset (--preset none)"
-    return f"--preset {min(alike, key=lambda name: abs(FITS[name].resolution - found.resolution))}"
+    return f"--preset {min(alike, key=lambda name: abs(math.log(FITS[name].resolution / found.resolution)))}"
 
 
 # --- ranks ---

@@ -97,6 +97,17 @@ def _emoji_presets() -> dict[str, tuple[Fit, DistillConfig]]:
             Fit(_PIXART, "epsilon", 64),
             _emoji(output_dir="runs/emoji-dit", student_rank=22, fake_rank=22),
         ),
+        # the same of the flow's transformer, with the weight and the fake loss that public code for flows has
+        "emoji-flow": (
+            Fit(_SD3, "flow_prediction", 64),
+            _emoji(
+                output_dir="runs/emoji-flow",
+                student_rank=18,
+                fake_rank=18,
+                weighting="normalized",
+                fake_weighting="none",
+            ),
+        ),
     }
 
 

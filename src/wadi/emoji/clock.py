@@ -19,20 +19,24 @@ class TimedSteps:
         seconds: training time.
         max_train_steps: most steps, even if time is left.
         label: what the bar says.
+        done: number of steps that were complete before, if the training is resumed.
+        elapsed: seconds that they took.
 
     Attributes:
         done: number of steps that are complete.
         elapsed: seconds since the first step began.
     """
 
-    def __init__(self, seconds: float, max_train_steps: int, label: str):
+    def __init__(
+        self, seconds: float, max_train_steps: int, label: str, done: int = 0, elapsed: float = 0.0
+    ) -> None:
         self.seconds, self.max_train_steps = seconds, max_train_steps
-        self.done, self.elapsed, self.loss = 0, 0.0, 0.0
+        self.done, self.elapsed, self.loss = done, elapsed, 0.0
         self.start = time.monotonic()
         self.bar = progress(total=1.0, desc=label, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        self.start = time.monotonic()
+        self.start = time.monotonic() - self.elapsed
         self.bar.reset()  # else its rate would count from the time when the bar was made
         with self.bar:
             while self.done < self.max_train_steps:

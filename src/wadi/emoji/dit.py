@@ -7,8 +7,11 @@ Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748
 from __future__ import annotations
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from wadi.emoji.architecture import Architecture, Networks
+from wadi.emoji.tokenizer import build_t5_tokenizer, tokenize
 
 TEXT_WIDTH = 128
 
@@ -87,3 +90,33 @@ def predict_noise(
         return_dict=False,
     )[0]
     return output[:, : noisy.shape[1]]
+
+
+class DiT(Architecture):
+    """PixArt-alpha's transformer, which reads the states of T5. Its training diverged at the U-Net's rate."""
+
+    pipeline_class, learning_rate = PixArtAlphaPipeline, 6e-4
+    networks = {"transformer": PixArtTransformer2DModel, "text_encoder": T5EncoderModel}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.tokenizers = {"tokenizer": build_t5_tokenizer()}
+
+    def new(self) -> Networks:
+        """See `Architecture.new`."""
+        encoder = new_t5_encoder(self.tokenizers["tokenizer"])
+        return {"transformer": new_transformer(), "text_encoder": encoder}
+
+    def tokens(self, prompts: list[str]) -> torch.Tensor:
+        """See `Architecture.tokens`: (N, 24)."""
+        return tokenize(self.tokenizers["tokenizer"], prompts)
+
+    def predict(
+        self,
+        networks: Networks,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        ids: torch.Tensor,
+        source: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Architecture.predict`; the learned sigma is omitted."""
+        return predict_noise(networks["transformer"], networks["text_encoder"], noisy, timesteps, ids[:, 0])

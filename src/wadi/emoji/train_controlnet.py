@@ -158,15 +158,15 @@ class ControlNetTraining(LatentTraining):
         self.packed = torch.zeros(size, IMAGE_SIZE**2 // 8, dtype=torch.uint8, device=self.device)
         self.start()
 
-    def predict(self, noisy: torch.Tensor) -> torch.Tensor:
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `LatentTraining.predict`."""
         maps = unpack_bits(self.packed, IMAGE_SIZE)[:, None].float().expand(-1, 3, -1, -1)
         with torch.no_grad():
             states = self.text_encoder(self.ids[:, 0])[0]
-        down, middle = self.controlnet(noisy, self.timesteps, states, maps, return_dict=False)
+        down, middle = self.controlnet(noisy, timesteps, states, maps, return_dict=False)
         return self.unet(
             noisy,
-            self.timesteps,
+            timesteps,
             states,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
@@ -175,7 +175,7 @@ class ControlNetTraining(LatentTraining):
 
     def weighted(self, error: torch.Tensor) -> torch.Tensor:
         """See `LatentTraining.weighted`."""
-        alpha, sigma = self.schedule.levels(self.timesteps)
+        alpha, sigma = self.schedule.levels(self.times)
         return error * (sigma / alpha) if self.config.loss == "balanced" else error
 
 

@@ -1,54 +1,50 @@
-"""`wadi emoji train-teacher`: the multi-step pipeline of the emoji world, Stable Diffusion or PixArt-alpha.
+"""`wadi emoji train-teacher`: the multi-step pipeline of the emoji world.
 
-The text encoder and the U-Net (or transformer) are trained together on latents of endless scenes, with Stable
-Diffusion's noise schedule.
+The text encoders and the denoiser of any `Architecture` are trained together on latents of endless scenes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from diffusers import AutoencoderKL
 
+from wadi.emoji.architecture import Architecture, Networks
 from wadi.emoji.captions import Caption, sample_captions
+from wadi.emoji.checkpoints import TimedCheckpoints
 from wadi.emoji.clock import TimedSteps, warmup_cosine
-from wadi.emoji.dit import new_t5_encoder, new_transformer, predict_noise
+from wadi.emoji.dit import DiT
+from wadi.emoji.flow import Flow
 from wadi.emoji.recombine import VARIANTS, Recombination
-from wadi.emoji.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer, tokenize
 from wadi.emoji.training import LatentTraining, TrainOptions, encoded_scenes, joined, prepare_torch
+from wadi.emoji.unet import UNet
 from wadi.errors import WadiError
+from wadi.files import write_json
+from wadi.onestep.arguments import whole_number
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import pipeline_class_name
 from wadi.outputs import Output
 
-FOCUS_TIMESTEP = 300
-"""Lowest timestep of the pairs that `pair_focus` adds."""
+FOCUS = 0.3
+"""Lowest level of noise of the pairs that `pair_focus` adds, as a fraction of the range."""
 
-PIPELINES = {"unet": StableDiffusionPipeline, "dit": PixArtAlphaPipeline}
-"""Class of the written pipeline, by architecture."""
+ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"unet": UNet, "dit": DiT, "flow": Flow}
+"""The kinds of teachers by the value of --architecture."""
 
-LEARNING_RATES = {"unet": 1e-3, "dit": 6e-4}
-"""Highest learning rate, by architecture."""
+FIGURES = "training.json"
+"""File in the pipeline folder with the options and figures of the training."""
 
-TextEncoder = CLIPTextModel | T5EncoderModel
-Tokenizer = CLIPTokenizer | T5Tokenizer
-Denoiser = UNet2DConditionModel | PixArtTransformer2DModel
+FREE = ("out", "overwrite", "compile", "checkpoints", "checkpointing_seconds")
+"""Options that may differ when a training goes on from a checkpoint."""
 
 
 @dataclass
 class TrainTeacherConfig(TrainOptions):
-    """Train the text encoder and the U-Net or transformer of the emoji world; write the whole pipeline."""
+    """Train the text encoders and the U-Net or transformer of the emoji world; write the whole pipeline."""
 
     vae: Path
     """AutoencoderKL folder of `wadi emoji train-vae`."""
@@ -66,7 +62,7 @@ class TrainTeacherConfig(TrainOptions):
     """Latents in each step."""
     learning_rate: float | None = None
     """Highest learning rate of AdamW; it falls to zero along a cosine of the time used. If not given, it is
-    1e-3 for the U-Net and 6e-4 for the transformer, whose training diverged at 1e-3."""
+    1e-3 for the U-Net and 6e-4 for the transformers."""
     ema_decay: float = 0.9993
     """Decay of the moving average of the weights, which is written."""
     pictures: int = 400_000
@@ -79,66 +75,23 @@ class TrainTeacherConfig(TrainOptions):
     recombine: float = 0.0
     """Share of the captions in which the state of every word comes from a caption with other emoji beside it.
     The U-Net must then read the word itself, not what the word knows of its neighbours."""
-    architecture: Literal["unet", "dit"] = "unet"
+    architecture: Literal["unet", "dit", "flow"] = "unet"
     """unet: a U-Net with CLIP's text encoder (StableDiffusionPipeline); dit: PixArt-alpha's transformer with
-    a T5 encoder (PixArtAlphaPipeline)."""
+    a T5 encoder (PixArtAlphaPipeline); flow: a rectified flow with the transformer of Stable Diffusion 3, two
+    CLIPs and a T5 (StableDiffusion3Pipeline)."""
     compile: bool = False
     """Compile the U-Net or transformer first, which takes about a minute; its steps are then faster."""
-
-
-def new_unet() -> UNet2DConditionModel:
-    """A U-Net with random weights: 7.75 M parameters, three levels with cross-attention."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(64, 96, 160),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=(2, 3, 5),
-        use_linear_projection=True,
-    )
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text encoder with random weights: three layers, 128 wide, 24 tokens."""
-    end = tokenizer.eos_token_id
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    )
-
-
-def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, sampled by DDIM from the last timestep on.
-
-    The transformer has it too. PixArt's own linear schedule ends at alpha_T^2 = 4.0e-5, where one step would
-    magnify errors of epsilon 157 times instead of 15 times.
-    """
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-    )
+    checkpoints: Path | None = None
+    """Folder for a checkpoint of the training. If it holds one of the same options, the training goes on from
+    it. Nothing is saved on the way if not given."""
+    checkpointing_seconds: float = 60.0
+    """Seconds of training between checkpoints."""
 
 
 def encode_pool(
     config: TrainTeacherConfig,
     vae: AutoencoderKL,
-    tokenizer: Tokenizer,
+    architecture: Architecture,
     captions: list[Caption],
     count: int,
     seed: int,
@@ -146,58 +99,41 @@ def encode_pool(
     """Encode scenes of captions before the training.
 
     Returns:
-        Latents (N, 4, 16, 16) bfloat16, tokens (N, 24) of their captions, and facts (N, 6) of the captions
+        Latents (N, 4, 16, 16) bfloat16, tokens (N, L) of their captions, and facts (N, 6) of the captions
         for `Recombination`, or (N, 0) where --recombine is 0; on the device.
     """
-    tokens = tokenize(tokenizer, [caption.text for caption in captions]).to(config.device)
+    tokens = architecture.tokens([caption.text for caption in captions]).to(config.device)
     facts = torch.zeros(len(captions), 0, dtype=torch.int64)
     if config.recombine:
-        facts = Recombination(tokenizer, "cpu").facts(captions)
+        facts = Recombination(architecture.tokenizers["tokenizer"], "cpu").facts(captions)
     facts = facts.to(config.device)
     batches = encoded_scenes(config, vae, captions, count, seed)
     return joined((latents, tokens[index], facts[index]) for latents, index, *_ in batches)
 
 
-def take_states(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Take the state of each token from one of V captions.
-
-    Args:
-        states: (N V, L, D) states of V captions for each latent.
-        source: (N, L) int64, the caption whose state is taken.
-
-    Returns:
-        (N, L, D).
-    """
-    states = states.unflatten(0, (len(source), -1))
-    return states.take_along_dim(source[:, None, :, None], 1)[:, 0]
-
-
 class TeacherTraining(LatentTraining):
-    """The training of the denoiser and the text encoder; `source` says which caption lends each state."""
+    """The training of the denoiser and the text encoders; `source` says which caption lends each state."""
 
-    def __init__(
-        self,
-        config: TrainTeacherConfig,
-        network: Denoiser,
-        text_encoder: TextEncoder,
-        empty: torch.Tensor,
-    ):
-        parameters = [*network.parameters(), *text_encoder.parameters()]
+    def __init__(self, config: TrainTeacherConfig, architecture: Architecture, networks: Networks) -> None:
+        parameters = [p for network in networks.values() for p in network.parameters()]
         variants = VARIANTS if config.recombine else 1
-        super().__init__(config, parameters, new_scheduler(), empty, variants=variants)
-        self.text_encoder = text_encoder
+        super().__init__(
+            config, parameters, architecture.scheduler(), architecture.tokens([""]), variants=variants
+        )
+        self.architecture, self.networks = architecture, dict(networks)
         self.source = torch.zeros_like(self.ids[:, 0])
-        self.network = torch.compile(network) if config.compile else network
+        if config.compile:
+            denoiser = next(iter(networks))
+            self.networks[denoiser] = torch.compile(networks[denoiser])
         self.start()
 
-    def predict(self, noisy: torch.Tensor) -> torch.Tensor:
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `LatentTraining.predict`."""
-        if self.config.architecture == "dit":
-            ids = self.ids[:, 0]
-            return predict_noise(self.network, self.text_encoder, noisy, self.timesteps, ids)
-        states = self.text_encoder(self.ids.flatten(0, 1))[0]
-        mixed = take_states(states, self.source)
-        return self.network(noisy, self.timesteps, mixed, return_dict=False)[0]
+        return self.architecture.predict(self.networks, noisy, timesteps, self.ids, self.source)
+
+    def fractions(self, generator: torch.Generator) -> torch.Tensor:
+        """See `LatentTraining.fractions`."""
+        return self.architecture.fractions(len(self.times), generator)
 
     def step(
         self,
@@ -206,7 +142,7 @@ class TeacherTraining(LatentTraining):
         step: int,
         rate: float,
         generator: torch.Generator,
-        lowest: torch.Tensor | int = 0,
+        lowest: torch.Tensor | float = 0.0,
         source: torch.Tensor | int = 0,
     ) -> None:
         """Do `LatentTraining.step`, with the caption (N, L) that lends the state of each token."""
@@ -214,32 +150,38 @@ class TeacherTraining(LatentTraining):
         super().step(latents, ids, step, rate, generator, lowest)
 
 
-def _networks(config: TrainTeacherConfig, tokenizer: Tokenizer) -> tuple[Denoiser, TextEncoder]:
-    device, dit = torch.device(config.device), config.architecture == "dit"
-    if config.init is None:
-        network = new_transformer() if dit else new_unet()
-        text_encoder = new_t5_encoder(tokenizer) if dit else new_text_encoder(tokenizer)
-        return network.to(device), text_encoder.to(device)
-    kind, part = (PixArtTransformer2DModel, "transformer") if dit else (UNet2DConditionModel, "unet")
-    network = load_module(kind, config.init / part, torch.float32)
-    encoder_kind = T5EncoderModel if dit else CLIPTextModel
-    text_encoder = load_module(encoder_kind, config.init / "text_encoder", torch.float32)
-    return network.to(device).train(), text_encoder.to(device).train()
+def _networks(config: TrainTeacherConfig, architecture: Architecture) -> Networks:
+    networks = architecture.new()
+    if config.init is not None:
+        for name, new in networks.items():
+            networks[name] = load_module(architecture.networks[name], config.init / name, torch.float32)
+            if _shapes(networks[name]) != _shapes(new):
+                raise WadiError(
+                    f"--init {config.init}: its {name} has other sizes than one of the emoji world; name a "
+                    f"folder that wadi emoji train-teacher --architecture {config.architecture} wrote"
+                )
+    return {name: network.to(config.device).train() for name, network in networks.items()}
 
 
-def _check(config: TrainTeacherConfig) -> None:
+def _shapes(network: torch.nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in network.parameters()]
+
+
+def _check(config: TrainTeacherConfig, architecture: Architecture) -> None:
+    for name in ("pictures", "captions", "train_batch_size"):
+        whole_number(f"--{name.replace('_', '-')}", getattr(config, name), 1)
     if not 0 <= config.init_share <= 1 or (config.init_share and config.init is None):
         raise WadiError(f"--init-share {config.init_share}: must be between 0 and 1, and needs --init")
     if not 0 <= config.recombine <= 1:
         raise WadiError(f"--recombine {config.recombine}: must be between 0 and 1")
-    if config.recombine and config.architecture == "dit":
+    if config.recombine and not architecture.recombines:
         raise WadiError(
             f"--recombine {config.recombine}: only for --architecture unet, whose text encoder reads "
             "from left to right; omit it"
         )
     if config.init is None:
         return
-    name, wanted = pipeline_class_name(config.init), PIPELINES[config.architecture].__name__
+    name, wanted = pipeline_class_name(config.init), architecture.pipeline_class.__name__
     if name != wanted:
         raise WadiError(
             f"--init {config.init}: holds a {name}; --architecture {config.architecture} needs a {wanted}"
@@ -247,48 +189,63 @@ def _check(config: TrainTeacherConfig) -> None:
 
 
 def train_teacher(config: TrainTeacherConfig) -> dict[str, float]:
-    """Train and write the pipeline folder; returns steps, seconds and the last loss.
+    """Train and write the pipeline folder, with its figures in `FIGURES`.
+
+    Returns:
+        ``steps``, ``seconds``, ``loss`` of the last step, and ``denoiser_parameters``.
 
     Raises:
         WadiError: an option is outside its range or does not fit the others, `init` is of another
-            architecture, or a folder cannot be read or may not be written.
+            architecture, the checkpoint is of other options, or a folder cannot be read or may not be
+            written.
     """
-    _check(config)
-    inputs = (config.vae, config.init, config.atlas)
+    architecture = ARCHITECTURES[config.architecture]()
+    _check(config, architecture)
+    inputs = (config.vae, config.init, config.atlas, config.checkpoints)
     output = Output(config.out, "emoji train-teacher", inputs, config.overwrite)
     output.check()
+    options = {name: value for name, value in vars(config).items() if name not in FREE}
+    options["device"] = torch.device(config.device).type
+    checkpoints = TimedCheckpoints(config.checkpoints, config.checkpointing_seconds, options)
     device = prepare_torch(config)
-    tokenizer = build_t5_tokenizer() if config.architecture == "dit" else build_tokenizer()
     vae = load_module(AutoencoderKL, config.vae, torch.float32).to(device).requires_grad_(False)
     captions = sample_captions(config.captions, "teacher")
-    pool = encode_pool(config, vae, tokenizer, captions, config.pictures, config.seed)
+    pool = encode_pool(config, vae, architecture, captions, config.pictures, config.seed)
     pairs = pool
     if config.pair_focus:
         two = [caption for caption in captions if caption.relation is not None]
-        pairs = encode_pool(config, vae, tokenizer, two, config.pictures // 2, config.seed + 2)
-    network, text_encoder = _networks(config, tokenizer)
-    initial = [p.detach().clone() for p in (*network.parameters(), *text_encoder.parameters())]
-    training = TeacherTraining(config, network, text_encoder, tokenize(tokenizer, [""]))
-    recombination = Recombination(tokenizer, device) if config.recombine else None
-    steps = _fit(training, pool, pairs, recombination)
+        pairs = encode_pool(config, vae, architecture, two, config.pictures // 2, config.seed + 2)
+    networks = _networks(config, architecture)
+    initial = [p.detach().clone() for network in networks.values() for p in network.parameters()]
+    training = TeacherTraining(config, architecture, networks)
+    steps = _fit(training, pool, pairs, checkpoints)
     for parameter, average, start in zip(training.parameters, training.ema, initial, strict=True):
         parameter.data.copy_(average.lerp(start, config.init_share))
-    write_pipeline(output, vae, text_encoder, tokenizer, network)
-    return {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
+    denoiser = next(iter(networks.values()))
+    figures = {"steps": steps.done, "seconds": steps.elapsed, "loss": training.loss.item()}
+    figures["denoiser_parameters"] = sum(p.numel() for p in denoiser.parameters())
+    pipeline = architecture.pipeline(vae, networks)
+    with output.writing() as temporary:
+        pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+        write_json(temporary / FIGURES, {"config": vars(config), "figures": figures})
+    return figures
 
 
 def _fit(
     training: TeacherTraining,
     pool: tuple[torch.Tensor, ...],
     pairs: tuple[torch.Tensor, ...],
-    recombination: Recombination | None,
+    checkpoints: TimedCheckpoints,
 ) -> TimedSteps:
     config, device, size = training.config, training.device, training.config.train_batch_size
-    peak = LEARNING_RATES[config.architecture] if config.learning_rate is None else config.learning_rate
+    rate = training.architecture.learning_rate if config.learning_rate is None else config.learning_rate
+    tokenizer = training.architecture.tokenizers["tokenizer"]
+    recombination = Recombination(tokenizer, device) if config.recombine else None
     generator = torch.Generator(device).manual_seed(config.seed + 1)
     # during the focus, the first half of a batch shows pairs
-    lowest = torch.where(torch.arange(size, device=device) < size // 2, FOCUS_TIMESTEP, 0)
-    steps = TimedSteps(config.seconds, config.max_train_steps, "teacher")
+    lowest = torch.where(torch.arange(size, device=device) < size // 2, FOCUS, 0.0)
+    done = checkpoints.restore(training, generator)
+    steps = TimedSteps(config.seconds, config.max_train_steps, "teacher", *done)
     for step, used in steps:
         index = torch.randint(len(pool[0]), (size,), generator=generator, device=device)
         batch, focused = [column[index] for column in pool], used < config.pair_focus
@@ -300,30 +257,8 @@ def _fit(
         ids, source = ids[:, None], 0
         if recombination is not None:
             ids, source = recombination.draw(ids[:, 0], facts, config.recombine, generator)
-        rate = peak * warmup_cosine(step, used, 500)
-        training.step(latents.float(), ids, step, rate, generator, lowest if focused else 0, source)
+        now = rate * warmup_cosine(step, used, 500)
+        training.step(latents.float(), ids, step, now, generator, lowest if focused else 0.0, source)
         steps.show(training.loss)
+        checkpoints.save_when_due(training, generator, steps)
     return steps
-
-
-def write_pipeline(
-    output: Output,
-    vae: AutoencoderKL,
-    text_encoder: TextEncoder,
-    tokenizer: Tokenizer,
-    network: Denoiser,
-) -> None:
-    """Write a StableDiffusionPipeline folder, or PixArtAlphaPipeline for a transformer, in float16."""
-    shared = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": new_scheduler()}
-    if isinstance(network, PixArtTransformer2DModel):
-        pipeline = PixArtAlphaPipeline(transformer=network, **shared)
-    else:
-        pipeline = StableDiffusionPipeline(
-            unet=network,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **shared,
-        )
-    with output.writing() as temporary:
-        pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

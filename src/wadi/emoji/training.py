@@ -125,17 +125,29 @@ class AveragedAdamW:
         self.optimizer.step()
         self.average.follow(norm.isfinite())
 
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The live tensors of a checkpoint: weights, their averages, and AdamW's moments."""
+        state = self.optimizer.state
+        return {
+            "weights": {str(i): p.data for i, p in enumerate(self.parameters)},
+            "ema": self.average.tensors,
+            "optimizer": {
+                f"{i}.{key}": x for i, p in enumerate(self.parameters) for key, x in state[p].items()
+            },
+        }
+
 
 class LatentTraining(ABC):
     """One training step on noisy latents, recorded as a CUDA graph where there is a GPU.
 
-    The loss is the mean of w_t |eps(x_t, t, c) - n|^2. A subclass says how the noise is predicted
-    (`predict`) and what w_t is (`weighted`), and calls `start` when its tensors are there.
+    The loss is the mean of w_t |p(x_t, t, c) - target|^2 in float32, where the target is what the schedule
+    says: the noise n, or v = n - x0 of a flow. A subclass says how it is predicted (`predict`), at which
+    levels of noise (`fractions`) and what w_t is (`weighted`), and calls `start` when its tensors are there.
 
     Args:
         config: options of the training; `train_batch_size` and `ema_decay` among them.
         parameters: what is trained.
-        scheduler: scheduler of the model, which predicts epsilon.
+        scheduler: scheduler of the model, which says what it predicts.
         empty: (1, L) int64, tokens of the empty prompt.
         shape: (C, H, W) of the latents.
         variants: V, captions for each latent.
@@ -157,7 +169,7 @@ class LatentTraining(ABC):
         size = config.train_batch_size
         self.latents = torch.zeros(size, *shape, device=self.device)
         self.noise = torch.zeros_like(self.latents)
-        self.timesteps = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self.times = self.schedule.last.repeat(size)
         self.empty = empty.to(self.device)
         self.ids = self.empty.repeat(size, variants, 1)
         self.loss = torch.zeros((), device=self.device)
@@ -166,21 +178,34 @@ class LatentTraining(ABC):
         """Record the step; the runs before the recording change nothing, as the learning rate is zero."""
         self.run = record(self._step)[0].replay if self.device.type == "cuda" else self._step
 
+    def make_moments(self) -> None:
+        """Make AdamW's moments, which its first step would make, so that a checkpoint can fill them."""
+        if not self.update.optimizer.state:
+            self._step()
+
     @abstractmethod
-    def predict(self, noisy: torch.Tensor) -> torch.Tensor:
-        """Predict the noise of `noisy` (N, C, H, W) at `timesteps` for the captions `ids`."""
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Predict the schedule's target at `noisy` (N, C, H, W) for the captions `ids`.
+
+        The network is told `timesteps` (N,).
+        """
+
+    def fractions(self, generator: torch.Generator) -> torch.Tensor:
+        """Draw where in the range of the noise each sample is, (N,) in [0, 1): uniform by default."""
+        return torch.rand(len(self.times), generator=generator, device=self.device)
 
     def weighted(self, error: torch.Tensor) -> torch.Tensor:
         """Multiply the squared errors (N, C, H, W) by w_t, which is 1 unless a subclass says otherwise."""
         return error
 
     def _step(self) -> None:
-        noisy = self.schedule.add_noise(self.latents, self.noise, self.timesteps)
+        noisy = self.schedule.add_noise(self.latents, self.noise, self.times)
+        target = self.schedule.target(self.latents, self.noise, self.times)
         on_gpu = self.device.type == "cuda"
         # cache_enabled: a recorded graph must not keep casts of weights from an earlier step
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            prediction = self.predict(noisy)
-        loss = self.weighted((prediction.float() - self.noise).square()).mean()
+            prediction = self.predict(noisy, self.schedule.timestep(self.times))
+        loss = self.weighted((prediction.float() - target).square()).mean()
         self.update(loss)
         self.loss.copy_(loss.detach())
 
@@ -191,9 +216,9 @@ class LatentTraining(ABC):
         step: int,
         rate: float,
         generator: torch.Generator,
-        lowest: torch.Tensor | int = 0,
+        lowest: torch.Tensor | float = 0.0,
     ) -> None:
-        """Draw timesteps and noise, replace a tenth of the captions by the empty prompt, and update.
+        """Draw levels of noise and noise, replace a tenth of the captions by the empty prompt, and update.
 
         Args:
             latents: (N, C, H, W) float32.
@@ -201,14 +226,13 @@ class LatentTraining(ABC):
             step: number of the steps before this one.
             rate: the learning rate.
             generator: source of the randomness, on the device.
-            lowest: lowest timestep that is drawn, one for all or (N,) int64.
+            lowest: lowest level that is drawn, as a fraction of the range; one for all or (N,).
         """
         size = len(latents)
-        uniform = torch.rand(size, generator=generator, device=self.device)
+        fractions = self.fractions(generator)
         self.latents.copy_(latents)
         self.noise.copy_(torch.randn(latents.shape, generator=generator, device=self.device))
-        count = self.schedule.num_train_timesteps
-        self.timesteps.copy_(lowest + (uniform * (count - lowest)).long())
+        self.times.copy_(self.schedule.times(lowest + (1 - lowest) * fractions))
         omitted = torch.rand(size, 1, 1, generator=generator, device=self.device) < 0.1
         self.ids.copy_(torch.where(omitted, self.empty, ids))
         self.update.prepare(step, rate)
