@@ -59,6 +59,7 @@ class Window:
     Attributes:
         waited: seconds that `take` waited for prompts, without the first time.
         worked: seconds that the thread has encoded.
+        encoded: prompts that it has encoded.
 
     Raises:
         WadiError: the limit is below two groups: one for the training, and one that is being encoded.
@@ -84,7 +85,7 @@ class Window:
                 f"--embeddings-limit {limit / 2**30:g}: is too low, because twice the "
                 f"{self.steps * samples} prompts that are encoded together must fit; give at least {least:g}"
             )
-        self.waited = self.worked = 0.0
+        self.waited, self.worked, self.encoded = 0.0, 0.0, 0
         self._started: float | None = None
         self._loaded = False
         self._coming: dict[int, Future[_Group]] = {}
@@ -118,8 +119,8 @@ class Window:
         whole = 0.0 if self._started is None else time.monotonic() - self._started
         share = self.waited / whole if whole else 0.0
         return (
-            f"prompts: encoded for {self.worked:.1f} s beside the training, which waited {self.waited:.1f} s "
-            f"for them ({share:.1%} of its time)"
+            f"prompts: {self.encoded} were encoded in {self.worked:.1f} s beside the training, which waited "
+            f"{self.waited:.1f} s for them ({share:.1%} of its time)"
         )
 
     def close(self) -> None:
@@ -163,6 +164,7 @@ class Window:
                 f"the prompts of step {group * self.steps} could not be encoded: {reason}{hint}"
             ) from error
         self.worked += time.monotonic() - start
+        self.encoded += len(numbers)
         return _Group({number: row for row, number in enumerate(numbers)}, Embeddings([encoded]))
 
     def _load(self) -> None:
