@@ -20,7 +20,7 @@ import torch
 
 from wadi.backbones import PromptEncoder
 from wadi.backbones.condition import Condition
-from wadi.errors import WadiError
+from wadi.errors import WadiError, tell
 from wadi.prompts.cache import Embeddings
 
 GROUP = 64
@@ -29,6 +29,9 @@ AHEAD = 8
 """Most groups in memory. More would not help: they only make up for differences in time between the steps."""
 SMALL = 2 * 2**30
 """Bytes: text encoders up to this size stay on the training's GPU."""
+
+WAITED = 60.0
+"""Seconds that the training may wait in all before the user is told that encoding is too slow."""
 
 Place = Literal["auto", "gpu", "cpu"]
 """Where text encoders stay during the training; "auto" is the GPU for those up to `SMALL`."""
@@ -87,7 +90,7 @@ class Window:
             )
         self.waited, self.worked, self.encoded = 0.0, 0.0, 0
         self._started: float | None = None
-        self._loaded = False
+        self._loaded = self._warned = False
         self._coming: dict[int, Future[_Group]] = {}
         self._held = contextlib.ExitStack()
         self._thread = ThreadPoolExecutor(1, "encoding prompts")
@@ -116,8 +119,7 @@ class Window:
 
     def told(self) -> str:
         """One line about the time that encoding took."""
-        whole = 0.0 if self._started is None else time.monotonic() - self._started
-        share = self.waited / whole if whole else 0.0
+        share = 0.0 if self._started is None else self.waited / (time.monotonic() - self._started)
         return (
             f"prompts: {self.encoded} were encoded in {self.worked:.1f} s beside the training, which waited "
             f"{self.waited:.1f} s for them ({share:.1%} of its time)"
@@ -143,7 +145,16 @@ class Window:
             self._started = time.monotonic()
         else:
             self.waited += time.monotonic() - start
+            self._warn()
         return group
+
+    def _warn(self) -> None:
+        """Tell once that the training waits for more than a tenth of its time."""
+        if self._warned or self.waited < max(WAITED, (time.monotonic() - self._started) / 10):
+            return
+        self._warned = True
+        faster = "" if self.place == "gpu" else "; a new run with --text-encoder-device gpu may be faster"
+        tell(f"{self.told()}: the prompts are encoded too slowly{faster}")
 
     def _numbers(self, group: int) -> list[int]:
         steps = range(group * self.steps, (group + 1) * self.steps)
