@@ -17,7 +17,6 @@ from wadi.device import DTYPES
 from wadi.distill.options import Options, option
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_text
-from wadi.prompts.window import Place
 
 Method = Literal["lorad", "lora", "full"]
 """What is trained of a network; see `wadi.distill.methods`."""
@@ -53,7 +52,7 @@ class ModelOptions(Options):
     kept on the disk. If not, those that the run draws are encoded during the training, a little ahead of it,
     and kept in the memory of each process."""
 
-    text_encoder_device: Place = option("auto")  # noqa: RUF009
+    text_encoder_device: Literal["auto", "gpu", "cpu"] = option("auto")
     """Where the text encoders work: "cpu", "gpu", or "auto". With "auto" they work on the GPU, except for
     text encoders above 2 GiB that encode during the training."""
 
