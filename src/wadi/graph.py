@@ -41,7 +41,8 @@ def record(
             tensor.copy_(value)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    # of this thread: another one may encode prompts meanwhile
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = work()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result

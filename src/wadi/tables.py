@@ -19,7 +19,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".json", ".parquet")
 Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt and its place: the line of a text file, or the row of a table, from 1."""
 
@@ -246,6 +246,10 @@ def _coco(path: Path, content: dict[str, Any]) -> list[Prompt]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise WadiError(f"{where}: the prompt must be text, but is {value!r:.100}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise WadiError(f"{where}: holds half of a character (a lone surrogate); write the prompt again")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise WadiError(
+            f"{where}: holds half of a character (a lone surrogate); write the prompt again"
+        ) from error
     return value.strip()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from wadi.backbones import load_prompt_encoder
 from wadi.device import DTYPES, chosen_device
+from wadi.distill.config import ModelOptions
+from wadi.errors import tell
 from wadi.prompts import EmbeddingCache, check_length, encode_prompts, read_prompts
 from wadi.prompts.cache import cache_output
 
@@ -60,5 +63,11 @@ def prompts_encode(config: PromptsEncodeConfig) -> dict[str, Any]:
     cache = EmbeddingCache(encoder, config.embeddings_dir)
     texts = [prompt.text for prompt in prompts]
     before = len(cache.missing(texts))
-    encode_prompts(encoder, texts, list(config.validation_prompts), cache)
+    embeddings = encode_prompts(encoder, texts, list(config.validation_prompts), cache).embeddings
+    needed, limit = len(texts) * embeddings.bytes_a_prompt / 2**30, ModelOptions().embeddings_limit
+    if needed > limit:
+        tell(
+            f"wadi distill uses them only with --embeddings-limit {math.ceil(1000 * needed) / 1000:g} or "
+            "more; with a lower limit it encodes prompts again, during the training"
+        )
     return {"prompts": len(texts), "shards_encoded_now": before, "folder": str(cache.entry(texts))}

@@ -51,6 +51,15 @@ class ModelOptions(Options):
     embeddings_dir: str | None = option(None, changeable=True)
     """Folder that keeps the encoded prompts. The default is $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
 
+    embeddings_limit: float = option(10.0, often=True, above=0)
+    """GiB that the encoded prompts may take. If all prompts fit, they are encoded before the training and
+    kept on the disk. If not, those that the run draws are encoded during the training, a little ahead of it,
+    and kept in the memory of each process."""
+
+    text_encoder_device: Literal["auto", "gpu", "cpu"] = option("auto")
+    """Where the text encoders work: "cpu", "gpu", or "auto". With "auto" they work on the GPU, except for
+    text encoders above 2 GiB that encode during the training."""
+
 
 @dataclass(frozen=True)
 class StudentOptions(Options):

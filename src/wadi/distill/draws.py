@@ -67,6 +67,10 @@ class Draws:
         generator = self._generator(name, torch.device("cpu"))
         return self._share(torch.randint(count, (n * self.processes,), generator=generator), n)
 
+    def prompts(self, n: int, count: int) -> torch.Tensor:
+        """Numbers (n,) of the prompts of a step, of a set of `count`."""
+        return self.indices("prompts", n, count)
+
     def chance(self, name: str, probability: float) -> torch.Tensor:
         """True with the given probability, 0-dimensional. All processes get the same value."""
         return torch.rand((), device=self.device, generator=self._generator(name)) < probability

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
 from wadi.distill.loop import train, truncate_metrics
 from wadi.distill.methods import merged_state
 from wadi.distill.processes import hosts_group, make_accelerator, together
+from wadi.distill.prompts import prepare_prompts, tell_time
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError, tell
@@ -26,14 +28,7 @@ from wadi.onestep import OneStepPipeline, Student, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
 from wadi.onestep.student import check_teacher
 from wadi.outputs import Output
-from wadi.prompts import (
-    EmbeddingCache,
-    Prompt,
-    PromptEmbeddings,
-    check_length,
-    encode_prompts,
-    read_prompts,
-)
+from wadi.prompts import Prompt, read_prompts
 from wadi.prompts.cache import cache_output
 
 RUN_FILE = "run.json"
@@ -65,11 +60,14 @@ def distill(config: DistillConfig) -> Path:
     for main in (True, False):  # the others find everything on the disk
         with together(hosts):
             if accelerator.is_main_process == main:
-                embeddings = _encode(config, backbone, prompts)
-    trainer = Trainer(config, backbone, embeddings, accelerator, inputs)
-    with together(hosts):
-        _begin(trainer, run, checkpoint, inputs)
-    if not train(trainer):
+                encoded = prepare_prompts(config, backbone.text, prompts, accelerator)
+    with contextlib.closing(encoded.embeddings):
+        trainer = Trainer(config, backbone, encoded, accelerator, inputs)
+        with together(hosts):
+            _begin(trainer, run, checkpoint, inputs)
+        finished = train(trainer)
+        tell_time(encoded, accelerator)
+    if not finished:
         accelerator.end_training()
         accelerator.print(f"Saved. Go on with: wadi distill --resume-from-checkpoint {run}")
         raise SystemExit(130)
@@ -264,15 +262,6 @@ def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, inputs: dict[st
     if accelerator.is_main_process:
         truncate_metrics(run / "metrics.jsonl", trainer.global_step)
     start_trackers(accelerator, config)
-
-
-def _encode(config: DistillConfig, backbone: Backbone, prompts: list[Prompt]) -> PromptEmbeddings:
-    text, model, validation = backbone.text, config.model, list(config.run.validation_prompts)
-    grid = [Prompt(prompt, line) for line, prompt in enumerate(validation, 1)]
-    for some, source in ((prompts, model.prompts), (grid, "--validation-prompts")):
-        check_length(some, text.tokenizer, source, model.truncate_prompts, text.limit)
-    cache = EmbeddingCache(text, model.embeddings_dir)
-    return encode_prompts(text, [prompt.text for prompt in prompts], validation, cache)
 
 
 def _open_run(run: Path, config: DistillConfig, batch: int, inputs: dict[str, str | None]) -> None:

@@ -147,9 +147,10 @@ class Trainer:
 
     def _draw_prompts(self, draws: Draws, n: int) -> Condition:
         """Conditions of n random prompts, copied to the device without waiting for it."""
-        embeddings = self.prompts.embeddings
-        indices = draws.indices("prompts", n, len(embeddings))
-        chosen = embeddings.take(indices, pin_memory=self.device.type == "cuda")
+        embeddings, pinned = self.prompts.embeddings, self.device.type == "cuda"
+        indices = draws.prompts(n, len(embeddings))
+        with together(self.hosts) if embeddings.waits(draws.step) else contextlib.nullcontext():
+            chosen = embeddings.take(indices, pinned, draws.step)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in chosen.items()}
 
     def set_step(self, step: int) -> None:

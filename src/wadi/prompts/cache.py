@@ -48,10 +48,27 @@ class Embeddings:
     def __len__(self) -> int:
         return sum(self.lengths)
 
-    def take(self, indices: torch.Tensor, pin_memory: bool = False) -> Condition:
+    @property
+    def bytes_a_prompt(self) -> int:
+        """Size of one prompt's condition at its full length."""
+        return sum(tensor[0].nbytes for tensor in self.take(torch.tensor([0])).values())
+
+    def waits(self, step: int) -> bool:
+        """Whether `take` may wait or fail at a step: never, because all prompts are here."""
+        return False
+
+    def close(self) -> None:
+        """Nothing works in the background."""
+
+    def take(self, indices: torch.Tensor, pin_memory: bool = False, step: int = 0) -> Condition:
         """Conditions of the prompts (N,) in that order, copied once, into pinned memory if asked for.
 
         Embeddings that were cut are of full length again: zeros, where the mask lets nobody look.
+
+        Args:
+            indices: numbers of the prompts, int64 on the CPU.
+            pin_memory: whether a GPU will copy them.
+            step: the step of the training that draws them; it makes no difference here.
         """
         rows = [divmod(index, self.lengths[0]) for index in indices.tolist()]
         result = {}
@@ -133,12 +150,13 @@ class EmbeddingCache:
                 progress(total=count, desc="encoding prompts", unit="prompt") as bar,
             ):
                 for prompts, shards in zip(sets, missing, strict=True):
+                    entry = self.entry(prompts)  # once: it takes a second for a million prompts
                     for shard in shards:
-                        bar.update(self._write(prompts, shard))
+                        bar.update(self._write(entry, prompts, shard))
         return [self._open(prompts) for prompts in sets]
 
-    def _write(self, prompts: Sequence[str], shard: int) -> int:
-        entry, part = self.entry(prompts), list(prompts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE])
+    def _write(self, entry: Path, prompts: Sequence[str], shard: int) -> int:
+        part = list(prompts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE])
         if not (entry / "index.json").exists():
             if self.output is not None:
                 self.output.open()

@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from wadi.errors import WadiError
 from wadi.tables import SUFFIXES, Prompt, check_column, read_texts, with_text
 
+AT_ONCE = 10_000
+"""Prompts that are tokenized at once. The tokens of a million would take gigabytes."""
+
 
 def read_prompts(source: str, column: str = "text", split: str = "train") -> list[Prompt]:
     """Read prompts; blank ones are skipped, and of identical ones the first is kept.
@@ -42,6 +45,7 @@ def check_length(
     source: str,
     truncate: bool = False,
     limit: int | None = None,
+    what: str = "prompts",
 ) -> None:
     """Check that the tokenizer takes every prompt whole, unless `truncate` says that it need not.
 
@@ -51,6 +55,7 @@ def check_length(
         source: what the prompts are from, for the message.
         truncate: whether longer prompts are cut.
         limit: most tokens of a prompt; the tokenizer's own when ``None``.
+        what: what the message calls the prompts.
 
     Raises:
         WadiError: with the number of prompts that are too long and the line of the first.
@@ -58,12 +63,15 @@ def check_length(
     if truncate:
         return
     limit = tokenizer.model_max_length if limit is None else limit
-    lengths = [len(ids) for ids in tokenizer([p.text for p in prompts], verbose=False).input_ids]
-    long = [(prompt, n) for prompt, n in zip(prompts, lengths, strict=True) if n > limit]
+    long = []
+    for start in range(0, len(prompts), AT_ONCE):
+        some = prompts[start : start + AT_ONCE]
+        ids = tokenizer([p.text for p in some], verbose=False, return_attention_mask=False).input_ids
+        long += [(prompt, len(own)) for prompt, own in zip(some, ids, strict=True) if len(own) > limit]
     if long:
         prompt, n = long[0]
         raise WadiError(
-            f"{source}: {len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that the "
+            f"{source}: {len(long)} of {len(prompts)} {what} are longer than the {limit} tokens that the "
             f"tokenizer takes; the first is on line {prompt.line} ({n} tokens); shorten them or pass "
             "--truncate-prompts"
         )
