@@ -30,7 +30,18 @@ class ModelOptions(Options):
     """Name of the preset that the other options started from. It is compared with the teacher."""
 
     pretrained_model_name_or_path: str | None = option(None, often=True)
-    """Teacher: the folder of a diffusers pipeline, or a hub id. docs/models.md lists the kinds."""
+    """Teacher: the folder of a diffusers pipeline, a hub id, or one .safetensors file in the original layout
+    (as Civitai has them). docs/models.md lists the kinds."""
+
+    teacher_config: str | None = option(None, often=True)
+    """For a teacher in one file: a diffusers folder or hub id of the same kind of model. Its configurations
+    and tokenizers are used, and its networks if the file lacks them. The default is a model on the hub."""
+
+    teacher_lora: str | None = option(None, often=True)
+    """LoRA file that is fused into the teacher, with the names of diffusers or of kohya's scripts."""
+
+    teacher_lora_scale: float = option(1.0)
+    """Number that the change of the LoRA is multiplied by."""
 
     prompts: str | None = option(None, often=True)
     """Prompts: a .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet file, or a `datasets` id."""
@@ -46,6 +57,21 @@ class ModelOptions(Options):
 
     embeddings_dir: str | None = option(None, changeable=True)
     """Folder that keeps the encoded prompts. The default is $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_lora is None and self.teacher_lora_scale != 1:
+            raise WadiError("--teacher-lora-scale: is for a LoRA; name one with --teacher-lora, or omit it")
+
+    @property
+    def teacher(self) -> tuple[str | None, str | None, str | None, float]:
+        """The arguments of `wadi.teachers.prepare_teacher`."""
+        return (
+            self.pretrained_model_name_or_path,
+            self.teacher_config,
+            self.teacher_lora,
+            self.teacher_lora_scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -341,6 +367,8 @@ and micro-batches share them."""
 
 INPUTS = {
     "pretrained_model_name_or_path": "teacher",
+    "teacher_config": "teacher-config",
+    "teacher_lora": "teacher-lora",
     "prompts": "prompts",
     "student_adapter": "student-adapter",
 }

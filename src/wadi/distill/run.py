@@ -19,11 +19,11 @@ from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json
-from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
+from wadi.identity import adapter_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
 from wadi.onestep import OneStepPipeline, Student, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
-from wadi.onestep.student import check_teacher
+from wadi.onestep.student import FusedLoRA, check_teacher
 from wadi.outputs import Output
 from wadi.prompts import (
     EmbeddingCache,
@@ -34,6 +34,7 @@ from wadi.prompts import (
     read_prompts,
 )
 from wadi.prompts.cache import cache_output
+from wadi.teachers import prepare_teacher, teacher_digests
 
 RUN_FILE = "run.json"
 GRID_PROMPTS = 4
@@ -59,9 +60,13 @@ def distill(config: DistillConfig) -> Path:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     accelerator = make_accelerator(config)
     hosts = hosts_group(accelerator)
-    with together(hosts):
-        config, backbone, prompts, inputs = _load(config, checkpoint, accelerator)
     for main in (True, False):  # the others find everything on the disk
+        with together(hosts):
+            if accelerator.is_main_process == main:
+                teacher = prepare_teacher(*config.model.teacher)
+    with together(hosts):
+        config, backbone, prompts, inputs = _load(config, checkpoint, accelerator, teacher)
+    for main in (True, False):
         with together(hosts):
             if accelerator.is_main_process == main:
                 embeddings = _encode(config, backbone, prompts)
@@ -82,7 +87,8 @@ def distill(config: DistillConfig) -> Path:
 def export(trainer: Trainer, run: Path) -> None:
     """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher."""
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
-    options, teacher = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
+    options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
+    teacher = backbone.text.folder or name
     if options.method != "lorad":
         pipeline = load_pipeline(teacher)
         network = getattr(pipeline, backbone.network_name)
@@ -91,8 +97,9 @@ def export(trainer: Trainer, run: Path) -> None:
         OneStepPipeline(pipeline, options.alpha_T_squared).write(part(run, "pipeline"))
         return
     with part(run, "adapter").writing() as folder:
-        save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
-        record = Student.of(backbone.network, backbone.pipeline.scheduler, options.alpha_T_squared)
+        save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
+        lora = FusedLoRA.in_folder(backbone.text.folder)
+        record = Student.of(backbone.network, backbone.pipeline.scheduler, options.alpha_T_squared, lora)
         record.write(folder)
     OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
 
@@ -204,9 +211,9 @@ def _check_cache(config: DistillConfig) -> None:
 
 
 def _load(
-    config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator
+    config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator, folder: str
 ) -> tuple[DistillConfig, Backbone, list[Prompt], dict[str, str | None]]:
-    """Load teacher and prompts. The config gets the run's batch and the prompts of its grids."""
+    """Load the teacher in `folder`, and the prompts. The config gets the run's batch and grid prompts."""
     run = Path(config.run.output_dir)
     batch = _samples_a_step(run, checkpoint)
     if batch is not None:
@@ -219,7 +226,7 @@ def _load(
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
-    backbone = load_backbone(teacher, config.run.dtype, accelerator.device)
+    backbone = load_backbone(folder, config.run.dtype, accelerator.device)
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     check_preset(config, backbone.pipeline)
     if config.student.adapter is not None:
@@ -233,7 +240,7 @@ def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | No
     """Digests of what the options in `INPUTS` name."""
     adapter = config.student.adapter
     return {
-        "pretrained_model_name_or_path": model_digest(config.model.pretrained_model_name_or_path),
+        **teacher_digests(*config.model.teacher[:3]),
         "prompts": texts_digest(prompt.text for prompt in prompts),
         "student_adapter": None if adapter is None else adapter_digest(adapter),
     }

@@ -19,10 +19,51 @@ from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
 
 STUDENT_FILE = "student.json"
+TEACHER_FILE = "teacher.json"
+"""In a folder that `wadi.teachers` made: which LoRA is fused into it."""
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers that only models which were distilled to few steps come with."""
 STUDENT_PREDICTIONS = tuple(name for names in PREDICTIONS.values() for name in names if name != "sample")
 """What the network of a student may predict."""
+
+
+@dataclass(frozen=True)
+class FusedLoRA:
+    """The LoRA that is fused into a teacher.
+
+    Attributes:
+        digest: SHA-256 of its file, as `files_digest` computes it.
+        scale: what its change is multiplied by.
+    """
+
+    digest: str
+    scale: float = 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry `lora` of `teacher.json` and of a student's base."""
+        return {"digest": self.digest, "scale": self.scale}
+
+    @classmethod
+    def of(cls, record: Any) -> FusedLoRA | None:
+        """What `as_json` wrote; ``None`` where the entry is absent, null or not of this form."""
+        if not isinstance(record, dict) or not isinstance(record.get("digest"), str):
+            return None
+        scale = record.get("scale")
+        return cls(record["digest"], float(scale)) if isinstance(scale, (int, float)) else None
+
+    @classmethod
+    def in_folder(cls, folder: str | os.PathLike | None) -> FusedLoRA | None:
+        """The LoRA in a pipeline folder of `wadi.teachers`; ``None`` for other folders.
+
+        Raises:
+            WadiError: its `teacher.json` is broken.
+        """
+        file = Path(folder or ".") / TEACHER_FILE
+        record = read_json(file) if folder and file.is_file() else {}
+        return cls.of(record.get("lora")) if isinstance(record, dict) else None
+
+    def __str__(self) -> str:
+        return f"the LoRA {self.digest[:12]} at scale {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +80,7 @@ class Student:
         alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule,
             and for every flow.
         steps: where the network is called, as fractions of T: once, at T.
+        lora: the LoRA that was fused into the base, if any. `base` in the file then has an entry for it.
     """
 
     prediction: str
@@ -46,6 +88,7 @@ class Student:
     base_shapes: str
     alpha_T_squared: float | None = None  # noqa: N815
     steps: tuple[float, ...] = (1.0,)
+    lora: FusedLoRA | None = None
 
     @classmethod
     def of(
@@ -53,6 +96,7 @@ class Student:
         network: nn.Module,
         scheduler: SchedulerMixin | Mapping[str, Any],
         alpha_T_squared: float | None = None,
+        lora: FusedLoRA | None = None,
     ) -> Student:
         """Describe the student of a base.
 
@@ -60,9 +104,10 @@ class Student:
             network: the base's U-Net or transformer, without adapters in it.
             scheduler: the base's scheduler, or its configuration.
             alpha_T_squared: of the student, where it is not the schedule's own.
+            lora: the LoRA that is fused into the base, if any.
         """
-        fingerprint = shapes_fingerprint(_shapes(network))
-        return cls(prediction_type(scheduler), type(network).__name__, fingerprint, alpha_T_squared)
+        kind, fingerprint = type(network).__name__, shapes_fingerprint(_shapes(network))
+        return cls(prediction_type(scheduler), kind, fingerprint, alpha_T_squared, lora=lora)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `student.json` into a folder.
@@ -70,7 +115,9 @@ class Student:
         Raises:
             WadiError: the file cannot be written.
         """
-        base = {"class": self.base_class, "shapes": self.base_shapes}
+        base: dict[str, Any] = {"class": self.base_class, "shapes": self.base_shapes}
+        if self.lora is not None:
+            base["lora"] = self.lora.as_json()
         record = {"prediction": self.prediction, "steps": list(self.steps)}
         write_json(
             Path(folder) / STUDENT_FILE, {**record, "alpha_T_squared": self.alpha_T_squared, "base": base}
@@ -90,7 +137,8 @@ class Student:
         if problem := _problem(value):
             raise WadiError(f"{path}: {problem}; fetch the student again, or write the file by hand")
         base, alpha = value["base"], value["alpha_T_squared"]
-        return cls(value["prediction"], base["class"], base["shapes"], alpha, tuple(value["steps"]))
+        steps, lora = tuple(value["steps"]), FusedLoRA.of(base.get("lora"))
+        return cls(value["prediction"], base["class"], base["shapes"], alpha, steps, lora)
 
     def check_base(
         self, folder: str | os.PathLike, shapes: Mapping[str, Sequence[int]], base: str | os.PathLike
@@ -134,6 +182,21 @@ class Student:
             raise WadiError(
                 f"{folder}: the student predicts {self.prediction}, and {base} predicts {found}; "
                 "name the model that it was distilled from"
+            )
+
+    def tell_other_lora(self, folder: str | os.PathLike, base: str | os.PathLike | None) -> None:
+        """Tell if another LoRA is fused into a base than into the one that the student was distilled from.
+
+        Args:
+            folder: the student's, for the message.
+            base: the folder of the base, if it has one.
+        """
+        found = FusedLoRA.in_folder(base)
+        if found != self.lora:
+            tell(
+                f"{folder}: the student was distilled from a teacher with {self.lora or 'no LoRA'}, but "
+                f"{base or 'the pipeline'} has {found or 'no LoRA'}; give the same --teacher-lora and "
+                "--teacher-lora-scale as wadi distill got"
             )
 
 
@@ -232,4 +295,6 @@ def _problem(value: Any) -> str | None:
         return "base must name the class of the network"
     if not re.fullmatch(r"[0-9a-f]{64}", str(base.get("shapes"))):
         return "base must hold the SHA-256 of the network's shapes"
+    if base.get("lora") is not None and FusedLoRA.of(base["lora"]) is None:
+        return "lora of base must hold a digest and a scale"
     return None
