@@ -83,6 +83,8 @@ def _header(file: Path) -> dict[str, Entry]:
             f"{file}: is in a format that can run code when it is read; if you trust the file, write it as "
             ".safetensors with the program that made it, and name that file"
         )
+    if file.suffix != ".safetensors":  # diffusers chooses the reader by the suffix
+        raise WadiError(f"{file}: must be a .safetensors file; name another file")
     return read_headers([file])
 
 

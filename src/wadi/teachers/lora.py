@@ -11,12 +11,12 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import nn
 
 from wadi.errors import WadiError
-from wadi.files import load_tensors, read_json
+from wadi.files import read_json
 from wadi.lorad.io import check_finite
-from wadi.onestep.components import first_line
 from wadi.onestep.loading import load_pipeline
 from wadi.onestep.supported import networks
 from wadi.teachers.kinds import read_lora_header
@@ -43,7 +43,7 @@ def fused_parts(folder: Path, lora: Path, scale: float) -> dict[str, nn.Module]:
         WadiError: the file is no LoRA, diffusers has no LoRA loader for this pipeline, or the LoRA has
             weights that do not fit; the message says how many and which.
     """
-    read_lora_header(lora)
+    count = sum(len(entry.shape) > 1 for entry in read_lora_header(lora).values())
     try:
         check_finite(lora)
     except ValueError as error:
@@ -62,7 +62,7 @@ def fused_parts(folder: Path, lora: Path, scale: float) -> dict[str, nn.Module]:
         matrices = _matrices(pipeline, lora)
         _load(pipeline, lora)
     changed = {name: getattr(pipeline, name) for name in names if _loaded(getattr(pipeline, name))}
-    _check_fit(matrices, changed, lora, folder)
+    _check_fit(matrices, count, changed, lora)
     pipeline.fuse_lora(components=list(changed), lora_scale=scale, safe_fusing=True)
     pipeline.unload_lora_weights()
     return {name: getattr(pipeline, name) for name in changed}
@@ -70,9 +70,14 @@ def fused_parts(folder: Path, lora: Path, scale: float) -> dict[str, nn.Module]:
 
 def _matrices(pipeline: DiffusionPipeline, lora: Path) -> list[str]:
     """Names of a LoRA's matrices, as diffusers converts them: part, layer, and which of two matrices."""
-    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    # as the loaders themselves call it
+    options = (
+        {"unet_config": pipeline.unet.config}
+        if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin)
+        else {}
+    )
     try:
-        converted = pipeline.lora_state_dict(load_tensors(lora), **options)
+        converted = pipeline.lora_state_dict(str(lora.parent), weight_name=lora.name, **options)
     except Exception as error:  # names that diffusers does not know fail in many ways
         raise WadiError(_unknown(lora, error)) from error
     state = converted[0] if isinstance(converted, tuple) else converted
@@ -80,16 +85,17 @@ def _matrices(pipeline: DiffusionPipeline, lora: Path) -> list[str]:
 
 
 def _load(pipeline: DiffusionPipeline, lora: Path) -> None:
+    """Load from the file, because its header may hold the alpha of the LoRA."""
     try:
-        pipeline.load_lora_weights(load_tensors(lora), adapter_name=ADAPTER)
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name=ADAPTER)
     except Exception as error:  # weights of another model fail in many ways
         raise WadiError(_unknown(lora, error)) from error
 
 
 def _unknown(lora: Path, error: Exception) -> str:
     # torch and diffusers name the weights in the lines after the first
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)]
-    reason = " ".join(lines[:2])
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) if isinstance(error, (ValueError, RuntimeError)) else "diffusers knows no such names"
     return (
         f"{lora}: does not fit the teacher: {reason[:300]}; name a LoRA that was made for this kind of model"
     )
@@ -104,8 +110,13 @@ def _loaded(module: nn.Module) -> list[str]:
     ]
 
 
-def _check_fit(matrices: list[str], changed: dict[str, nn.Module], lora: Path, folder: Path) -> None:
+def _check_fit(matrices: list[str], count: int, changed: dict[str, nn.Module], lora: Path) -> None:
     """Raise if the networks did not take every matrix of the LoRA; diffusers only logs it."""
+    if len(matrices) < count:
+        raise WadiError(
+            f"{lora}: diffusers knows only {len(matrices)} of its {count} matrices; name a LoRA with the "
+            "names of diffusers or of kohya's scripts"
+        )
     wrong = []
     for part in {name.partition(".")[0] for name in matrices}:
         own = [name for name in matrices if name.startswith(f"{part}.")]
@@ -117,8 +128,8 @@ def _check_fit(matrices: list[str], changed: dict[str, nn.Module], lora: Path, f
             wrong += absent or own
     if wrong:
         raise WadiError(
-            f"{lora}: {len(wrong)} of its {len(matrices)} matrices have no place in the model in {folder}, "
-            f"such as {sorted(wrong)[0]}; name a LoRA that was made for this kind of model"
+            f"{lora}: {len(wrong)} of its {len(matrices)} matrices have no place in the teacher, such as "
+            f"{sorted(wrong)[0]}; name a LoRA that was made for this kind of model"
         )
 
 
