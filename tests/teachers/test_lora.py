@@ -1,13 +1,15 @@
 """A LoRA of either kind of names is fused exactly, and one that does not fit is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.onestep.test_pipeline import tiny_pixart
 from tests.teachers.loras import fused, random_lora, save_diffusers, save_kohya
-from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
+from tests.tiny import mark_student, tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi.errors import WadiError
 from wadi.onestep import load_pipeline
 from wadi.teachers import prepare_teacher
@@ -145,7 +147,7 @@ def test_what_is_no_lora_is_refused(folders, tmp_path):
 
 def test_pixart_and_students_take_no_lora(folders, tmp_path):
     lora = save_diffusers(random_lora(tiny_pipeline(), ("unet",)), tmp_path / "lora.safetensors")
-    save_pixart(tmp_path / "pixart")
+    tiny_pixart().save_pretrained(tmp_path / "pixart")
     with pytest.raises(WadiError, match="diffusers cannot load a LoRA into a PixArtAlphaPipeline"):
         prepare_teacher(tmp_path / "pixart", lora=lora)
     shutil.copytree(folders["sd"], tmp_path / "student")

@@ -95,7 +95,11 @@ def _load(pipeline: DiffusionPipeline, lora: Path) -> None:
 def _unknown(lora: Path, error: Exception) -> str:
     # torch and diffusers name the weights in the lines after the first
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[:2]) if isinstance(error, (ValueError, RuntimeError)) else "diffusers knows no such names"
+    reason = (
+        " ".join(lines[:2])
+        if isinstance(error, (ValueError, RuntimeError))
+        else "diffusers knows no such names"
+    )
     return (
         f"{lora}: does not fit the teacher: {reason[:300]}; name a LoRA that was made for this kind of model"
     )

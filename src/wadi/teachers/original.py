@@ -6,6 +6,7 @@ of model, and so do the networks that the file lacks. Names and shapes are check
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,8 +41,8 @@ _OLD_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(embeddings|encoder|f
 _PART_PREFIXES = ("", _PREFIX, "unet.", "transformer.")
 _CLIPS = ("clip", "clip_sdxl", "clip_sd3", "open_clip", "open_clip_sdxl", "open_clip_sd3")
 _T5 = "text_encoders.t5xxl.transformer.shared.weight"
-_V_PREDICTION = "v_pred"
-"""An empty tensor with which SDXL files say that they predict v."""
+_MARKS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+"""Empty tensors with which SDXL files tell their schedule, and what a scheduler then has."""
 
 
 def parts_in(file: Path, config: Path) -> dict[str, type[nn.Module]]:
@@ -60,11 +61,7 @@ def parts_in(file: Path, config: Path) -> dict[str, type[nn.Module]]:
     """
     entries = read_model_header(file)
     index = read_json(config / "model_index.json")
-    if _V_PREDICTION in entries and _prediction(config) != "v_prediction":
-        raise WadiError(
-            f"{file}: predicts v (it holds the mark {_V_PREDICTION}), but the scheduler in {config} is for "
-            f"{_prediction(config)}; write prediction_type v_prediction in its scheduler_config.json"
-        )
+    _check_marks(entries, file, config / "scheduler" / "scheduler_config.json")
     header = _usual({key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()})
     found = {}
     for part, kind in networks(config, index).items():
@@ -125,9 +122,15 @@ def usual_model(entries: Mapping[str, Entry]) -> str:
     return fetch_diffusers_config(header)["pretrained_model_name_or_path"]
 
 
-def _prediction(config: Path) -> str:
-    file = config / "scheduler" / "scheduler_config.json"
-    return (read_json(file) if file.is_file() else {}).get("prediction_type", "epsilon")
+def _check_marks(entries: Mapping[str, Entry], file: Path, scheduler: Path) -> None:
+    config = read_json(scheduler) if scheduler.is_file() else {}
+    for mark, (option, value) in _MARKS.items():
+        if mark in entries and config.get(option) != value:
+            raise WadiError(
+                f"{file}: holds the mark {mark}, but {option} is {config.get(option)!r} in {scheduler}; copy "
+                f"the folder, set {option} to {json.dumps(value)} in the copy, and name it with "
+                "--teacher-config"
+            )
 
 
 def _usual(tensors: Mapping[str, torch.Tensor]) -> Tensors:
