@@ -76,8 +76,8 @@ def parts_in(file: Path, config: Path) -> dict[str, type[nn.Module]]:
             found[part] = kind
         elif find_weights(config / part, kind.__module__.partition(".")[0]) is None:
             raise WadiError(
-                f"{file}: holds no {part}, and {config / part} has no weights either; name a complete "
-                "diffusers folder of the same kind of model with --teacher-config"
+                f"{file}: holds no {part}, and {config / part} has no safetensors weights either; name a "
+                "complete diffusers folder of the same kind of model with --teacher-config"
             )
     return found
 

@@ -165,7 +165,8 @@ def _make(folder: Path, file: Path | None, source: Path, lora: Path | None, fuse
         with explain_os_errors(folder, "write the folder"):
             _fill(temporary, file, source)
             if lora is not None and fused is not None:
-                _fuse(temporary, lora, fused.scale)
+                # a folder that the user named is read there, so that messages name it
+                _fuse(temporary, source if file is None else temporary, lora, fused.scale)
             write_json(temporary / TEACHER_FILE, {"lora": None if fused is None else fused.as_json()})
             if folder.exists() and not _complete(folder):
                 shutil.rmtree(folder)  # its links point to a folder that was moved
@@ -199,9 +200,9 @@ def _link(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
 
 
-def _fuse(folder: Path, lora: Path, scale: float) -> None:
-    """Replace the networks that a LoRA changes, in float32."""
-    for part, module in fused_parts(folder, lora, scale).items():
+def _fuse(folder: Path, read: Path, lora: Path, scale: float) -> None:
+    """Replace the networks that a LoRA changes, in float32; they are read from the pipeline folder `read`."""
+    for part, module in fused_parts(read, lora, scale).items():
         if (folder / part).is_symlink():
             (folder / part).unlink()
         else:
