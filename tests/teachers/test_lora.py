@@ -132,6 +132,12 @@ def test_the_names_of_kohya_for_sd3_are_refused(folders, tmp_path):
         prepare_teacher(folders["sd3"], lora=save_kohya(lora, tmp_path / "lora.safetensors", alpha=2))
 
 
+@pytest.mark.parametrize(("scale", "said"), [(2.0, "is for a LoRA"), (float("nan"), "a finite number")])
+def test_a_scale_needs_a_lora_and_a_number(scale, said, folders):
+    with pytest.raises(WadiError, match=f"--teacher-lora-scale.*{said}"):
+        prepare_teacher(folders["sd"], lora_scale=scale)
+
+
 def test_what_is_no_lora_is_refused(folders, tmp_path):
     (tmp_path / "lora.ckpt").write_bytes(b"")
     whole = folders["sd"] / "unet" / "diffusion_pytorch_model.safetensors"

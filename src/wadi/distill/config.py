@@ -58,11 +58,6 @@ class ModelOptions(Options):
     embeddings_dir: str | None = option(None, changeable=True)
     """Folder that keeps the encoded prompts. The default is $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_lora is None and self.teacher_lora_scale != 1:
-            raise WadiError("--teacher-lora-scale: is for a LoRA; name one with --teacher-lora, or omit it")
-
     @property
     def teacher(self) -> tuple[str | None, str | None, str | None, float]:
         """The arguments of `wadi.teachers.prepare_teacher`."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from wadi.errors import WadiError, tell
 from wadi.files import cache_folder, explain_os_errors, read_json, write_json
 from wadi.identity import files_digest, model_digest
+from wadi.onestep.arguments import finite_number
 from wadi.onestep.components import first_line
 from wadi.onestep.loading import check_hub_id, pipeline_folder
 from wadi.onestep.saving import forget_origin
@@ -57,6 +58,9 @@ def prepare_teacher(
     Raises:
         WadiError: a file is missing, damaged, of another kind, or does not fit.
     """
+    lora_scale = finite_number("--teacher-lora-scale", lora_scale)
+    if lora is None and lora_scale != 1:
+        raise WadiError("--teacher-lora-scale: is for a LoRA; name one with --teacher-lora, or omit it")
     file = Path(name)
     if not file.is_file():
         if config is not None:
