@@ -16,14 +16,16 @@ KNOWS = {
     "lorad": set(),
     "diffusion": set(),
     "onestep": {"diffusion", "lorad"},
+    "teachers": {"lorad", "onestep"},
     "backbones": {"diffusion", "lorad", "onestep"},
     "prompts": {"backbones"},
     "metrics": {"onestep"},
-    "distill": {"backbones", "diffusion", "lorad", "onestep", "metrics", "prompts"},
+    "distill": {"backbones", "diffusion", "lorad", "onestep", "metrics", "prompts", "teachers"},
     "directions": {"backbones", "diffusion", "lorad", "onestep", "distill"},
     "tasks": {"backbones", "diffusion", "lorad", "onestep", "distill", "prompts"},
     "emoji": {"backbones", "diffusion", "metrics", "onestep", "distill", "tasks"},
-    "commands": {"backbones", "directions", "distill", "emoji", "metrics", "onestep", "prompts", "tasks"},
+    "commands": {"backbones", "directions", "distill", "emoji", "metrics", "onestep", "prompts", "tasks"}
+    | {"teachers"},
     "cli": {"commands"},
     "__main__": {"cli"},
 }

@@ -27,6 +27,13 @@ def explain_os_errors(path: str | os.PathLike, doing: str) -> Iterator[None]:
         raise WadiError(f"{path}: could not {doing}: {error}") from error
 
 
+def cache_folder(name: str) -> Path:
+    """Folder `name` in `WADI_CACHE`, or in `wadi` in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    own = os.environ.get("WADI_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wadi"
+    return base / name
+
+
 @contextmanager
 def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it onto `path` when the block succeeds."""

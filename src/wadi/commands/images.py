@@ -22,6 +22,7 @@ from wadi.tasks.editing import STRENGTH, Sampling
 from wadi.tasks.high_resolution import tell_larger
 
 READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
+READ += ("teacher_config", "teacher_lora")
 """Options of these commands that name files or models to read."""
 
 

@@ -12,6 +12,7 @@ from wadi.distill.config import ModelOptions
 from wadi.errors import tell
 from wadi.prompts import EmbeddingCache, check_length, encode_prompts, read_prompts
 from wadi.prompts.cache import cache_output
+from wadi.teachers import prepare_teacher
 
 
 @dataclass
@@ -19,10 +20,19 @@ class PromptsEncodeConfig:
     """Encode prompts once and keep them on the disk, where `wadi distill` finds them."""
 
     teacher: str
-    """Pipeline folder or hub id whose text encoder is used."""
+    """Pipeline folder, hub id or single file whose text encoders are used."""
 
     prompts: str
     """A .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet file, or a `datasets` id."""
+
+    teacher_config: str | None = None
+    """If the teacher is a single file: a diffusers folder or hub id of the same kind of model."""
+
+    teacher_lora: str | None = None
+    """LoRA file of the distillation, which may change the text encoders."""
+
+    teacher_lora_scale: float = 1.0
+    """Number that the change of the LoRA is multiplied by."""
 
     embeddings_dir: str | None = None
     """Where to keep them; without it, $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
@@ -56,9 +66,13 @@ def prompts_encode(config: PromptsEncodeConfig) -> dict[str, Any]:
         WadiError: bad prompts, no such teacher, or a file that cannot be written.
     """
     if config.embeddings_dir is not None:
-        cache_output(config.embeddings_dir, config.teacher, config.prompts).check()
+        inputs = (config.teacher, config.teacher_config, config.teacher_lora, config.prompts)
+        cache_output(config.embeddings_dir, *inputs).check()
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
-    encoder = load_prompt_encoder(config.teacher, DTYPES[config.mixed_precision], config.device)
+    teacher = prepare_teacher(
+        config.teacher, config.teacher_config, config.teacher_lora, config.teacher_lora_scale
+    )
+    encoder = load_prompt_encoder(teacher, DTYPES[config.mixed_precision], config.device)
     check_length(prompts, encoder.tokenizer, config.prompts, config.truncate_prompts, encoder.limit)
     cache = EmbeddingCache(encoder, config.embeddings_dir)
     texts = [prompt.text for prompt in prompts]

@@ -30,7 +30,18 @@ class ModelOptions(Options):
     """Name of the preset that the other options started from. It is compared with the teacher."""
 
     pretrained_model_name_or_path: str | None = option(None, often=True)
-    """Teacher: the folder of a diffusers pipeline, or a hub id. docs/distilling.md lists the kinds."""
+    """Teacher: the folder of a diffusers pipeline, a hub id, or one .safetensors file in the original layout
+    (as Civitai has them). docs/distilling.md lists the kinds."""
+
+    teacher_config: str | None = option(None, often=True)
+    """For a teacher in one file: a diffusers folder or hub id of the same kind of model. Its configurations
+    and tokenizers are used, and its networks if the file lacks them. The default is a model on the hub."""
+
+    teacher_lora: str | None = option(None, often=True)
+    """LoRA file that is fused into the teacher, with the names of diffusers or of kohya's scripts."""
+
+    teacher_lora_scale: float = option(1.0)
+    """Number that the change of the LoRA is multiplied by."""
 
     resolution: int | None = option(None, at_least=1)
     """Pixels a side of the images, for teachers that make images of any size (FLUX.1, FLUX.2-klein, Z-Image,
@@ -59,6 +70,16 @@ class ModelOptions(Options):
     text_encoder_device: Literal["auto", "gpu", "cpu"] = option("auto")
     """Where the text encoders work: "cpu", "gpu", or "auto". With "auto" they work on the GPU, except for
     text encoders above 2 GiB that encode during the training."""
+
+    @property
+    def teacher(self) -> tuple[str | None, str | None, str | None, float]:
+        """The arguments of `wadi.teachers.prepare_teacher`."""
+        return (
+            self.pretrained_model_name_or_path,
+            self.teacher_config,
+            self.teacher_lora,
+            self.teacher_lora_scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -374,6 +395,8 @@ and micro-batches share them."""
 
 INPUTS = {
     "pretrained_model_name_or_path": "teacher",
+    "teacher_config": "teacher-config",
+    "teacher_lora": "teacher-lora",
     "prompts": "prompts",
     "student_adapter": "student-adapter",
 }

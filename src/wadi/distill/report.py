@@ -32,6 +32,7 @@ from wadi.onestep import OneStepPipeline, load_pipeline
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.scheduler import last_alpha_squared
 from wadi.progress import progress
+from wadi.teachers import prepare_teacher
 
 FIGURES_FILE = "figures.json"
 GRIDS_SHOWN = 4
@@ -154,7 +155,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
     if not config.run.validation_prompts:
         raise WadiError(f"{run / 'config.yaml'}: names no validation_prompts, of which the report has images")
     device = chosen_device()
-    teacher = load_pipeline(config.model.pretrained_model_name_or_path).to(device)
+    teacher = load_pipeline(prepare_teacher(*config.model.teacher)).to(device)
     student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
     guidance_scale = config.objective.guidance_scale if guidance_scale is None else guidance_scale
     comparison = before_after(

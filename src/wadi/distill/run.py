@@ -22,14 +22,15 @@ from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
-from wadi.identity import adapter_digest, model_digest, refuse_other_inputs, texts_digest
+from wadi.identity import adapter_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
 from wadi.onestep import OneStepPipeline, Student, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
-from wadi.onestep.student import check_teacher
+from wadi.onestep.student import FusedLoRA, check_teacher
 from wadi.outputs import Output
 from wadi.prompts import Prompt, read_prompts
 from wadi.prompts.cache import cache_output
+from wadi.teachers import prepare_teacher, teacher_digests
 
 RUN_FILE = "run.json"
 GRID_PROMPTS = 4
@@ -55,9 +56,13 @@ def distill(config: DistillConfig) -> Path:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     accelerator = make_accelerator(config)
     hosts = hosts_group(accelerator)
-    with together(hosts):
-        config, backbone, prompts, inputs = _load(config, checkpoint, accelerator)
     for main in (True, False):  # the others find everything on the disk
+        with together(hosts):
+            if accelerator.is_main_process == main:
+                teacher = prepare_teacher(*config.model.teacher)
+    with together(hosts):
+        config, backbone, prompts, inputs = _load(config, checkpoint, accelerator, teacher)
+    for main in (True, False):
         with together(hosts):
             if accelerator.is_main_process == main:
                 encoded = prepare_prompts(config, backbone.text, prompts, accelerator)
@@ -84,7 +89,8 @@ def export(trainer: Trainer, run: Path) -> None:
     A teacher that was quantized already gets no pipeline/, because merging would round it again.
     """
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
-    options, teacher = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
+    options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
+    teacher = backbone.text.folder or name
     own = options.alpha_T_squared, trainer.config.model.resolution
     if options.method != "lorad":
         pipeline = load_pipeline(teacher)
@@ -94,8 +100,9 @@ def export(trainer: Trainer, run: Path) -> None:
         OneStepPipeline(pipeline, *own).write(part(run, "pipeline"))
         return
     with part(run, "adapter").writing() as folder:
-        save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=teacher)
-        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own)
+        save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
+        lora = FusedLoRA.in_folder(backbone.text.folder)
+        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora)
         record.write(folder)
     if not quantized_in_files(backbone.network):
         OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
@@ -210,9 +217,9 @@ def _check_cache(config: DistillConfig) -> None:
 
 
 def _load(
-    config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator
+    config: DistillConfig, checkpoint: Path | None, accelerator: Accelerator, folder: str
 ) -> tuple[DistillConfig, Backbone, list[Prompt], dict[str, str | None]]:
-    """Load teacher and prompts. The config gets the run's batch and the prompts of its grids."""
+    """Load the teacher in `folder`, and the prompts. The config gets the run's batch and grid prompts."""
     run = Path(config.run.output_dir)
     batch = _samples_a_step(run, checkpoint)
     if batch is not None:
@@ -226,7 +233,7 @@ def _load(
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
     backbone = load_backbone(
-        teacher, config.run.dtype, accelerator.device, model.resolution, config.run.base_precision
+        folder, config.run.dtype, accelerator.device, model.resolution, config.run.base_precision
     )
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     if quantized_in_files(backbone.network):
@@ -246,7 +253,7 @@ def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | No
     """Digests of what the options in `INPUTS` name."""
     adapter = config.student.adapter
     return {
-        "pretrained_model_name_or_path": model_digest(config.model.pretrained_model_name_or_path),
+        **teacher_digests(*config.model.teacher[:3]),
         "prompts": texts_digest(prompt.text for prompt in prompts),
         "student_adapter": None if adapter is None else adapter_digest(adapter),
     }

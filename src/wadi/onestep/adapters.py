@@ -71,6 +71,7 @@ def student_with(pipeline: DiffusionPipeline, folders: Sequence[Path]) -> Studen
                 "the two"
             )
         own.check_fits(folder, network_of(pipeline), pipeline.scheduler, whose)
+        own.tell_other_lora(folder, pipeline.name_or_path)
         student, whose = own, folder
     return student
 

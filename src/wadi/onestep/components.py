@@ -40,7 +40,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 """Names of the attention layers of autoencoders until diffusers 0.17 -> their names today."""
 
 _LEGACY_CLASSES = {"Transformer2DModel"}  # diffusers knows what they are called now
-_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _CLIP_PREFIX = "text_model."
 
 
@@ -217,7 +217,7 @@ def _check_config(kind: type[torch.nn.Module], folder: Path) -> None:
 
 def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) -> str:
     names, wanted = sorted(path.name for path in folder.iterdir()), f"{STEMS[library]}.safetensors"
-    if unsafe := [name for name in names if name.endswith(_UNSAFE)]:
+    if unsafe := [name for name in names if name.endswith(UNSAFE)]:
         return (
             f"{folder}: holds its weights only as {unsafe[0]}, a format that can run code when it is read; "
             f'if you trust the file, convert it once: python -c "from {library} import {kind.__name__} as M; '

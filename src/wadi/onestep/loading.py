@@ -311,11 +311,15 @@ def _not_fetched(name: str, error: Exception) -> str:
 
 
 def _of_one_file(path: Path) -> str:
-    trust = "" if path.suffix == ".safetensors" else " (if you trust it: reading this format can run code)"
+    if path.suffix == ".safetensors":
+        return (
+            f"{path}: is one file, but a model is a folder; wadi distill --teacher and wadi generate --model "
+            "take such a file, and print the folder that they convert it to"
+        )
     return (
-        f"{path}: is one file, but a model is a folder; convert a checkpoint once{trust}: python -c "
-        f"\"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}')"
-        ".save_pretrained('FOLDER')\""
+        f"{path}: is one file in a format that can run code when it is read, and a model is a folder; if you "
+        f'trust the file, convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
+        f"P.from_single_file('{path}').save_pretrained('FOLDER')\""
     )
 
 

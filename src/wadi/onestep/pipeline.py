@@ -33,7 +33,7 @@ from wadi.onestep.loading import (
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import one_step_scheduler, stepping_in_float32
-from wadi.onestep.student import Student, network_of, student_of
+from wadi.onestep.student import FusedLoRA, Student, network_of, student_of
 from wadi.outputs import Output
 
 
@@ -244,8 +244,9 @@ class OneStepPipeline:
             stock.register_to_config(is_distilled=True)
         with output.writing() as temporary:
             save_pipeline(stock, temporary)
+            lora = FusedLoRA.in_folder(stock.name_or_path)
             own = self.alpha_T_squared, self.resolution
-            Student.of(network_of(stock), stock.scheduler, *own).write(temporary)
+            Student.of(network_of(stock), stock.scheduler, *own, lora).write(temporary)
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""

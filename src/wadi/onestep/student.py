@@ -20,10 +20,51 @@ from wadi.files import read_json, write_json
 from wadi.lorad.small import plain_state
 
 STUDENT_FILE = "student.json"
+TEACHER_FILE = "teacher.json"
+"""In a folder that `wadi.teachers` made: which LoRA is fused into it."""
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers that only models which were distilled to few steps come with."""
 STUDENT_PREDICTIONS = tuple(name for names in PREDICTIONS.values() for name in names if name != "sample")
 """What the network of a student may predict."""
+
+
+@dataclass(frozen=True)
+class FusedLoRA:
+    """The LoRA that is fused into a teacher.
+
+    Attributes:
+        digest: SHA-256 of its file, as `files_digest` computes it.
+        scale: what its change is multiplied by.
+    """
+
+    digest: str
+    scale: float = 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry `lora` of `teacher.json` and of a student's base."""
+        return {"digest": self.digest, "scale": self.scale}
+
+    @classmethod
+    def of(cls, record: Any) -> FusedLoRA | None:
+        """What `as_json` wrote; ``None`` where the entry is absent, null or not of this form."""
+        if not isinstance(record, dict) or not isinstance(record.get("digest"), str):
+            return None
+        scale = record.get("scale")
+        return cls(record["digest"], float(scale)) if isinstance(scale, (int, float)) else None
+
+    @classmethod
+    def in_folder(cls, folder: str | os.PathLike | None) -> FusedLoRA | None:
+        """The LoRA in a pipeline folder of `wadi.teachers`; ``None`` for other folders.
+
+        Raises:
+            WadiError: its `teacher.json` is broken.
+        """
+        file = Path(folder or ".") / TEACHER_FILE
+        record = read_json(file) if folder and file.is_file() else {}
+        return cls.of(record.get("lora")) if isinstance(record, dict) else None
+
+    def __str__(self) -> str:
+        return f"the LoRA {self.digest[:12]} at scale {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +82,7 @@ class Student:
             and for every flow.
         steps: where the network is called, as fractions of T: once, at T.
         resolution: pixels a side of the images that it was trained on; ``None`` for the base's own size.
+        lora: the LoRA that was fused into the base, if any. `base` in the file then has an entry for it.
     """
 
     prediction: str
@@ -49,6 +91,7 @@ class Student:
     alpha_T_squared: float | None = None  # noqa: N815
     steps: tuple[float, ...] = (1.0,)
     resolution: int | None = None
+    lora: FusedLoRA | None = None
 
     @classmethod
     def of(
@@ -57,6 +100,7 @@ class Student:
         scheduler: SchedulerMixin | Mapping[str, Any],
         alpha_T_squared: float | None = None,
         resolution: int | None = None,
+        lora: FusedLoRA | None = None,
     ) -> Student:
         """Describe the student of a base.
 
@@ -65,9 +109,11 @@ class Student:
             scheduler: the base's scheduler, or its configuration.
             alpha_T_squared: of the student, where it is not the schedule's own.
             resolution: of its images in pixels, where it is not the base's own.
+            lora: the LoRA that is fused into the base, if any.
         """
         base = type(network).__name__, shapes_fingerprint(_shapes(network))
-        return cls(prediction_type(scheduler), *base, alpha_T_squared, resolution=resolution)
+        own = {"resolution": resolution, "lora": lora}
+        return cls(prediction_type(scheduler), *base, alpha_T_squared, **own)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `student.json` into a folder.
@@ -75,7 +121,9 @@ class Student:
         Raises:
             WadiError: the file cannot be written.
         """
-        base = {"class": self.base_class, "shapes": self.base_shapes}
+        base: dict[str, Any] = {"class": self.base_class, "shapes": self.base_shapes}
+        if self.lora is not None:
+            base["lora"] = self.lora.as_json()
         record = {"prediction": self.prediction, "steps": list(self.steps)}
         record |= {"alpha_T_squared": self.alpha_T_squared, "resolution": self.resolution, "base": base}
         write_json(Path(folder) / STUDENT_FILE, record)
@@ -93,8 +141,8 @@ class Student:
         value = read_json(path)
         if problem := _problem(value):
             raise WadiError(f"{path}: {problem}; fetch the student again, or write the file by hand")
-        base, steps = value["base"], tuple(value["steps"])
-        own = value["alpha_T_squared"], steps, value.get("resolution")
+        base, lora = value["base"], FusedLoRA.of(value["base"].get("lora"))
+        own = value["alpha_T_squared"], tuple(value["steps"]), value.get("resolution"), lora
         return cls(value["prediction"], base["class"], base["shapes"], *own)
 
     def check_base(
@@ -139,6 +187,21 @@ class Student:
             raise WadiError(
                 f"{folder}: the student predicts {self.prediction}, and {base} predicts {found}; "
                 "name the model that it was distilled from"
+            )
+
+    def tell_other_lora(self, folder: str | os.PathLike, base: str | os.PathLike | None) -> None:
+        """Tell if another LoRA is fused into a base than into the one that the student was distilled from.
+
+        Args:
+            folder: the student's, for the message.
+            base: the folder of the base, if it has one.
+        """
+        found = FusedLoRA.in_folder(base)
+        if found != self.lora:
+            tell(
+                f"{folder}: the student was distilled from a teacher with {self.lora or 'no LoRA'}, but "
+                f"{base or 'the pipeline'} has {found or 'no LoRA'}; give the same --teacher-lora and "
+                "--teacher-lora-scale as wadi distill got"
             )
 
 
@@ -240,4 +303,6 @@ def _problem(value: Any) -> str | None:
         return "base must name the class of the network"
     if not re.fullmatch(r"[0-9a-f]{64}", str(base.get("shapes"))):
         return "base must hold the SHA-256 of the network's shapes"
+    if base.get("lora") is not None and FusedLoRA.of(base["lora"]) is None:
+        return "lora of base must hold a digest and a scale"
     return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from wadi.backbones import PromptEncoder
 from wadi.backbones.condition import MASK, PER_TOKEN, Condition, used_tokens, whole_shape, without_padding
 from wadi.errors import WadiError
-from wadi.files import load_tensors, save_tensors, write_json
+from wadi.files import cache_folder, load_tensors, save_tensors, write_json
 from wadi.outputs import Output
 from wadi.progress import progress
 
@@ -86,13 +85,6 @@ class Embeddings:
         return result
 
 
-def default_cache_folder() -> Path:
-    """`WADI_CACHE`, or `wadi` in the user's cache folder (XDG_CACHE_HOME, ~/.cache), then `prompts`."""
-    own = os.environ.get("WADI_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wadi"
-    return base / "prompts"
-
-
 def cache_output(folder: str | Path, *inputs: str | None) -> Output:
     """The rule for a folder that the user names for the entries: new, empty, or filled by wadi before."""
     return Output(folder, "prompts encode", inputs, resume=True, option="--embeddings-dir")
@@ -103,7 +95,7 @@ class EmbeddingCache:
 
     Args:
         encoder: is loaded only when something is missing.
-        folder: where the entries are; `default_cache_folder` when ``None``.
+        folder: where the entries are; that of `cache_folder` when ``None``.
 
     Raises:
         WadiError: `folder` is used for something else.
@@ -114,7 +106,7 @@ class EmbeddingCache:
         self.output = None if folder is None else cache_output(folder)
         if self.output is not None:
             self.output.check()
-        self.folder = default_cache_folder() if folder is None else Path(folder)
+        self.folder = cache_folder("prompts") if folder is None else Path(folder)
         self._identity = encoder.identity()
 
     def entry(self, prompts: Sequence[str]) -> Path:
