@@ -44,13 +44,16 @@ def available() -> bool:
 
 
 def supports(weight: torch.Tensor, theta_dtype: torch.dtype) -> bool:
-    """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32."""
+    """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32.
+
+    What is on the meta device is counted as a GPU would allocate it.
+    """
     return (
-        weight.is_cuda
+        (weight.is_cuda or weight.is_meta)
         and weight.shape[1] % 2 == 0
         and weight.dtype in (*_HALF, torch.float32)
         and theta_dtype == torch.float32
-        and available()
+        and (weight.is_meta or available())
     )
 
 

@@ -1,0 +1,273 @@
+"""A training step on the meta device: what it allocates and computes, without values and without a GPU.
+
+The trainer itself runs, with tensors that have shapes and no storage. A ledger sees every operation, so the
+peak of the memory is counted and not fitted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from wadi.backbones import Backbone
+from wadi.backbones.condition import Condition, pick
+from wadi.backbones.outline import META, encoder_tokens, longest_condition
+from wadi.diffusion import Schedule
+from wadi.distill.config import DistillConfig
+from wadi.distill.draws import Drawn, StepInputs
+from wadi.distill.trainer import Trainer
+
+ENCODED_TOGETHER = 128
+"""Prompts in a batch of the text encoders; see `PromptEncoder.encode`."""
+DECODED_TOGETHER = 16
+"""Images in a batch of the VAE; see `Backbone.decode`."""
+_aten, _FUSED = torch.ops.aten, SDPBackend.EFFICIENT_ATTENTION.value
+"""The attention that a GPU has for every mask and every size of a head."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of a step computes.
+
+    Attributes:
+        operations: floating-point operations of its matrix products, convolutions and attention.
+        kernels: (operations, bytes read and written) of each kernel.
+    """
+
+    kernels: tuple[tuple[int, int], ...]
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of matrix products, convolutions and attention."""
+        return sum(operations for operations, _ in self.kernels)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was counted, in bytes.
+
+    Attributes:
+        trained: adapters, moments and average: what the trainer holds beside the frozen base.
+        student: peak of an update of the student beyond what the trainer holds.
+        fake: the same of an update of the fake model.
+        validation: the same while the student makes the images of a sample grid, without the VAE.
+        student_work: of an update of the student, one micro-batch.
+        fake_work: of an update of the fake model, one micro-batch.
+    """
+
+    parameters: Mapping[str, int]
+    held: Mapping[str, int]
+    student: int
+    fake: int
+    validation: int
+    student_work: Work
+    fake_work: Work
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and the work of all operations, while it is entered.
+
+    The host reads no values: a number that it asks for is `answer`.
+    """
+
+    def __init__(self, answer: int = 1) -> None:
+        super().__init__()
+        self.answer, self.live, self.peak = answer, 0, 0
+        self._known: dict[int, tuple[weakref.ref, int]] = {}
+        self._kernels: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default and args[0].is_meta:
+            return self.answer
+        if func is _aten._fused_sdp_choice.default and args[0].is_meta:
+            return _FUSED  # by itself the meta device would write the matrix of all pairs
+        if func is _aten._to_copy.default and kwargs.get("device") == torch.device("cpu") and args[0].is_meta:
+            return self._on_the_host(args[0], kwargs)
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            count = flop_registry.get(func.overloadpacket)
+            operations = 0 if count is None else count(*args, **kwargs, out_val=out)
+            self._kernels.append((operations, _bytes((args, kwargs, out))))
+        self.hold(out)
+        return out
+
+    def hold(self, tensors: Any) -> int:
+        """Count tensors that exist already; returns their bytes."""
+        before = self.live
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return self.live - before
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[SimpleNamespace]:
+        """A part of the work. Afterwards `peak` is its peak beyond what was alive before, and `work` its work."""
+        found, before = SimpleNamespace(peak=0, work=None), self.live
+        self.peak, self._kernels = before, []
+        yield found
+        found.peak, found.work = self.peak - before, Work(tuple(self._kernels))
+
+    def _on_the_host(self, tensor: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A copy to the host: numbers are `answer`, and images stay where they are."""
+        dtype = kwargs.get("dtype") or tensor.dtype
+        if dtype.is_floating_point or tensor.numel() > DECODED_TOGETHER * ENCODED_TOGETHER:
+            return tensor.detach()
+        return torch.full(tensor.shape, self.answer, dtype=dtype)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self.live += storage.nbytes()
+            self._known[key] = weakref.ref(storage, lambda _: self._drop(key)), storage.nbytes()
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._known.pop(key)[1]
+
+
+class _OneProcess:
+    """What a trainer asks of an `Accelerator`, for one process on the meta device."""
+
+    device, num_processes, process_index, is_main_process, scaler = META, 1, 0, True, None
+
+    def prepare(self, *networks: nn.Module) -> tuple[nn.Module, ...]:
+        return networks
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+class _Shapes:
+    """What a step asks of `Draws`, as tensors without values."""
+
+    def of(self, name: str) -> _Shapes:
+        return self
+
+    def normal(self, name: str, n: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(n, *shape, device=META)
+
+    def times(self, name: str, n: int, schedule: Schedule, low: float, high: float) -> torch.Tensor:
+        return schedule.times(torch.empty(n, device=META))
+
+    def chance(self, name: str, probability: float) -> torch.Tensor:
+        return torch.empty((), dtype=torch.bool, device=META)
+
+
+def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, nn.Module]) -> Rehearsal:
+    """Run one update of the student, one of the fake model, and one row of a sample grid without values.
+
+    Args:
+        config: the options of the run.
+        backbone: from `outline`.
+        encoders: from `outlined_encoders`.
+
+    Raises:
+        WadiError: an option does not fit the network.
+    """
+    options = config.optimizer
+    short = config.replace(
+        gradient_accumulation_steps=1, compile=False, cuda_graphs=False, student_adapter=None
+    )
+    n, seeds = options.train_batch_size, max(1, len(config.run.validation_seeds))
+    one = longest_condition(backbone, dict(encoders), 1)
+    tokens = max((t.shape[1] for t in one.values() if t.ndim > 1), default=1)
+    ledger = Ledger(tokens)
+    ledger.hold(_tensors(backbone.network))
+    with ledger:
+        trainer = Trainer(short, backbone, SimpleNamespace(null=one), _OneProcess())
+        held = _held(trainer, backbone)
+        condition = pick(longest_condition(backbone, dict(encoders), max(n, seeds)), slice(0, n))
+        inputs = _inputs(trainer, n, condition)
+        with ledger.part() as student:
+            x0, losses = trainer.update_student(inputs)
+            trainer.average.follow(losses["student_grad_norm"].isfinite())
+        with ledger.part() as fake:
+            trainer.update_fake(x0, condition, inputs.fake[0])
+        del x0, losses, inputs
+        with ledger.part() as validation, torch.no_grad(), trainer.ema_weights():
+            z = torch.empty(seeds, *backbone.latent_shape, device=META)
+            trainer.generate(z, longest_condition(backbone, dict(encoders), seeds))
+    parameters = {
+        "network": sum(p.numel() for p in backbone.network.parameters()),
+        "student": sum(p.numel() for p in trainer.student_parameters.values()),
+        "fake": sum(p.numel() for p in trainer.fake_parameters.values()),
+    }
+    peaks = student.peak, fake.peak, validation.peak
+    return Rehearsal(parameters, held, *peaks, student.work, fake.work)
+
+
+def decoding(backbone: Backbone, images: int) -> int:
+    """Bytes at most while the VAE decodes a sample grid, its weights included."""
+    vae, ledger = backbone.pipeline.vae, Ledger()
+    ledger.hold(_tensors(vae))
+    latents = torch.empty(images, *backbone.latent_shape, device=META)
+    backbone.pipeline.image_processor = SimpleNamespace(postprocess=lambda pixels, output_type: [])
+    with ledger:
+        backbone.decode(latents)
+    return ledger.peak
+
+
+@torch.no_grad()
+def encoding(backbone: Backbone, encoders: Mapping[str, nn.Module]) -> int:
+    """Bytes at most while one of the text encoders reads a batch of prompts, its weights included."""
+    peaks = [0]
+    for encoder in encoders.values():
+        ledger = Ledger()
+        ledger.hold(_tensors(encoder))
+        tokens = encoder_tokens(backbone, encoder)
+        with ledger:
+            encoder(input_ids=torch.empty(ENCODED_TOGETHER, tokens, dtype=torch.int64, device=META))
+        peaks.append(ledger.peak)
+    return max(peaks)
+
+
+def _held(trainer: Trainer, backbone: Backbone) -> dict[str, int]:
+    """Bytes of what the trainer holds all the time, by part."""
+    student, fake = trainer.student_parameters.values(), trainer.fake_parameters.values()
+    updates = trainer.student_update, trainer.fake_update
+    return {
+        "frozen base": _bytes(list(_tensors(backbone.network))),
+        "adapters": _bytes([*student, *fake]),
+        "AdamW's moments": _bytes([update.moments() for update in updates]),
+        "average": _bytes(trainer.average.tensors),
+    }
+
+
+def _inputs(trainer: Trainer, n: int, condition: Condition) -> StepInputs:
+    draws = _Shapes()
+    place: Drawn = trainer.scores.draw(draws, n)
+    return StepInputs(
+        z=draws.normal("z", n, trainer.backbone.latent_shape),
+        condition=condition,
+        place=place,
+        terms=tuple(term.draw(draws, n) for term in trainer.terms),
+        fake=(trainer.fake_model.draw(draws, n),),
+    )
+
+
+def _tensors(network: nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of the tensors in a structure."""
+    return sum(
+        math.prod(tensor.shape) * tensor.element_size()
+        for tensor in tree_leaves(tensors)
+        if isinstance(tensor, torch.Tensor)
+    )
