@@ -85,7 +85,11 @@ def outlined_encoders(folder: Path, backbone: Backbone) -> dict[str, nn.Module]:
     Raises:
         WadiError: a configuration is missing or damaged.
     """
-    classes, dtypes, found = networks(folder, read_json(folder / "model_index.json")), backbone.text.dtypes, {}
+    classes, dtypes, found = (
+        networks(folder, read_json(folder / "model_index.json")),
+        backbone.text.dtypes,
+        {},
+    )
     for name in (name for name in backbone.text.parts if name in classes):
         try:
             config = classes[name].config_class.from_pretrained(folder / name)
@@ -113,7 +117,7 @@ def longest_condition(backbone: Backbone, encoders: dict[str, nn.Module], n: int
         n: number of prompts.
     """
     lengths = [encoder_tokens(backbone, encoder) for encoder in encoders.values()]
-    # the states of all encoders have the same tokens, but in Stable Diffusion 3 T5's follow those of the CLIPs
+    # in Stable Diffusion 3 the tokens of T5 follow those of the CLIPs; in SDXL both encoders read the same
     tokens = lengths[0] + lengths[-1] if isinstance(backbone, SD3Backbone) else lengths[-1]
     config, condition = backbone.network.config, {}
     width = next(config[name] for name in _WIDTHS if config.get(name))

@@ -14,7 +14,7 @@ from wadi import emoji
 from wadi.distill.config import DistillConfig
 from wadi.distill.presets import PRESETS
 
-HELP_ALL = "--help-all"
+HELP_ALL, PLAN = "--help-all", "--plan"
 
 _ALIASES = {"pretrained_model_name_or_path": ("--teacher",), "output_dir": ("--out",)}
 """Short names of the two options that everyone gives."""
@@ -27,13 +27,17 @@ _TITLES = {"fake": "fake model"}
 """Groups that the help calls otherwise."""
 
 
-def distill(config: DistillConfig) -> None:
-    """Distil, and write the report."""
+def distill(config: DistillConfig, plan: bool = False) -> None:
+    """Distil, and write the report; with `plan`, print what the run needs, and stop."""
     from accelerate import PartialState
 
     from wadi.distill.report import report as write
     from wadi.distill.run import distill as run_distillation
+    from wadi.distill.run import plan as print_plan
 
+    if plan:
+        print_plan(config)
+        return
     run = run_distillation(config)
     if PartialState().is_main_process:
         adapter = f", {run / 'adapter'} (PEFT)" if (run / "adapter").exists() else ""
@@ -52,7 +56,8 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
     if everything:
         arguments = [*(word for word in arguments if word != HELP_ALL), "--help"]
     groups = tyro.cli(options_type(start_of(arguments), often), prog="wadi distill", args=arguments)
-    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    parts = [group for name, group in vars(groups).items() if name != PLAN.strip("-")]
+    values = {name: value for group in parts for name, value in vars(group).items()}
     return DistillConfig.of(**values)
 
 
@@ -92,6 +97,9 @@ def options_type(start: DistillConfig | None = None, often: bool = False) -> typ
         part.__doc__ = ""
         named = Annotated[part, tyro.conf.arg(name=_TITLES.get(group, group))]
         parts.append((group, named, dataclasses.field(default_factory=part)))
+    told = "Print parameters, memory and time of the run, estimated without loading weights, and stop."
+    flag = Annotated[bool, tyro.conf.arg(help=told), tyro.conf.FlagCreatePairsOff]
+    parts.append((PLAN.strip("-"), flag, False))
     whole = dataclasses.make_dataclass("Flags", parts, frozen=True)
     whole.__doc__ = "Turn a diffusion model into a one-step generator."
     if often:

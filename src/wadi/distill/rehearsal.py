@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -33,8 +32,7 @@ ENCODED_TOGETHER = 128
 """Prompts in a batch of the text encoders; see `PromptEncoder.encode`."""
 DECODED_TOGETHER = 16
 """Images in a batch of the VAE; see `Backbone.decode`."""
-_aten, _FUSED = torch.ops.aten, SDPBackend.EFFICIENT_ATTENTION.value
-"""The attention that a GPU has for every mask and every size of a head."""
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,6 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
             return self.answer
-        if func is _aten._fused_sdp_choice.default and args[0].is_meta:
-            return _FUSED  # by itself the meta device would write the matrix of all pairs
         if func is _aten._to_copy.default and kwargs.get("device") == torch.device("cpu") and args[0].is_meta:
             return self._on_the_host(args[0], kwargs)
         out = func(*args, **kwargs)
@@ -117,7 +113,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def part(self) -> Iterator[SimpleNamespace]:
-        """A part of the work. Afterwards `peak` is its peak beyond what was alive before, and `work` its work."""
+        """Count a part: afterwards `peak` is its peak beyond what was alive before, and `work` its work."""
         found, before = SimpleNamespace(peak=0, work=None), self.live
         self.peak, self._kernels = before, []
         yield found
@@ -138,6 +134,42 @@ class Ledger(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.live -= self._known.pop(key)[1]
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention on the meta device be a fused kernel, as on a GPU.
+
+    By itself that device would write the matrix of all pairs of tokens.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` by the kernel that takes every mask and every size of a head."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return _aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
 
 
 class _OneProcess:
@@ -188,7 +220,7 @@ def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, n
     tokens = max((t.shape[1] for t in one.values() if t.ndim > 1), default=1)
     ledger = Ledger(tokens)
     ledger.hold(_tensors(backbone.network))
-    with ledger:
+    with ledger, fused_attention():
         trainer = Trainer(short, backbone, SimpleNamespace(null=one), _OneProcess())
         held = _held(trainer, backbone)
         condition = pick(longest_condition(backbone, dict(encoders), max(n, seeds)), slice(0, n))
@@ -217,7 +249,7 @@ def decoding(backbone: Backbone, images: int) -> int:
     ledger.hold(_tensors(vae))
     latents = torch.empty(images, *backbone.latent_shape, device=META)
     backbone.pipeline.image_processor = SimpleNamespace(postprocess=lambda pixels, output_type: [])
-    with ledger:
+    with ledger, fused_attention():
         backbone.decode(latents)
     return ledger.peak
 
@@ -230,7 +262,7 @@ def encoding(backbone: Backbone, encoders: Mapping[str, nn.Module]) -> int:
         ledger = Ledger()
         ledger.hold(_tensors(encoder))
         tokens = encoder_tokens(backbone, encoder)
-        with ledger:
+        with ledger, fused_attention():
             encoder(input_ids=torch.empty(ENCODED_TOGETHER, tokens, dtype=torch.int64, device=META))
         peaks.append(ledger.peak)
     return max(peaks)
