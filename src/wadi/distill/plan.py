@@ -92,17 +92,16 @@ class Plan:
         kernels one by one, and the slower of the two decides.
         """
         student, fake = self.rehearsal.student_work.kernels, self.rehearsal.fake_work.kernels
-        on_device, on_host = (
-            (
-                [
+        each = [
+            max(
+                sum(
                     max(operations / speed.operations, traffic / speed.traffic)
                     for operations, traffic in kernels
-                ]
-                for kernels in (student, fake)
-            ),
-            (len(student) / speed.launches, len(fake) / speed.launches),
-        )
-        each = [max(sum(device), host) for device, host in zip(on_device, on_host, strict=True)]
+                ),
+                len(kernels) / speed.launches,
+            )
+            for kernels in (student, fake)
+        ]
         updates = self.config.fake.updates
         return self.config.optimizer.gradient_accumulation_steps * (each[0] + updates * each[1])
 
@@ -152,14 +151,14 @@ def describe(plan: Plan, free: int, speed: Speed | None) -> str:
         ("parameters", "millions"),
         *((f"  {name}, {ranks[name]}", f"{n / 1e6:.2f}") for name, n in found.parameters.items()),
         ("", ""),
-        ("memory, estimated", "GiB"),
-        *((f"  {name}", _gib(n)) for name, n in found.held.items()),
-        ("  = held throughout", _gib(plan.held)),
-        ("  gradients of the student", _gib(gradients)),
-        ("  activations and temporaries", _gib(found.student - gradients)),
+        ("memory, estimated", ""),
+        *((f"  {name}", gib(n)) for name, n in found.held.items()),
+        ("  = held throughout", gib(plan.held)),
+        ("  gradients of the student", gib(gradients)),
+        ("  activations and temporaries", gib(found.student - gradients)),
         ("  at most in", ""),
-        *((f"    {name}", _gib(n)) for name, n in plan.peaks.items()),
-        ("  free", _gib(free)),
+        *((f"    {name}", gib(n)) for name, n in plan.peaks.items()),
+        ("  free", gib(free)),
         ("", ""),
         ("time, estimated", ""),
         ("  a step", f"{plan.operations / 1e12:.3g} TFLOP{_seconds(plan, speed)}"),
@@ -193,7 +192,7 @@ def announce(config: DistillConfig, device: torch.device) -> Plan | None:
     except WadiError:
         return None
     free = free_memory(device)
-    print(f"memory: {plan.most / GIB:.1f} GiB estimated, {free / GIB:.1f} GiB free on {device}", flush=True)
+    print(f"memory: {gib(plan.most)} estimated, {gib(free)} free on {device}", flush=True)
     warn_if_short(plan, free)
     return plan
 
@@ -216,14 +215,14 @@ def warn_if_short(plan: Plan, free: int) -> None:
         hints = {"fewer validation prompts or seeds": True, "--validation-steps 0": True}
     useful = [hint for hint, helps in hints.items() if helps]
     tell(
-        f"the run needs about {plan.most / GIB:.1f} GiB ({where}), and {free / GIB:.1f} GiB are free"
+        f"the run needs about {gib(plan.most)} ({where}), and {gib(free)} are free"
         + (f"; try {' or '.join(useful)}" if useful else "")
     )
 
 
 def peak_line(plan: Plan, allocated: int) -> str:
     """The line at the end of a run: what was allocated at most, beside the estimate."""
-    return f"memory: {allocated / GIB:.1f} GiB allocated at most, {plan.most / GIB:.1f} GiB were estimated"
+    return f"memory: {gib(allocated)} allocated at most, {gib(plan.most)} were estimated"
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype, side: int = 4096) -> Speed:
@@ -274,8 +273,9 @@ def _duration(device: torch.device, call: Callable[[], object]) -> float:
     return passed / calls
 
 
-def _gib(count: int) -> str:
-    return f"{count / GIB:8.2f}"
+def gib(count: int) -> str:
+    """Bytes as a text of three digits: GiB, or MiB if there are few."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def _seconds(plan: Plan, speed: Speed | None) -> str:
