@@ -47,7 +47,7 @@ class Plan:
         kind: the class of the teacher's pipeline.
         image_size: height and width of the images in pixels.
         rehearsal: what one step allocates and computes.
-        encoding: peak of a text encoder at work, with its weights; 0 if the pipeline has none.
+        encoding: peak of a text encoder at work, with its weights.
         grid: peak of a sample grid beyond what the trainer holds; 0 without sample grids.
     """
 
@@ -67,12 +67,12 @@ class Plan:
     def peaks(self) -> dict[str, int]:
         """Bytes at most, by what the run does."""
         found = self.rehearsal
-        return {
+        peaks = {
             "encoding of prompts": found.held["frozen base"] + self.encoding,
             "update of the student": self.held + found.student,
             "update of the fake model": self.held + found.fake,
-            "sample grid": self.held + self.grid,
         }
+        return peaks | ({"sample grid": self.held + self.grid} if self.grid else {})
 
     @property
     def most(self) -> int:
@@ -146,7 +146,8 @@ def describe(plan: Plan, free: int, speed: Speed | None) -> str:
     ranks = {"network": "frozen", "student": config.student.method, "fake": config.fake.method}
     rows: list[tuple[str, str]] = [
         ("teacher", f"{config.model.pretrained_model_name_or_path} ({plan.kind})"),
-        ("images", f"{plan.image_size[0]} x {plan.image_size[1]} pixels, {samples} x {micro} in a step"),
+        ("images", f"{plan.image_size[0]} x {plan.image_size[1]} pixels"),
+        ("batch", f"{samples * micro} a step, {samples} at once"),
         ("", ""),
         ("parameters", "millions"),
         *((f"  {name}, {ranks[name]}", f"{n / 1e6:.2f}") for name, n in found.parameters.items()),

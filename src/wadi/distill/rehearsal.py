@@ -40,24 +40,25 @@ class Work:
     """What a part of a step computes.
 
     Attributes:
-        operations: floating-point operations of its matrix products, convolutions and attention.
-        kernels: (operations, bytes read and written) of each kernel.
+        kernels: (floating-point operations, bytes read and written) of each kernel. Only matrix products,
+            convolutions and attention have operations.
     """
 
     kernels: tuple[tuple[int, int], ...]
 
     @property
     def operations(self) -> int:
-        """Floating-point operations of matrix products, convolutions and attention."""
+        """Floating-point operations of all kernels."""
         return sum(operations for operations, _ in self.kernels)
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was counted, in bytes.
+    """What was counted; memory is in bytes.
 
     Attributes:
-        trained: adapters, moments and average: what the trainer holds beside the frozen base.
+        parameters: how many: of the frozen network, and what is trained of student and fake model.
+        held: what the trainer holds throughout, by part.
         student: peak of an update of the student beyond what the trainer holds.
         fake: the same of an update of the fake model.
         validation: the same while the student makes the images of a sample grid, without the VAE.

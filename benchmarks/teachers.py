@@ -1,6 +1,6 @@
 """Write teachers with random weights at the exact configurations of published models.
 
-    python experiments/teachers.py sdxl --out teachers/sdxl
+    python benchmarks/teachers.py sdxl --out teachers/sdxl
     wadi distill --preset sdxl --teacher teachers/sdxl --prompts prompts.txt --max-train-steps 3
 
 Memory and time do not depend on what the weights say, so such a teacher shows what a run of the published
@@ -23,7 +23,7 @@ import tyro
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from directions import write_network
 
 from wadi.errors import WadiError
