@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -108,7 +109,7 @@ def encoder_tokens(backbone: Backbone, encoder: nn.Module) -> int:
     return min(positions, 2**31 if own is None else own.default)
 
 
-def longest_condition(backbone: Backbone, encoders: dict[str, nn.Module], n: int) -> Condition:
+def longest_condition(backbone: Backbone, encoders: Mapping[str, nn.Module], n: int) -> Condition:
     """The condition of n prompts that are as long as they may be, on the meta device.
 
     Args:

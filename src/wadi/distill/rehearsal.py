@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from wadi.backbones import Backbone
-from wadi.backbones.condition import Condition, pick
+from wadi.backbones.condition import STATES, Condition
 from wadi.backbones.outline import META, encoder_tokens, longest_condition
 from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
@@ -260,21 +260,19 @@ def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, n
     Raises:
         WadiError: an option does not fit the network.
     """
-    options = config.optimizer
     short = config.replace(
         gradient_accumulation_steps=1, compile=False, cuda_graphs=False, student_adapter=None
     )
-    n, seeds = options.train_batch_size, max(1, len(config.run.validation_seeds))
-    one = longest_condition(backbone, dict(encoders), 1)
-    tokens = max((t.shape[1] for t in one.values() if t.ndim > 1), default=1)
-    ledger = Ledger(tokens)
+    n, seeds = config.optimizer.train_batch_size, max(1, len(config.run.validation_seeds))
+    one = longest_condition(backbone, encoders, 1)
+    ledger = Ledger(answer=one[STATES].shape[1])  # a host that asks for a number wants the length of a prompt
     ledger.hold(_tensors(backbone.network))
     with ledger, fused_attention():
         trainer = Trainer(short, backbone, SimpleNamespace(null=one), _OneProcess())
         for update in (trainer.student_update, trainer.fake_update):
             update.optimizer.step = lambda: None  # one fused kernel on a GPU, which allocates nothing
         held = _held(trainer, backbone)
-        condition = pick(longest_condition(backbone, dict(encoders), max(n, seeds)), slice(0, n))
+        condition = longest_condition(backbone, encoders, n)
         inputs = _inputs(trainer, n, condition)
         with ledger.part() as student:
             x0, losses = trainer.update_student(inputs)
@@ -284,7 +282,7 @@ def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, n
         del x0, losses, inputs
         with ledger.part() as validation, torch.no_grad(), trainer.ema_weights():
             z = torch.empty(seeds, *backbone.latent_shape, device=META)
-            trainer.generate(z, longest_condition(backbone, dict(encoders), seeds))
+            trainer.generate(z, longest_condition(backbone, encoders, seeds))
     parameters = {
         "network": sum(p.numel() for p in backbone.network.parameters()),
         "student": sum(p.numel() for p in trainer.student_parameters.values()),
