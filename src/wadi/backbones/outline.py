@@ -67,7 +67,7 @@ def outline(folder: Path, dtype: torch.dtype) -> Backbone:
         with META:
             for name in (kind.network_name, "vae"):
                 parts[name] = classes[name].from_config(read_json(folder / name / "config.json"))
-        parts[kind.network_name].to(dtype)
+        nn.Module.to(parts[kind.network_name], dtype)  # diffusers' own `to` logs a warning
         scheduler = getattr(diffusers, index["scheduler"][1])
         parts["scheduler"] = scheduler.from_pretrained(folder, subfolder="scheduler")
         parts["requires_safety_checker"] = False
