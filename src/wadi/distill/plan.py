@@ -11,7 +11,7 @@ from torch import nn
 
 from wadi.backbones.outline import META, configuration_folder, outline, outlined_encoders
 from wadi.distill.checks import free_memory
-from wadi.distill.config import DistillConfig
+from wadi.distill.config import DistillConfig, FakeOptions, StudentOptions
 from wadi.distill.rehearsal import Ledger, Rehearsal, decoding, encoding, rehearse
 from wadi.errors import WadiError, tell
 
@@ -143,14 +143,15 @@ def describe(plan: Plan, free: int, speed: Speed | None) -> str:
     config, found = plan.config, plan.rehearsal
     samples, micro = config.optimizer.train_batch_size, config.optimizer.gradient_accumulation_steps
     gradients = 4 * found.parameters["student"]
-    ranks = {"network": "frozen", "student": config.student.method, "fake": config.fake.method}
+    labels = ("network, frozen", _trained("student", config.student), _trained("fake model", config.fake))
+    counts = zip(labels, found.parameters.values(), strict=True)
     rows: list[tuple[str, str]] = [
         ("teacher", f"{config.model.pretrained_model_name_or_path} ({plan.kind})"),
         ("images", f"{plan.image_size[0]} x {plan.image_size[1]} pixels"),
         ("batch", f"{samples * micro} a step, {samples} at once"),
         ("", ""),
         ("parameters", "millions"),
-        *((f"  {name}, {ranks[name]}", f"{n / 1e6:.2f}") for name, n in found.parameters.items()),
+        *((f"  {label}", f"{n / 1e6:.2f}") for label, n in counts),
         ("", ""),
         ("memory, estimated", ""),
         *((f"  {name}", gib(n)) for name, n in found.held.items()),
@@ -272,6 +273,10 @@ def _duration(device: torch.device, call: Callable[[], object]) -> float:
         wait()
         calls += 10
     return passed / calls
+
+
+def _trained(who: str, options: StudentOptions | FakeOptions) -> str:
+    return f"{who}, {options.method}" + ("" if options.method == "full" else f" of rank {options.rank}")
 
 
 def gib(count: int) -> str:
