@@ -195,6 +195,8 @@ def write_teacher(options: Options) -> None:
         raise WadiError(f"{out}: exists; name a new folder")
     part = "unet" if "UNet" in model.network else "transformer"
     index: dict[str, Any] = {"_class_name": model.pipeline, "scheduler": ["diffusers", model.scheduler[0]]}
+    if model.pipeline == "StableDiffusionPipeline":  # its constructor asks for these
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     networks = ((part, model.network, model.config), ("vae", "AutoencoderKL", _VAE | model.vae))
     for name, kind, config in networks:
         index[name] = ["diffusers", kind]

@@ -61,7 +61,9 @@ def outline(folder: Path, dtype: torch.dtype) -> Backbone:
     kind = backbone_class(folder)
     index = read_json(folder / "model_index.json")
     taken = inspect.signature(kind.pipeline_class.__init__).parameters
-    parts = {name: None if isinstance(value, list) else value for name, value in index.items()}
+    parts = {name: None for name, argument in taken.items() if argument.default is argument.empty}
+    parts |= {name: None if isinstance(value, list) else value for name, value in index.items()}
+    parts.pop("self")
     classes = networks(folder, index) | {kind.network_name: kind.network_class}
     try:
         with META:
