@@ -105,7 +105,8 @@ def write_network(network: nn.Module, folder: Path, dtype: torch.dtype, changed:
             save_tensors(folder / name, shard)
             places.update(dict.fromkeys(shard, name))
             shard, held, number = {}, 0, number + 1
-    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": places})
+    index = {"metadata": {}, "weight_map": places}
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 
 def write_adapter(network: nn.Module, folder: Path) -> None:

@@ -49,6 +49,7 @@ __all__ = [
     "SanaBackbone",
     "UNetBackbone",
     "ZImageBackbone",
+    "backbone_class",
     "fake_config",
     "load_backbone",
     "load_prompt_encoder",
@@ -104,6 +105,15 @@ def load_prompt_encoder(
     """
     folder = pipeline_folder(name_or_path)
     return _kind(name_or_path, folder).text_class.from_pretrained(folder, dtype, device)
+
+
+def backbone_class(name_or_path: str | Path) -> type[Backbone]:
+    """The class of the backbone of the pipeline in a folder or hub id.
+
+    Raises:
+        WadiError: as `load_backbone`.
+    """
+    return _kind(name_or_path, pipeline_folder(name_or_path))
 
 
 def student_config(network: nn.Module, r: int | None = None) -> LoRaDConfig:

@@ -14,7 +14,7 @@ from wadi import emoji
 from wadi.distill.config import DistillConfig
 from wadi.distill.presets import FITS, PRESETS
 
-HELP_ALL = "--help-all"
+HELP_ALL, PLAN = "--help-all", "--plan"
 
 _ALIASES = {"pretrained_model_name_or_path": ("--teacher",), "output_dir": ("--out",)}
 """Short names of the two options that everyone gives."""
@@ -35,13 +35,17 @@ _TITLES = {"fake": "fake model"}
 """Groups that the help calls otherwise."""
 
 
-def distill(config: DistillConfig) -> None:
-    """Distil, and write the report."""
+def distill(config: DistillConfig, plan: bool = False) -> None:
+    """Distil, and write the report; with `plan`, print what the run needs, and stop."""
     from accelerate import PartialState
 
     from wadi.distill.report import report as write
     from wadi.distill.run import distill as run_distillation
+    from wadi.distill.run import plan as print_plan
 
+    if plan:
+        print_plan(config)
+        return
     run = run_distillation(config)
     if PartialState().is_main_process:
         adapter = f", {run / 'adapter'} (PEFT)" if (run / "adapter").exists() else ""
@@ -61,7 +65,8 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
         arguments = [*(word for word in arguments if word != HELP_ALL), "--help"]
     start = start_of(arguments)
     groups = tyro.cli(options_type(start, often), prog="wadi distill", args=arguments)
-    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    parts = [group for name, group in vars(groups).items() if name != PLAN.strip("-")]
+    values = {name: value for group in parts for name, value in vars(group).items()}
     words = {word.split("=")[0].replace("-", "_") for word in arguments}
     given = [name for name in values if not words.isdisjoint(_flags(name))]
     return start.replace(**{name: values[name] for name in given})
@@ -109,6 +114,9 @@ def options_type(start: DistillConfig | None = None, often: bool = False) -> typ
         part.__doc__ = ""
         named = Annotated[part, tyro.conf.arg(name=_TITLES.get(group, group))]
         parts.append((group, named, dataclasses.field(default_factory=part)))
+    told = "Print parameters, memory and time of the run, estimated without loading weights, and stop."
+    flag = Annotated[bool, tyro.conf.arg(help=told), tyro.conf.FlagCreatePairsOff]
+    parts.append((PLAN.strip("-"), flag, False))
     whole = dataclasses.make_dataclass("Flags", parts, frozen=True)
     whole.__doc__ = _DESCRIPTION
     if often:

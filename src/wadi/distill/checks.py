@@ -185,7 +185,9 @@ def layer_sizes(network: nn.Module, names: Collection[str]) -> dict[str, tuple[i
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a GPU, or on this computer or container."""
+    """Bytes that can be allocated on a GPU, or on this computer or container; on "meta", any number."""
+    if device.type == "meta":
+        return 2**63
     if device.type == "cuda":
         # what torch holds in reserve can be used as well
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

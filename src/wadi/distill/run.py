@@ -11,11 +11,13 @@ from accelerate import Accelerator
 
 from wadi.backbones import Backbone, load_backbone
 from wadi.backbones.storage import quantized_in_files
+from wadi.device import chosen_device
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset, check_preset_name
 from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
 from wadi.distill.loop import train, truncate_metrics
 from wadi.distill.methods import merged_state
+from wadi.distill.plan import announce, peak_line, print_plan
 from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import prepare_prompts, tell_time
 from wadi.distill.trackers import start_trackers
@@ -55,7 +57,9 @@ def distill(config: DistillConfig) -> Path:
     run = Path(config.run.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     accelerator = make_accelerator(config)
-    hosts = hosts_group(accelerator)
+    hosts, device = hosts_group(accelerator), accelerator.device
+    on_gpu = device.type == "cuda" and accelerator.is_main_process
+    planned = announce(config, device) if on_gpu else None
     for main in (True, False):  # the others find everything on the disk
         with together(hosts):
             if accelerator.is_main_process == main:
@@ -80,7 +84,24 @@ def distill(config: DistillConfig) -> Path:
         if accelerator.is_main_process:
             export(trainer, run)
     accelerator.end_training()
+    if planned is not None:
+        print(peak_line(planned, torch.cuda.max_memory_allocated(device)))
     return run
+
+
+def plan(config: DistillConfig) -> None:
+    """Print what a run needs, without loading weights or writing anything.
+
+    Raises:
+        WadiError: a required option is missing, the teacher's configurations are missing or cannot be used,
+            or an option does not fit the teacher.
+    """
+    if config.run.resume_from_checkpoint is not None:
+        config, _ = _resume(config)
+    elif config.model.pretrained_model_name_or_path is None:
+        raise WadiError(f"--{INPUTS['pretrained_model_name_or_path']}: is required")
+    check_preset_name(config.model.preset)
+    print_plan(config, torch.device(chosen_device()))
 
 
 def export(trainer: Trainer, run: Path) -> None:

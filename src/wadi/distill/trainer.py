@@ -90,7 +90,7 @@ class Trainer:
         """Make the parts of a step around the three networks."""
         config, accelerator, schedule = self.config, self.accelerator, self.schedule
         shape = self.backbone.latent_shape
-        own_end = schedule.ending_at(config.student.alpha_T_squared)
+        own_end = self.backbone.schedule().ending_at(config.student.alpha_T_squared).to(self.device)
         self.generator = Student(own_end, self.predict, self.student)
         networks = self.teacher, self.fake_network
         guide = None if self.backbone.takes_guidance else self.backbone.guided

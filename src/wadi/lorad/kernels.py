@@ -48,15 +48,15 @@ def available() -> bool:
 def supports(weight: torch.Tensor, theta_dtype: torch.dtype, scale: torch.Tensor | None = None) -> bool:
     """Whether the kernels turn this weight: on a GPU, an even fan-in, nothing wider than float32.
 
-    A weight of integers has a scale.
+    A weight of integers has a scale. What is on the meta device is counted as a GPU would allocate it.
     """
     known = (*_HALF, torch.float32) if scale is None else (*_HALF, torch.float32, torch.int8)
     return (
-        weight.is_cuda
+        (weight.is_cuda or weight.is_meta)
         and weight.shape[1] % 2 == 0
         and weight.dtype in known
         and theta_dtype == torch.float32
-        and available()
+        and (weight.is_meta or available())
     )
 
 
