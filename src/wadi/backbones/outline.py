@@ -14,6 +14,8 @@ from torch import nn
 from wadi.backbones import Backbone, backbone_class
 from wadi.backbones.condition import MASK, STATES, Condition
 from wadi.backbones.sd3 import SD3Backbone
+from wadi.backbones.storage import store_base
+from wadi.device import Precision
 from wadi.errors import WadiError
 from wadi.files import read_json
 from wadi.onestep.components import first_line
@@ -48,12 +50,19 @@ def configuration_folder(name_or_path: str | Path) -> Path:
     return pipeline_folder(part_folder(name_or_path, "model", CONFIGURATIONS))
 
 
-def outline(folder: Path, dtype: torch.dtype) -> Backbone:
+def outline(
+    folder: Path,
+    dtype: torch.dtype,
+    resolution: int | None = None,
+    precision: Precision | None = None,
+) -> Backbone:
     """The backbone of a pipeline folder with its network and its VAE on the meta device, without encoders.
 
     Args:
         folder: needs the configurations alone; see `configuration_folder`.
         dtype: of the network; the VAE is in float32.
+        resolution: see `Backbone`.
+        precision: see `Backbone.from_pretrained`; nf4 counts as int8, because only a GPU can make it.
 
     Raises:
         WadiError: a configuration is missing or damaged, or this class of pipeline cannot be distilled.
@@ -69,13 +78,17 @@ def outline(folder: Path, dtype: torch.dtype) -> Backbone:
         with META:
             for name in (kind.network_name, "vae"):
                 parts[name] = classes[name].from_config(read_json(folder / name / "config.json"))
-        nn.Module.to(parts[kind.network_name], dtype)  # diffusers' own `to` logs a warning
+        network = parts[kind.network_name]
+        nn.Module.to(network, dtype)  # diffusers' own `to` logs a warning
+        if precision is not None:
+            small = "int8" if precision == "nf4" else precision
+            store_base(network, kind.layers(network, kind.student_pattern), small, META)
         scheduler = getattr(diffusers, index["scheduler"][1])
         parts["scheduler"] = scheduler.from_pretrained(folder, subfolder="scheduler")
         parts["requires_safety_checker"] = False
         pipeline = kind.pipeline_class(**{name: part for name, part in parts.items() if name in taken})
         unread = type(kind.text_class.__name__, (_Unread, kind.text_class), {})
-        return type(kind.__name__, (kind,), {"text_class": unread})(pipeline, META, folder)
+        return type(kind.__name__, (kind,), {"text_class": unread})(pipeline, META, folder, resolution)
     except WadiError:
         raise
     except Exception as error:  # a broken folder fails in many ways

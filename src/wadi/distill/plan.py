@@ -106,19 +106,20 @@ class Plan:
         return self.config.optimizer.gradient_accumulation_steps * (each[0] + updates * each[1])
 
 
-def make_plan(config: DistillConfig) -> Plan:
+def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
     """Plan a run from the configurations of its teacher; weights are neither read nor fetched.
 
     Args:
         config: the options, as `wadi.distill.run.resolve` gives them.
+        folder: folder or hub id of the teacher, if it is not the one that the options name.
 
     Raises:
         WadiError: the teacher is missing or cannot be distilled, or an option does not fit it.
     """
     teacher = config.model.pretrained_model_name_or_path
-    folder = configuration_folder(teacher)
-    backbone = outline(folder, config.run.dtype)
-    encoders = outlined_encoders(folder, backbone)
+    found_in = configuration_folder(folder or teacher)
+    backbone = outline(found_in, config.run.dtype, config.model.resolution, config.run.base_precision)
+    encoders = outlined_encoders(found_in, backbone)
     try:
         found = rehearse(config, backbone, encoders)
         grid = 0
@@ -183,14 +184,14 @@ def print_plan(config: DistillConfig, device: torch.device) -> None:
     warn_if_short(plan, free)
 
 
-def announce(config: DistillConfig, device: torch.device) -> Plan | None:
+def announce(config: DistillConfig, device: torch.device, folder: str | None = None) -> Plan | None:
     """Print the memory line of a run that is about to load, and warn if the memory is too small.
 
     Returns:
         The plan; None if the run cannot be planned. Whatever is wrong with the teacher, loading it tells.
     """
     try:
-        plan = make_plan(config)
+        plan = make_plan(config, folder)
     except WadiError:
         return None
     free = free_memory(device)
@@ -209,6 +210,7 @@ def warn_if_short(plan: Plan, free: int) -> None:
         "--gradient-checkpointing": not config.run.gradient_checkpointing,
         "a smaller --train-batch-size": config.optimizer.train_batch_size > 1,
         "--mixed-precision bf16": config.run.mixed_precision == "no",
+        "--base-precision int8": config.run.base_precision is None,
         "lower ranks": plan.held - found.held["frozen base"] > plan.most / 4,
     }
     if where == "encoding of prompts":

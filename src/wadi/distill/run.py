@@ -58,12 +58,12 @@ def distill(config: DistillConfig) -> Path:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     accelerator = make_accelerator(config)
     hosts, device = hosts_group(accelerator), accelerator.device
-    on_gpu = device.type == "cuda" and accelerator.is_main_process
-    planned = announce(config, device) if on_gpu else None
     for main in (True, False):  # the others find everything on the disk
         with together(hosts):
             if accelerator.is_main_process == main:
                 teacher = prepare_teacher(*config.model.teacher)
+    on_gpu = device.type == "cuda" and accelerator.is_main_process
+    planned = announce(config, device, teacher) if on_gpu else None
     with together(hosts):
         config, backbone, prompts, inputs = _load(config, checkpoint, accelerator, teacher)
     for main in (True, False):
