@@ -14,7 +14,7 @@ from wadi import cli
 from wadi.distill.config import DistillConfig
 from wadi.outputs import Output
 
-OUTPUTS = {"out", "output_dir", "embeddings_dir", "save_reference"}
+OUTPUTS = {"checkpoints", "out", "output_dir", "embeddings_dir", "save_reference"}
 """Options that name what is written."""
 INPUTS = {
     *(
@@ -98,7 +98,7 @@ def options_of(command):
 
 def flag_of(command):
     """The option that names what the command writes, if it has one."""
-    names = options_of(command).keys() & (OUTPUTS - {"save_reference"})
+    names = options_of(command).keys() & (OUTPUTS - {"save_reference", "checkpoints"})
     if command == "prompts encode" or "output_dir" not in names:
         return next((f"--{name.replace('_', '-')}" for name in names), None)
     return "--out"

@@ -143,7 +143,13 @@ def test_a_small_weight_is_read_as_it_is(shape, dtype, stored):
     (expected,) = torch.autograd.grad(reference, exact, grad.double())
     turned, grad_theta = kernels.rotate_backward(small, theta, grad, scale=scale, dtype=dtype)
     assert turned.dtype == dtype
-    assert torch.equal(turned, kernels.rotate(small, theta, scale, dtype))
+    # two kernels; in float32 their compilers contract products and sums differently
+    forward = kernels.rotate(small, theta, scale, dtype)
+    assert (
+        relative_error(forward, turned.double()) < 1e-6
+        if dtype == torch.float32
+        else torch.equal(forward, turned)
+    )
     assert relative_error(turned, reference.detach()) < TOLERANCE[dtype]
     assert relative_error(grad_theta, expected) < 2e-6
 

@@ -68,7 +68,7 @@ def test_the_student_is_merged_onto_the_teacher_with_its_lora(options, run):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"lora": None}, "has no LoRA"), ({"lora_scale": 1.0}, "at scale 1;")],
+    [({"lora": None, "lora_scale": 1.0}, "has no LoRA"), ({"lora_scale": 1.0}, "at scale 1;")],
 )
 def test_a_merge_without_the_lora_is_told(changes, said, options, run):
     name, folder, lora, scale = options.model.teacher

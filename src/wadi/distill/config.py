@@ -33,7 +33,7 @@ class ModelOptions(Options):
     """Teacher: the folder of a diffusers pipeline, a hub id, or one .safetensors file in the original layout
     (as Civitai has them). docs/distilling.md lists the kinds."""
 
-    teacher_config: str | None = option(None, often=True)
+    teacher_config: str | None = option(None)
     """For a teacher in one file: a diffusers folder or hub id of the same kind of model. Its configurations
     and tokenizers are used, and its networks if the file lacks them. The default is a model on the hub."""
 
@@ -62,7 +62,7 @@ class ModelOptions(Options):
     embeddings_dir: str | None = option(None, changeable=True)
     """Folder that keeps the encoded prompts. The default is $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
 
-    embeddings_limit: float = option(10.0, often=True, above=0)
+    embeddings_limit: float = option(10.0, above=0)
     """GiB that the encoded prompts may take. If all prompts fit, they are encoded before the training and
     kept on the disk. If not, those that the run draws are encoded during the training, a little ahead of it,
     and kept in the memory of each process."""

@@ -39,18 +39,20 @@ def prepare_prompts(
         text.device = torch.device("cpu")
     elif model.text_encoder_device == "gpu" and accelerator.device.type == "cpu":
         raise WadiError("--text-encoder-device gpu: the training runs on the CPU; omit the option")
-    grid = [Prompt(prompt, line) for line, prompt in enumerate(validation, 1)]
-    check_length(grid, text.tokenizer, "--validation-prompts", model.truncate_prompts, text.limit)
     cache = EmbeddingCache(text, model.embeddings_dir)
     with contextlib.ExitStack() as stack:
         if cache.missing([text.no_prompt]):
             stack.enter_context(text.loaded())
         size = cache.encode([text.no_prompt])[0].bytes_a_prompt
+        window = None
         if size * len(prompts) > model.embeddings_limit * 2**30:
             window = _window(config, text, prompts, accelerator, size)
-            return encode_prompts(text, [], validation, cache, window)
-        check_length(prompts, text.tokenizer, model.prompts, model.truncate_prompts, text.limit)
-        return encode_prompts(text, [prompt.text for prompt in prompts], validation, cache)
+        else:
+            check_length(prompts, text.tokenizer, model.prompts, model.truncate_prompts, text.limit)
+        grid = [Prompt(prompt, line) for line, prompt in enumerate(validation, 1)]
+        check_length(grid, text.tokenizer, "--validation-prompts", model.truncate_prompts, text.limit)
+        now = [] if window is not None else [prompt.text for prompt in prompts]
+        return encode_prompts(text, now, validation, cache, window)
 
 
 def tell_time(prompts: PromptEmbeddings, accelerator: Accelerator) -> None:
