@@ -74,12 +74,8 @@ class ModelOptions(Options):
     @property
     def teacher(self) -> tuple[str | None, str | None, str | None, float]:
         """The arguments of `wadi.teachers.prepare_teacher`."""
-        return (
-            self.pretrained_model_name_or_path,
-            self.teacher_config,
-            self.teacher_lora,
-            self.teacher_lora_scale,
-        )
+        file = self.pretrained_model_name_or_path, self.teacher_config
+        return *file, self.teacher_lora, self.teacher_lora_scale
 
 
 @dataclass(frozen=True)
@@ -305,10 +301,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class DistillConfig(Options):
-    """Options of `distill`, named as in diffusers' training scripts.
-
-        config = DistillConfig.of(pretrained_model_name_or_path="teacher", prompts="prompts.txt")
-        config.student.rank, config.replace(student_rank=64).student.rank
+    """Options of `distill`: `DistillConfig.of(prompts="prompts.txt").replace(student_rank=64).student.rank`.
 
     The defaults are the paper's for Stable Diffusion 1.5, except the guidance of the fake model and its
     updates on the empty prompt, which only the presets with the paper's proportions set.
