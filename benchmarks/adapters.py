@@ -19,6 +19,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +33,12 @@ import peft
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from published import make_network
 
 from wadi.backbones import UNetBackbone, student_config
 from wadi.distill.regions import compile_regions, compiling
@@ -45,19 +48,6 @@ from wadi.graph import record
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import angles, rotate, rotated_weight
 
-CONFIGS = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
-    "tiny": {
-        "sample_size": 8,
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 32,
-        "attention_head_dim": 8,
-        "norm_num_groups": 8,
-    },
-}
 RANKS = {"sd15": 256, "tiny": 4}
 METHODS = ("lorad", "hook", "lora", "full", "dora", "oft")
 NAMES = {
@@ -184,8 +174,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
     device = torch.device(options.device)
     torch.manual_seed(0)
     with torch.device(device):
-        network = UNet2DConditionModel(**CONFIGS[options.model]).to(torch.bfloat16)
-        network = adapt(network, method, RANKS[options.model])
+        network = adapt(make_network(options.model).to(torch.bfloat16), method, RANKS[options.model])
         size = network.config.sample_size
         x, target = torch.randn(2, batch, 4, size, size)
         states = torch.randn(batch, 77, network.config.cross_attention_dim, dtype=torch.bfloat16)
@@ -227,8 +216,7 @@ def measure(options: Options, method: str, batch: int, checkpointing: bool, cloc
 def rotation(options: Options, clock: Clock) -> dict:
     """All adapted layers turned once, in a CUDA graph where there is a GPU, and the error against float64."""
     with torch.device(options.device):
-        network = UNet2DConditionModel(**CONFIGS[options.model]).to(torch.bfloat16)
-        network = adapt(network, "lorad", RANKS[options.model])
+        network = adapt(make_network(options.model).to(torch.bfloat16), "lorad", RANKS[options.model])
     layers = [module for module in network.modules() if isinstance(module, LoRaDLayer)]
     for layer in layers:
         nn.init.normal_(layer.lorad_A["default"], std=0.1)

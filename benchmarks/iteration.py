@@ -31,11 +31,12 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers import DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from adapters import CONFIGS, Clock, HookAdapter, header
+from adapters import Clock, HookAdapter, header
+from published import make_network
 
 from wadi.backbones import Backbone, PixArtBackbone, UNetBackbone, fake_config, student_config
 from wadi.backbones.condition import Condition, concatenate, pick
@@ -51,18 +52,6 @@ from wadi.prompts import PromptEmbeddings
 from wadi.prompts.cache import Embeddings
 
 RANKS = {"sd15": (256, 32), "pixart-256": (128, 32), "tiny": (4, 2)}
-PIXART = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "cross_attention_dim": 1152,
-    "sample_size": 32,
-    "patch_size": 2,
-    "caption_channels": 4096,
-    "norm_type": "ada_norm_single",
-}
 PROMPTS = 64
 FAKE_GUIDANCE_SCALE = 1.5
 """The paper's: the fake model predicts with and without the prompt, as the teacher does."""
@@ -99,9 +88,7 @@ def new_backbone(options: Options) -> Backbone:
     torch.manual_seed(0)
     pixart = options.model == "pixart-256"
     with torch.device(options.device):
-        network = (
-            PixArtTransformer2DModel(**PIXART) if pixart else UNet2DConditionModel(**CONFIGS[options.model])
-        )
+        network = make_network(options.model)
     network.to(torch.bfloat16)
     pipeline = SimpleNamespace(
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),

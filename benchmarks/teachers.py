@@ -5,14 +5,14 @@
 
 Memory and time do not depend on what the weights say, so such a teacher shows what a run of the published
 model needs. Its images are noise. U-Net or transformer, VAE and scheduler are the published ones. The text
-encoders give embeddings of the published widths but have one narrow layer, and the tokenizers know single
-characters.
+encoders give embeddings of the published widths but have one or two narrow layers, and the tokenizers know
+single characters.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,40 +23,14 @@ import tyro
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+sys.path.insert(0, str(Path(__file__).parent))
 from directions import write_network
+from published import NETWORKS
 
 from wadi.errors import WadiError
 from wadi.files import write_json
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "attention_head_dim": 64}
-_SD35_MEDIUM = {**_SD3, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
-_SD35_LARGE = {**_SD3, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-_PIXART = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "out_channels": 8,
-    "num_layers": 28,
-    "cross_attention_dim": 1152,
-    "sample_size": 128,
-    "patch_size": 2,
-    "caption_channels": 4096,
-    "norm_type": "ada_norm_single",
-}
 _CLIP, _POOLED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 
@@ -66,16 +40,12 @@ class Model:
 
     Attributes:
         pipeline: its class in diffusers.
-        network: class of its U-Net or transformer.
-        config: where that differs from the class's defaults.
-        vae: the same for its AutoencoderKL.
+        vae: configuration of its AutoencoderKL, where that differs from `_VAE`.
         scheduler: class and options.
         encoders: class and width of each text encoder.
     """
 
     pipeline: str
-    network: str
-    config: dict[str, Any]
     vae: dict[str, Any]
     scheduler: tuple[str, dict[str, Any]]
     encoders: tuple[tuple[str, int], ...]
@@ -85,54 +55,43 @@ def _flow(shift: float = 3.0, **options: Any) -> tuple[str, dict[str, Any]]:
     return "FlowMatchEulerDiscreteScheduler", {"shift": shift, **options}
 
 
-def _sd3(config: dict[str, Any]) -> Model:
-    vae = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-    encoders = ((_POOLED, 768), (_POOLED, 1280), ("T5EncoderModel", 4096))
-    network = {"sample_size": 128, "pos_embed_max_size": 192, **config}
-    vae |= {"use_quant_conv": False, "use_post_quant_conv": False}
-    return Model("StableDiffusion3Pipeline", "SD3Transformer2DModel", network, vae, _flow(), encoders)
-
-
-def _flux(guidance: bool) -> Model:
-    vae = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
-    vae |= {"use_quant_conv": False, "use_post_quant_conv": False}
-    scheduler = _flow(3.0, use_dynamic_shifting=True) if guidance else _flow(1.0)
-    encoders = ((_CLIP, 768), ("T5EncoderModel", 4096))
-    config = {"guidance_embeds": guidance}
-    return Model("FluxPipeline", "FluxTransformer2DModel", config, vae, scheduler, encoders)
-
-
+_FLOW_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+_SD3 = Model(
+    "StableDiffusion3Pipeline",
+    {**_FLOW_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    _flow(),
+    ((_POOLED, 768), (_POOLED, 1280), ("T5EncoderModel", 4096)),
+)
+_FLUX = Model(
+    "FluxPipeline",
+    {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    _flow(3.0, use_dynamic_shifting=True),
+    ((_CLIP, 768), ("T5EncoderModel", 4096)),
+)
 MODELS = {
     "sd15": Model(
         "StableDiffusionPipeline",
-        "UNet2DConditionModel",
-        {"sample_size": 64, "cross_attention_dim": 768},
         {},
         ("PNDMScheduler", {**BETAS, "skip_prk_steps": True}),
         ((_CLIP, 768),),
     ),
     "sdxl": Model(
         "StableDiffusionXLPipeline",
-        "UNet2DConditionModel",
-        _SDXL,
         {"scaling_factor": 0.13025, "sample_size": 1024},
         ("EulerDiscreteScheduler", {**BETAS, "timestep_spacing": "leading"}),
         ((_CLIP, 768), (_POOLED, 1280)),
     ),
     "pixart-1024": Model(
         "PixArtAlphaPipeline",
-        "PixArtTransformer2DModel",
-        _PIXART,
         {},
         ("DPMSolverMultistepScheduler", {}),
         (("T5EncoderModel", 4096),),
     ),
-    "sd3-medium": _sd3(_SD3),
-    "sd35-medium": _sd3(_SD35_MEDIUM | {"qk_norm": "rms_norm"}),
-    "sd35-large": _sd3(_SD35_LARGE | {"qk_norm": "rms_norm"}),
-    "flux-dev": _flux(guidance=True),
-    "flux-schnell": _flux(guidance=False),
+    **dict.fromkeys(("sd3-medium", "sd35-medium", "sd35-large"), _SD3),
+    "flux-dev": _FLUX,
+    "flux-schnell": replace(_FLUX, scheduler=_flow(1.0)),
 }
+"""By names of `published.NETWORKS`, which has their U-Nets and transformers."""
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -173,7 +132,7 @@ def t5_tokenizer() -> transformers.T5Tokenizer:
 
 
 def text_encoder(kind: str, width: int, words: int) -> nn.Module:
-    """A text encoder of one layer that gives states of a width."""
+    """A narrow text encoder that gives states of a width."""
     if kind == "T5EncoderModel":
         small = {"d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
         return transformers.T5EncoderModel(transformers.T5Config(vocab_size=words, d_model=width, **small))
@@ -193,11 +152,12 @@ def write_teacher(options: Options) -> None:
     model, out, dtype = MODELS[options.model], options.out, getattr(torch, options.dtype)
     if out.exists():
         raise WadiError(f"{out}: exists; name a new folder")
-    part = "unet" if "UNet" in model.network else "transformer"
+    network = NETWORKS[options.model]
+    part = "unet" if "UNet" in network[0] else "transformer"
     index: dict[str, Any] = {"_class_name": model.pipeline, "scheduler": ["diffusers", model.scheduler[0]]}
     if model.pipeline == "StableDiffusionPipeline":  # its constructor asks for these
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    networks = ((part, model.network, model.config), ("vae", "AutoencoderKL", _VAE | model.vae))
+    networks = ((part, *network), ("vae", "AutoencoderKL", _VAE | model.vae))
     for name, kind, config in networks:
         index[name] = ["diffusers", kind]
         with torch.device("meta"):

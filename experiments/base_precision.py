@@ -172,8 +172,8 @@ class Student(ablation.Student):
         """One update; the last ones on the full base where that is the remedy."""
         last = self.step == round((1 - LAST) * self.config.run.max_train_steps)
         if last and self.base.endswith("then float32"):
-            self.trainer.synchronize()
-            with torch.no_grad():  # in place: a captured update reads the same memory
+            # in place, on the stream of the updates: a captured one reads the same memory
+            with torch.no_grad(), self.trainer.on_stream():
                 for name in self.names:
                     exact = self.full.get_submodule(name).weight
                     self.world.backbone.network.get_submodule(name).weight.copy_(exact)

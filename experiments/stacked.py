@@ -285,7 +285,7 @@ class Stack:
         self, inputs: list[StepInputs]
     ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         condition = concatenate([each.condition for each in inputs])
-        x0, _ = self.generator.sample(torch.cat([each.z for each in inputs]), condition)
+        x0 = self.generator.sample(torch.cat([each.z for each in inputs]), condition)
         place = self.scores.at(x0, concatenate([each.place for each in inputs]), condition)
         gradient = self.vsd.gradient(Batch(x0, condition, place, self.scores))
         parts = zip(x0.split(self.samples), gradient.split(self.samples), strict=True)

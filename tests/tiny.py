@@ -6,8 +6,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -230,3 +233,37 @@ def mark_student(folder, pipeline=None, alpha_T_squared: float | None = None) ->
     """Write the `student.json` of a student of a pipeline, by default of the tiny one, into a folder."""
     pipeline = pipeline or tiny_pipeline()
     Student.of(network_of(pipeline), pipeline.scheduler, alpha_T_squared).write(folder)
+
+
+def tiny_pixart() -> PixArtAlphaPipeline:
+    """Build a `PixArtAlphaPipeline` of the published kind of schedule, with a T5 of one token a letter."""
+    letters = [(letter, -12.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    torch.manual_seed(0)
+    return PixArtAlphaPipeline(
+        tokenizer=T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=120),
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        ).eval(),
+        vae=AutoencoderKL(
+            block_out_channels=(8,) * 4,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=64,
+        ),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=32,
+            sample_size=8,
+            patch_size=2,
+            caption_channels=32,
+            norm_type="ada_norm_single",
+        ),
+        scheduler=DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+    )

@@ -256,9 +256,9 @@ def _run(command: str, options: list[str]) -> Any:
     _check_device(options)
     function = _load(COMMANDS[command][0])
     if command == "distill":
-        from wadi.commands.distill import PLAN, parse
+        from wadi.commands.distill import parse
 
-        return function(parse(options), PLAN in options)
+        return function(*parse(options))
     return tyro.cli(function, prog=f"wadi {command}", args=options, config=(tyro.conf.OmitArgPrefixes,))
 
 

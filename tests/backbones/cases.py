@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from tests.tiny_flows import tiny_flux, tiny_klein, tiny_qwen_image, tiny_sana, tiny_z_image
 from wadi.backbones import BACKBONES, Backbone, KleinBackbone, QwenImageBackbone
 from wadi.backbones.flux import FluxBackbone, pack, unpack

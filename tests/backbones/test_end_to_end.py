@@ -12,8 +12,7 @@ from PIL import Image
 
 from tests.backbones.cases import CASES, SIDE
 from tests.distill.test_resume import FILES, config
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_pixart, tiny_sd3, tiny_sdxl
 from wadi import cli
 from wadi.distill import DistillConfig, distill
 from wadi.distill.report import report

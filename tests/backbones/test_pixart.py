@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
-from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import tiny_pixart
 from wadi.backbones import PixArtBackbone, load_backbone, load_prompt_encoder
 from wadi.backbones.condition import concatenate
 from wadi.distill.presets import PRESETS

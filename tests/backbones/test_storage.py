@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import TorchAoConfig, UNet2DConditionModel
 
-from tests.tiny import PROMPTS, tiny_pipeline, tiny_sd3, tiny_sdxl
+from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from tests.tiny_flows import tiny_sana
 from wadi.backbones import load_backbone, student_config
 from wadi.backbones.storage import store_base
 from wadi.distill import DistillConfig, Trainer, distill, make_accelerator
@@ -21,7 +22,7 @@ from wadi.onestep import Student
 from wadi.onestep.export import export_pipeline
 from wadi.prompts import encode_prompts
 
-TEACHERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
+TEACHERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "pixart": tiny_pixart, "sana": tiny_sana}
 STORED = {"int8": torch.int8, "bf16": torch.bfloat16}
 
 

@@ -6,7 +6,7 @@ import adapters
 import iteration
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from published import NETWORKS, make_network
 from torch import nn
 
 from wadi.backbones import student_config
@@ -27,7 +27,7 @@ def test_forward_hook_computes_lorad():
 def test_lora_gets_as_many_parameters():
     """Rank 198 on the 182 layers of SD 1.5: 83.62 M beside LoRaD's 83.80 M."""
     with torch.device("meta"):
-        network = UNet2DConditionModel(**adapters.CONFIGS["sd15"])
+        network = make_network("sd15")
     names = set(student_config(network).target_modules)
     assert adapters.equal_rank(network, names, 83_795_968) == 198
     shapes = [module.weight.shape for name, module in network.named_modules() if name in names]
@@ -52,11 +52,12 @@ def test_plain_iteration_holds_three_networks():
 
 def test_tables(tmp_path, capsys, monkeypatch):
     small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
-    monkeypatch.setitem(adapters.CONFIGS, "tiny", adapters.CONFIGS["tiny"] | small)
+    kind, config = NETWORKS["tiny"]
+    monkeypatch.setitem(NETWORKS, "tiny", (kind, config | small))
     common = {"model": "tiny", "batch_sizes": (1,), "repeats": 1, "device": "cpu"}
     adapters.main(adapters.Options(methods=("lorad", "full"), out=tmp_path / "a.json", **common))
     report = json.loads((tmp_path / "a.json").read_text())
-    network = UNet2DConditionModel(**adapters.CONFIGS["tiny"])
+    network = make_network("tiny")
     names = set(student_config(network).target_modules)
     shapes = [module.weight.shape for name, module in network.named_modules() if name in names]
     lorad = sum(adapters.RANKS["tiny"] * (out + fan_in // 2) for out, fan_in in shapes)

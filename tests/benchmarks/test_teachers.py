@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import teachers
 import torch
-from teachers import MODELS, Model, Options, write_teacher
+from published import NETWORKS
+from teachers import MODELS, Options, write_teacher
 
 from wadi.backbones import load_backbone
 from wadi.backbones.outline import outline
@@ -23,18 +23,10 @@ def test_configurations_are_those_of_the_published_models(tmp_path, name):
 
 
 def test_a_teacher_loads_and_reads_prompts(tmp_path, monkeypatch):
-    small: Model = replace(
-        MODELS["sd15"],
-        config={
-            "sample_size": 8,
-            "block_out_channels": (32, 64),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 768,
-        },
-        vae={"block_out_channels": (32,) * 4},
-    )
-    monkeypatch.setitem(teachers.MODELS, "sd15", small)
+    kind, tiny = NETWORKS["tiny"]
+    monkeypatch.setitem(NETWORKS, "sd15", (kind, tiny | {"cross_attention_dim": 768}))
+    small = replace(MODELS["sd15"], vae={"block_out_channels": (32,) * 4})
+    monkeypatch.setitem(MODELS, "sd15", small)
     write_teacher(Options("sd15", tmp_path / "teacher"))
     backbone = load_backbone(tmp_path / "teacher", torch.bfloat16)
     (states,) = backbone.encode(["a cat"]).values()

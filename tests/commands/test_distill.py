@@ -19,14 +19,15 @@ def flag(name):
 
 
 def test_a_preset_sets_the_defaults_of_the_others():
-    options = parse(["--preset", "emoji", "--seed", "3"])
+    options, plan = parse(["--preset", "emoji", "--seed", "3"])
+    assert not plan
     assert options == PRESETS["emoji"].replace(
         seed=3,
         pretrained_model_name_or_path=str(emoji.teacher_folder()),
         prompts=str(emoji.prompts_file()),
     )
-    assert parse([]) == DistillConfig()
-    assert parse(["--preset=sd15"]) == PRESETS["sd15"]
+    assert parse([]) == (DistillConfig(), False)
+    assert parse(["--preset=sd15", "--plan"]) == (PRESETS["sd15"], True)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -45,7 +46,7 @@ def test_every_option_has_a_flag_that_sets_it():
     named = [name for name in OPTIONS if type(defaults[name]) in given]
     assert len(named) > 30
     words = [[flag(name), *given[type(defaults[name])]] for name in named]
-    options = parse([word for pair in words for word in pair])
+    options, _ = parse([word for pair in words for word in pair])
     values = options.values()
     assert {values[name] for name in named} == {True, 7, 0.5}
     assert parse(["--teacher", "t", "--out", "o"]) == parse(

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from tests.directions.cases import fine_tuned_pipeline
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_pixart
 from wadi import WadiError, emoji
 from wadi.directions import compare_models, write_comparison
 from wadi.directions.compare import layers_with_rows, table, type_of

@@ -13,8 +13,7 @@ from peft import inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import mark_student
+from tests.tiny import mark_student, tiny_pixart
 from wadi import WadiError
 from wadi.backbones import student_config
 from wadi.directions import extract_adapter

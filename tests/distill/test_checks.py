@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from wadi import cli
 from wadi.backbones import fake_config, student_config
 from wadi.distill import PRESETS, DistillConfig

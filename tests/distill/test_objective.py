@@ -9,7 +9,7 @@ from tests.distill.test_processes import config as launched
 from tests.distill.test_processes import two
 from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import assert_losses_close, make, plain_epsilon, same, snapshot
-from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import tiny_pixart
 from wadi.distill import DistillConfig, distill, train
 from wadi.errors import WadiError
 from wadi.files import load_tensors

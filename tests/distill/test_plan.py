@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.teachers.original import save_original
 from tests.test_cli import run
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_sd3, tiny_sdxl
+from tests.tiny_flows import tiny_sana
 from wadi.backbones import load_backbone, student_config
 from wadi.backbones.outline import META, longest_condition, outline, outlined_encoders
 from wadi.distill import DistillConfig, Trainer, make_accelerator
@@ -20,7 +22,7 @@ from wadi.distill.update import Average, Update
 from wadi.errors import WadiWarning
 from wadi.prompts import encode_prompts
 
-PIPELINES = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
+PIPELINES = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "sana": tiny_sana}
 NOT_CONFIGURATIONS = ("*.safetensors", "tokenizer.json", "*.txt")
 
 
@@ -42,13 +44,6 @@ def config_of(folder, **options):
 @pytest.fixture(scope="module")
 def planned(folders):
     return make_plan(config_of(folders[1]))
-
-
-@pytest.fixture(scope="module")
-def sd_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planned") / "sd"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 def size(tensors):
@@ -109,9 +104,9 @@ def test_every_part_of_a_step_needs_more_than_is_held(planned):
     assert found.student_work.operations > found.fake_work.operations > 0
 
 
-def test_memory_and_work_follow_the_options(sd_folder):
+def test_memory_and_work_follow_the_options(teacher_folder):
     def of(**options):
-        return make_plan(config_of(sd_folder, validation_steps=0, **options))
+        return make_plan(config_of(teacher_folder, validation_steps=0, **options))
 
     one = of(train_batch_size=2)
     twice, recomputed = of(train_batch_size=4), of(train_batch_size=2, gradient_checkpointing=True)
@@ -168,9 +163,9 @@ def test_attention_does_not_write_all_pairs(mask):
     assert q.grad.shape == q.shape
 
 
-def test_the_command_prints_a_plan_and_writes_nothing(sd_folder, tmp_path, capsys, monkeypatch):
+def test_the_command_prints_a_plan_and_writes_nothing(teacher_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("distill", "--plan", "--teacher", sd_folder, "--student-rank", 2, "--fake-rank", 2) == 0
+    assert run("distill", "--plan", "--teacher", teacher_folder, "--student-rank", 2, "--fake-rank", 2) == 0
     printed = capsys.readouterr()
     assert "StableDiffusionPipeline" in printed.out
     for part in ("frozen base", "adapters", "AdamW's moments", "average", "activations", "TFLOP"):
@@ -179,15 +174,26 @@ def test_the_command_prints_a_plan_and_writes_nothing(sd_folder, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_says_in_one_line_what_is_missing(tmp_path, capsys, sd_folder):
-    damaged = shutil.copytree(sd_folder, tmp_path / "damaged")
+def test_a_single_file_is_planned_by_its_configurations(teacher_folder, tmp_path, capsys):
+    file = save_original(tiny_pipeline(), tmp_path / "model.safetensors")
+    own = ["--teacher", file, "--teacher-config", teacher_folder, "--student-rank", 2, "--fake-rank", 2]
+    assert run("distill", "--plan", *own) == 0
+    printed = capsys.readouterr().out
+    assert run("distill", "--plan", *own, "--text-encoder-device", "cpu") == 0
+    assert "encoding of prompts" in printed
+    assert "encoding of prompts" not in capsys.readouterr().out
+
+
+def test_a_plan_says_in_one_line_what_is_missing(tmp_path, capsys, teacher_folder):
+    damaged = shutil.copytree(teacher_folder, tmp_path / "damaged")
     (damaged / "unet" / "config.json").write_text("{")
     for arguments, said in (
         ([], "--teacher: is required"),
         (["--preset", "sdxl"], "stabilityai/stable-diffusion-xl-base-1.0: there is no such folder"),
         (["--teacher", tmp_path / "none"], "no such folder"),
         (["--teacher", damaged], "unet"),
-        (["--teacher", sd_folder, "--student-rank", 4096], "--student-rank 4096"),
+        (["--teacher", teacher_folder, "--student-rank", 4096], "--student-rank 4096"),
+        (["--teacher", teacher_folder, "--preset", "sdxl"], "--preset sdxl: is for a StableDiffusionXL"),
     ):
         assert run("distill", "--plan", *arguments) == 2
         printed = capsys.readouterr()
@@ -202,8 +208,8 @@ def test_a_run_that_does_not_fit_is_told_and_goes_on(planned):
     warn_if_short(planned, planned.most)
 
 
-def test_the_line_of_a_run(sd_folder, capsys):
-    plan = announce(config_of(sd_folder), torch.device("cpu"))
+def test_the_line_of_a_run(teacher_folder, capsys):
+    plan = announce(config_of(teacher_folder), torch.device("cpu"))
     assert capsys.readouterr().out.count("\n") == 1
     assert peak_line(plan, 3 * GIB).startswith("memory: 3.00 GiB allocated")
     assert announce(config_of("nobody/nothing"), torch.device("cpu")) is None

@@ -13,8 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.distill.test_resume import config
 from tests.distill.test_trainer import make
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_pixart
 from wadi.distill import DistillConfig, distill, regions
 from wadi.errors import WadiError
 from wadi.files import load_tensors

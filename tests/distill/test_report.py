@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from tests.onestep.test_pipeline import tiny_pixart
+from tests.tiny import tiny_pixart
 from wadi.cli import main
 from wadi.commands.distill import parse
 from wadi.distill.config import DistillConfig
@@ -206,7 +206,7 @@ def parsed(command):
     """The options that `wadi distill` would have."""
     program, name, *arguments = shlex.split(command)
     assert (program, name) == ("wadi", "distill")
-    return parse(arguments).values()
+    return parse(arguments)[0].values()
 
 
 def test_the_command_repeats_the_run_beside_it(run, pictures):

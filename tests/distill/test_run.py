@@ -12,8 +12,7 @@ from peft import inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import PROMPTS, tiny_pipeline
+from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart
 from wadi.backbones import UNetBackbone, student_config
 from wadi.distill import DistillConfig, distill
 from wadi.distill.loop import append_metrics

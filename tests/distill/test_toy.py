@@ -77,7 +77,7 @@ def test_a_student_learns_its_teachers_distribution(name, weighting):
         draws = Draws(0, step, torch.device("cpu"))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] *= 0.985
-        x0, _ = student.sample(draws.normal("z", n, SHAPE), {})
+        x0 = student.sample(draws.normal("z", n, SHAPE), {})
         place = scores.at(x0, scores.draw(draws.of("scores"), n), {})
         _descend(optimizers[0], term(Batch(x0, {}, place, scores), {}))
         for update in range(2):

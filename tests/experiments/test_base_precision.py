@@ -1,10 +1,8 @@
 """The experiment on a smaller base: nf4's rounding, the blocks at the ends, a run, and its table."""
 
 import copy
-import importlib
-import sys
-from pathlib import Path
 
+import base_precision as experiment
 import pytest
 import torch
 from torch import nn
@@ -12,22 +10,13 @@ from torch import nn
 from wadi.errors import WadiError
 from wadi.files import read_json, write_json
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    sys.path.insert(0, str(EXPERIMENTS))
-    yield importlib.import_module("base_precision")
-    sys.path.remove(str(EXPERIMENTS))
-
 
 @pytest.fixture
 def weight():
     return torch.randn(48, 70, generator=torch.Generator().manual_seed(0))
 
 
-def test_nf4_takes_the_nearest_of_sixteen_values_and_keeps_the_largest_of_a_block(experiment, weight):
+def test_nf4_takes_the_nearest_of_sixteen_values_and_keeps_the_largest_of_a_block(weight):
     rounded = experiment.nf4_rounded(weight)
     exact, found = (nn.functional.pad(w.flatten(), (0, 32)).view(-1, 64) for w in (weight, rounded))
     scale = exact.abs().amax(1, keepdim=True)
@@ -38,7 +27,7 @@ def test_nf4_takes_the_nearest_of_sixteen_values_and_keeps_the_largest_of_a_bloc
     assert torch.equal(experiment.nf4_rounded(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
-def test_nf4_is_that_of_bitsandbytes(experiment, weight):
+def test_nf4_is_that_of_bitsandbytes(weight):
     library = pytest.importorskip("bitsandbytes").functional
     packed, state = library.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     torch.testing.assert_close(experiment.nf4_rounded(weight), library.dequantize_4bit(packed, state))
@@ -51,12 +40,12 @@ def test_nf4_is_that_of_bitsandbytes(experiment, weight):
         ([f"transformer_blocks.{i}.a" for i in range(12)], (0, 11)),
     ],
 )
-def test_the_blocks_at_the_ends(experiment, names, expected):
+def test_the_blocks_at_the_ends(names, expected):
     assert experiment.outer(names) == [names[i] for i in expected]
 
 
 @pytest.mark.parametrize("base", ["bf16", "int8", "nf4", "nf4, first and last block int8"])
-def test_errors_of_the_bases_are_those_of_their_bits(experiment, base):
+def test_errors_of_the_bases_are_those_of_their_bits(base):
     exact = nn.Module()
     exact.transformer_blocks = nn.ModuleList(nn.Sequential(nn.Linear(128, 64)) for _ in range(3))
     network = copy.deepcopy(exact)
@@ -67,7 +56,7 @@ def test_errors_of_the_bases_are_those_of_their_bits(experiment, base):
     assert low < experiment.weight_error(network, exact, names) < high
 
 
-def test_a_student_is_trained_and_judged_on_the_full_base(experiment, tmp_path, capsys):
+def test_a_student_is_trained_and_judged_on_the_full_base(tmp_path, capsys):
     base = "nf4, then float32"
     options = experiment.Options(
         bases=(base,), seeds=(1,), out=tmp_path, max_train_steps=3, train_batch_size=1, num_samples=4
@@ -85,7 +74,7 @@ def test_a_student_is_trained_and_judged_on_the_full_base(experiment, tmp_path, 
     assert path.stat().st_mtime_ns == written
 
 
-def test_the_table_has_means_and_intervals(experiment, tmp_path):
+def test_the_table_has_means_and_intervals(tmp_path):
     for seed, distance in ((1, 1.0), (2, 2.0)):
         figures = dict.fromkeys(experiment.FIGURES, 0.5) | {
             "frechet_distance": distance,
@@ -103,6 +92,6 @@ def test_the_table_has_means_and_intervals(experiment, tmp_path):
     ("options", "message"),
     [({"bases": ("int4",)}, "--bases: 'int4' is unknown"), ({"num_samples": 0}, "--num-samples: must be")],
 )
-def test_bad_options_are_one_line(experiment, options, message):
+def test_bad_options_are_one_line(options, message):
     with pytest.raises(WadiError, match=message):
         experiment.main(experiment.Options(**options))

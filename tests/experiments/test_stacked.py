@@ -5,8 +5,7 @@ import stacked
 import torch
 
 from tests.distill.test_trainer import CONFIG, make
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import PROMPTS, tiny_pipeline
+from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart
 from wadi.backbones import PixArtBackbone
 from wadi.distill import Trainer, make_accelerator
 from wadi.distill.config import DistillConfig

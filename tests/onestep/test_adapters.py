@@ -10,8 +10,7 @@ from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import mark_student, tiny_pipeline
+from tests.tiny import mark_student, tiny_pipeline, tiny_pixart
 from wadi import LoRaDConfig, cli
 from wadi.backbones import student_config
 from wadi.distill import DistillConfig, distill

@@ -8,8 +8,7 @@ import torch
 from diffusers import LCMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_pixart
 from wadi import WadiError
 from wadi.lorad.rotation import Factors, rotated_weight
 from wadi.onestep import OneStepPipeline, Student, import_weights

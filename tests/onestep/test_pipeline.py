@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
     LCMScheduler,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
     StableDiffusionPipeline,
 )
 from peft import get_peft_model
 from PIL import Image
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from tests.tiny import mark_student
+from tests.tiny import mark_student, tiny_pixart
 from wadi import LoRaDConfig, WadiError
 from wadi.onestep import (
     OneStepPipeline,
@@ -232,39 +227,6 @@ def test_pixart_runs_in_one_step_too():
     expected = (z.double() - (1 - 0.0047) ** 0.5 * eps.double()) / 0.0047**0.5
     x0 = pipeline(PROMPT, seed=7, output_type="latent", use_resolution_binning=False).double()
     assert (x0 - expected).abs().max() <= 1e-6 * expected.abs().max()
-
-
-def tiny_pixart():
-    letters = [(letter, -12.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    torch.manual_seed(0)
-    return PixArtAlphaPipeline(
-        tokenizer=T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=120),
-        text_encoder=T5EncoderModel(
-            T5Config(vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        ).eval(),
-        vae=AutoencoderKL(
-            block_out_channels=(8,) * 4,
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=64,
-        ),
-        transformer=PixArtTransformer2DModel(
-            num_attention_heads=4,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            cross_attention_dim=32,
-            sample_size=8,
-            patch_size=2,
-            caption_channels=32,
-            norm_type="ada_norm_single",
-        ),
-        scheduler=DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
-    )
 
 
 def test_grids_hold_every_picture_where_it_belongs():

@@ -12,8 +12,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from PIL import Image
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import mark_student, tiny_pipeline, tiny_sdxl
+from tests.tiny import mark_student, tiny_pipeline, tiny_pixart, tiny_sdxl
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json
 from wadi.onestep import OneStepPipeline, export_pipeline

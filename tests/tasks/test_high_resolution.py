@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.onestep.test_pipeline import tiny_pixart
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_pixart
 from wadi.cli import main
 from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import sample_captions, stated

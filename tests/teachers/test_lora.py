@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.onestep.test_pipeline import tiny_pixart
 from tests.teachers.loras import fused, random_lora, save_diffusers, save_kohya
-from tests.tiny import mark_student, tiny_pipeline, tiny_sd3, tiny_sdxl
+from tests.tiny import mark_student, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from wadi.errors import WadiError
 from wadi.onestep import load_pipeline
 from wadi.teachers import prepare_teacher

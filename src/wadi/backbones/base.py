@@ -22,7 +22,7 @@ from wadi.errors import WadiError, tell
 from wadi.onestep.arguments import own_size, size_step, whole_number
 from wadi.onestep.loading import load_pipeline, pipeline_class_name, pipeline_folder
 
-SINGLY_ABOVE = 512
+SINGLY_ABOVE = 256
 """Pixels: images with a longer side are decoded one by one."""
 TILE = 512
 """Pixels: side of the tiles in which a VAE works whose memory does not hold an image."""

@@ -8,7 +8,7 @@
 | of PixArt, Sana, Z-Image, Qwen-Image | `encoder_hidden_states`, and `encoder_attention_mask` (N, L) |
 
 The mask is true at tokens. Only `PER_TOKEN` tensors have an entry for each token. All others, and the mask,
-have the same length for every prompt: pooled embeddings (N, D) and time ids (N, 6) are never cut or padded.
+have the same length for every prompt: pooled embeddings (N, D) are never cut or padded.
 """
 
 from __future__ import annotations

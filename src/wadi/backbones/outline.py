@@ -19,7 +19,7 @@ from wadi.device import Precision
 from wadi.errors import WadiError
 from wadi.files import read_json
 from wadi.onestep.components import first_line
-from wadi.onestep.loading import part_folder, pipeline_folder
+from wadi.onestep.loading import call_default, part_folder, pipeline_folder
 from wadi.onestep.supported import networks
 
 META = torch.device("meta")
@@ -118,10 +118,10 @@ def outlined_encoders(folder: Path, backbone: Backbone) -> dict[str, nn.Module]:
 
 
 def encoder_tokens(backbone: Backbone, encoder: nn.Module) -> int:
-    """How many tokens a text encoder reads of each prompt."""
-    own = inspect.signature(type(backbone.pipeline).__call__).parameters.get("max_sequence_length")
+    """How many tokens of a prompt a text encoder reads, without what the pipeline writes around it."""
+    own = call_default(type(backbone.pipeline), "max_sequence_length")
     positions = getattr(encoder.config, "max_position_embeddings", None) or 2**31
-    return min(positions, 2**31 if own is None else own.default)
+    return min(positions, 2**31 if own is None else own)
 
 
 def longest_condition(backbone: Backbone, encoders: Mapping[str, nn.Module], n: int) -> Condition:

@@ -6,8 +6,8 @@
 | `int8` | an integer and one float32 number a row: see `wadi.lorad.small` | 8 |
 | `nf4` | 4 bits in blocks of 64, by bitsandbytes | 4.1 |
 
-Everything else, so the first and the last layer and all convolutions, stays in the compute dtype: it is
-little, and most of the error would come from there.
+All convolutions stay in the compute dtype, and so do the first and the last layer, except in PixArt, whose
+student turns its last layer and its projection of the captions too.
 """
 
 from __future__ import annotations

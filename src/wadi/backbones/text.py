@@ -20,8 +20,8 @@ from wadi.backbones.condition import MASK, STATES, Condition, concatenate
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 from wadi.onestep.loading import call_default, load_pipeline, pipeline_folder, prompt_reader
+from wadi.onestep.supported import NETWORKS
 
-NETWORKS = ("unet", "transformer")
 SAMPLED_BEYOND = 2**30
 """Bytes: of larger files only a sample is hashed."""
 _SAMPLE, _STRIDE = 2**16, 2**22

@@ -14,7 +14,7 @@ from wadi import emoji
 from wadi.distill.config import DistillConfig
 from wadi.distill.presets import FITS, PRESETS
 
-HELP_ALL, PLAN = "--help-all", "--plan"
+HELP_ALL = "--help-all"
 
 _ALIASES = {"pretrained_model_name_or_path": ("--teacher",), "output_dir": ("--out",)}
 """Short names of the two options that everyone gives."""
@@ -25,7 +25,8 @@ _HELP = {
 """What the command line says otherwise than `DistillConfig` does."""
 _DESCRIPTION = """Turn a diffusion model into a one-step generator.
 
---teacher and --prompts are required, except with the presets emoji, emoji-cpu and emoji-paper:
+--prompts is required, except with the emoji presets. --teacher is required with --preset none, emoji-dit and
+emoji-flow; the presets of published models name theirs on the hub.
 
 wadi distill --preset sd15 --teacher FOLDER --prompts prompts.txt --out runs/mine
 
@@ -47,14 +48,21 @@ def distill(config: DistillConfig, plan: bool = False) -> None:
         print_plan(config)
         return
     run = run_distillation(config)
-    if PartialState().is_main_process:
-        adapter = f", {run / 'adapter'} (PEFT)" if (run / "adapter").exists() else ""
-        print(f"student: {run / 'pipeline'} (diffusers){adapter}")
-        print(f"report: {write(run)}")
+    if not PartialState().is_main_process:
+        return
+    adapter = f"{run / 'adapter'} (PEFT)" if (run / "adapter").exists() else ""
+    if not (run / "pipeline").exists():
+        print(f"student: {adapter}; no pipeline/ and no report, because the teacher is quantized")
+        return
+    print(f"student: {run / 'pipeline'} (diffusers){', ' if adapter else ''}{adapter}")
+    print(f"report: {write(run)}")
 
 
-def parse(arguments: Sequence[str]) -> DistillConfig:
+def parse(arguments: Sequence[str]) -> tuple[DistillConfig, bool]:
     """The options of `wadi distill`; exits after --help and --help-all, and where tyro finds a mistake.
+
+    Returns:
+        The options, and whether --plan is among them.
 
     Raises:
         WadiError: a value that `DistillConfig` refuses.
@@ -65,11 +73,12 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
         arguments = [*(word for word in arguments if word != HELP_ALL), "--help"]
     start = start_of(arguments)
     groups = tyro.cli(options_type(start, often), prog="wadi distill", args=arguments)
-    parts = [group for name, group in vars(groups).items() if name != PLAN.strip("-")]
-    values = {name: value for group in parts for name, value in vars(group).items()}
+    parts = vars(groups)
+    plan = parts.pop("plan")
+    values = {name: value for group in parts.values() for name, value in vars(group).items()}
     words = {word.split("=")[0].replace("-", "_") for word in arguments}
     given = [name for name in values if not words.isdisjoint(_flags(name))]
-    return start.replace(**{name: values[name] for name in given})
+    return start.replace(**{name: values[name] for name in given}), plan
 
 
 def _flags(name: str) -> list[str]:
@@ -116,7 +125,7 @@ def options_type(start: DistillConfig | None = None, often: bool = False) -> typ
         parts.append((group, named, dataclasses.field(default_factory=part)))
     told = "Print parameters, memory and time of the run, estimated without loading weights, and stop."
     flag = Annotated[bool, tyro.conf.arg(help=told), tyro.conf.FlagCreatePairsOff]
-    parts.append((PLAN.strip("-"), flag, False))
+    parts.append(("plan", flag, False))
     whole = dataclasses.make_dataclass("Flags", parts, frozen=True)
     whole.__doc__ = _DESCRIPTION
     if often:

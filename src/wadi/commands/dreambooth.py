@@ -30,7 +30,7 @@ class SubjectConfig(DreamBoothConfig):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["--out"])] = DreamBoothConfig.output_dir
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
-    """Multi-step model: a Stable Diffusion or PixArt-alpha folder, or a hub id; if not given, the built-in
+    """Folder or hub id of the multi-step model, of any kind that wadi distils; if not given, the built-in
     teacher."""
     train_text_encoder: bool | None = None
     """Also train an adapter, of the same kind and rank, of CLIP's text encoder; if not given, only for the

@@ -25,7 +25,8 @@ def extract(
         teacher: Pipeline folder or hub id.
         student: Pipeline folder or hub id, as wadi export and wadi import write it.
         out: Adapter folder to write; it must be new or empty.
-        rank: Rank of the adapter; if not given, 256 for a U-Net and 128 for PixArt.
+        rank: Rank of the adapter; if not given, that of a student of this kind of model: 256 for
+            Stable Diffusion, 128 for PixArt, 64 for others.
         max_sweeps: Most sweeps of the fit; with 0 the singular value decomposition of the angles is not
             improved.
         device: Device to compute on, such as cpu or cuda:1; if not given, a GPU if there is one.

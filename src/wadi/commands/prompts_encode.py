@@ -10,7 +10,7 @@ from wadi.backbones import load_prompt_encoder
 from wadi.device import DTYPES, chosen_device
 from wadi.distill.config import ModelOptions
 from wadi.errors import tell
-from wadi.prompts import EmbeddingCache, check_length, encode_prompts, read_prompts
+from wadi.prompts import EmbeddingCache, Prompt, check_length, encode_prompts, read_prompts
 from wadi.prompts.cache import cache_output
 from wadi.teachers import prepare_teacher
 
@@ -52,8 +52,8 @@ class PromptsEncodeConfig:
     truncate_prompts: bool = False
     """Cut prompts that are longer than the model takes, instead of stopping."""
 
-    device: str = chosen_device()
-    """Where the text encoder works."""
+    device: str | None = None
+    """Device, such as cpu or cuda:1. If omitted, a GPU if there is one."""
 
 
 def prompts_encode(config: PromptsEncodeConfig) -> dict[str, Any]:
@@ -72,8 +72,10 @@ def prompts_encode(config: PromptsEncodeConfig) -> dict[str, Any]:
     teacher = prepare_teacher(
         config.teacher, config.teacher_config, config.teacher_lora, config.teacher_lora_scale
     )
-    encoder = load_prompt_encoder(teacher, DTYPES[config.mixed_precision], config.device)
-    check_length(prompts, encoder.tokenizer, config.prompts, config.truncate_prompts, encoder.limit)
+    encoder = load_prompt_encoder(teacher, DTYPES[config.mixed_precision], chosen_device(config.device))
+    grid = [Prompt(text, line) for line, text in enumerate(config.validation_prompts, 1)]
+    for some, source in ((prompts, config.prompts), (grid, "--validation-prompts")):
+        check_length(some, encoder.tokenizer, source, config.truncate_prompts, encoder.limit)
     cache = EmbeddingCache(encoder, config.embeddings_dir)
     texts = [prompt.text for prompt in prompts]
     before = len(cache.missing(texts))

@@ -256,11 +256,6 @@ class VariancePreserving(Schedule):
         return own
 
     @property
-    def num_train_timesteps(self) -> int:
-        """T + 1, the number of noise levels."""
-        return len(self.alphas)
-
-    @property
     def last(self) -> torch.Tensor:
         """See `Schedule.last`: T."""
         return torch.full((), len(self.alphas) - 1, device=self.alphas.device)
@@ -316,7 +311,7 @@ class RectifiedFlow(Schedule):
         A dynamic shift is exp(mu), or mu where its type is "linear", with mu linear in the number of tokens
         (FLUX.1). `shift_terminal` stretches the times of a sampler only, and changes nothing here.
         """
-        predicted = str(scheduler.get("prediction_type") or cls.usual_prediction)
+        predicted = prediction_type(scheduler)
         steps = int(scheduler.get("num_train_timesteps", 1000))
         if not scheduler.get("use_dynamic_shifting"):
             shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))

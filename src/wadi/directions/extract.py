@@ -116,7 +116,7 @@ def extract_adapter(
         student: pipeline folder or hub id of the same architecture, as `wadi export` or `wadi import` writes
             it.
         out_folder: folder to write; it must be new or empty.
-        r: rank; the paper's if None.
+        r: rank; `Backbone.student_rank` if None.
         max_sweeps: most sweeps of the fit; with 0 the plain SVD of the angles is taken.
         device: device that computes; layers are sent to it one by one.
         overwrite: replace the folder if this function wrote it and nothing else is in it.

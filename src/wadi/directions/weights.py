@@ -24,8 +24,8 @@ from wadi.onestep.components import Entry, find_weights, read_headers, read_tens
 from wadi.onestep.importing import without_prefixes
 from wadi.onestep.loading import pipeline_folder, run_part
 from wadi.onestep.student import Student
+from wadi.onestep.supported import NETWORKS
 
-NETWORKS = ("unet", "transformer")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."

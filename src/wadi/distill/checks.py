@@ -128,13 +128,13 @@ def check_ranks(
     needs = {}
     roles = (("student", student, _STUDENT_COPIES), ("fake", fake, _FAKE_COPIES))
     for who, adapter, copies in roles:
-        method, needed = getattr(config, who).method, 0
+        method = getattr(config, who).method
         if method == "full":  # no adapter
             continue
         layers, turned = layer_sizes(network, adapter.target_modules).values(), method == "lorad"
         check_rank(f"--{who}-rank", adapter.r, layers, turned)
-        needed += sum(adapter.r * (out + _width(fan_in, turned)) for out, fan_in in layers)
-        needs[f"--{who}-rank"] = _FLOAT32 * copies * needed
+        numbers = sum(adapter.r * (out + _width(fan_in, turned)) for out, fan_in in layers)
+        needs[f"--{who}-rank"] = _FLOAT32 * copies * numbers
     if (total := sum(needs.values())) > free:
         option = max(needs, key=lambda name: needs[name])
         raise WadiError(

@@ -386,6 +386,9 @@ CHANGEABLE = frozenset(n for n, place in DistillConfig.places().items() if place
 """Options that may differ when a run is resumed. The samples of a step stay as many, however the processes
 and micro-batches share them."""
 
+GRID_PROMPTS = 4
+"""Training prompts in the sample grids if `validation_prompts` names none."""
+
 INPUTS = {
     "pretrained_model_name_or_path": "teacher",
     "teacher_config": "teacher-config",

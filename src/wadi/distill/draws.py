@@ -10,7 +10,6 @@ import torch
 
 from wadi.backbones.condition import Condition
 from wadi.diffusion import Schedule
-from wadi.errors import WadiError
 
 Drawn = dict[str, torch.Tensor]
 """What one part of the training drew for a step. The first dimension is this process's samples."""
@@ -50,16 +49,7 @@ class Draws:
         return self._share(torch.randn(whole, device=self.device, generator=self._generator(name)), n)
 
     def times(self, name: str, n: int, schedule: Schedule, low: float, high: float) -> torch.Tensor:
-        """Times (n,) between two fractions of a schedule's range; see `Schedule.sample_t`.
-
-        Raises:
-            WadiError: `low` is above `high`.
-        """
-        if low > high:
-            raise WadiError(
-                f"{self.path}{name}: the lowest timestep {low:g} is above the highest, {high:g}; lower "
-                "--min-timestep"
-            )
+        """Times (n,) between two fractions of a schedule's range; see `Schedule.sample_t`."""
         return self._share(schedule.sample_t(n * self.processes, low, high, self._generator(name)), n)
 
     def indices(self, name: str, n: int, count: int) -> torch.Tensor:

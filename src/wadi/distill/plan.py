@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from wadi.backbones.outline import META, configuration_folder, outline, outlined_encoders
-from wadi.distill.checks import free_memory
-from wadi.distill.config import DistillConfig, FakeOptions, StudentOptions
+from wadi.distill.checks import check_preset, free_memory
+from wadi.distill.config import GRID_PROMPTS, DistillConfig, FakeOptions, StudentOptions
 from wadi.distill.rehearsal import Ledger, Rehearsal, decoding, encoding, rehearse
 from wadi.errors import WadiError, tell
+from wadi.teachers.kinds import read_model_header
+from wadi.teachers.original import usual_model
 
 GIB = 2**30
 _SECONDS = 0.2
@@ -39,8 +42,9 @@ class Speed:
 class Plan:
     """What a run will need. All memory is in bytes, and an estimate of what torch allocates.
 
-    The context of CUDA (0.3 to 0.6 GiB), the workspaces of cuBLAS and cuDNN and what the allocator reserves
-    beyond are not counted. Neither is what `torch.compile` and CUDA graphs change.
+    It does not cover text encoders that stay on the GPU for a large set of prompts, the context of CUDA (0.3
+    to 0.6 GiB), the workspaces of cuBLAS and cuDNN, what the allocator reserves but does not use, and what
+    `torch.compile` and CUDA graphs change.
 
     Attributes:
         config: the options of the run.
@@ -67,12 +71,12 @@ class Plan:
     def peaks(self) -> dict[str, int]:
         """Bytes at most, by what the run does."""
         found = self.rehearsal
-        peaks = {
-            "encoding of prompts": found.held["frozen base"] + self.encoding,
+        return {
+            **({"encoding of prompts": found.held["frozen base"] + self.encoding} if self.encoding else {}),
             "update of the student": self.held + found.student,
             "update of the fake model": self.held + found.fake,
+            **({"sample grid": self.held + self.grid} if self.grid else {}),
         }
-        return peaks | ({"sample grid": self.held + self.grid} if self.grid else {})
 
     @property
     def most(self) -> int:
@@ -117,20 +121,32 @@ def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
         WadiError: the teacher is missing or cannot be distilled, or an option does not fit it.
     """
     teacher = config.model.pretrained_model_name_or_path
-    found_in = configuration_folder(folder or teacher)
+    found_in = configuration_folder(folder or _configurations(config))
     backbone = outline(found_in, config.run.dtype, config.model.resolution, config.run.base_precision)
+    if folder is None:  # a run checks it itself
+        check_preset(config, backbone.pipeline)
     encoders = outlined_encoders(found_in, backbone)
     try:
         found = rehearse(config, backbone, encoders)
         grid = 0
         if config.run.validation_steps:
-            images = max(1, len(config.run.validation_prompts) or 4) * len(config.run.validation_seeds)
+            rows = len(config.run.validation_prompts) or GRID_PROMPTS
+            images = rows * len(config.run.validation_seeds)
             own = 4 * found.parameters["student"]  # set aside while the average takes its place
             grid = max(found.validation, own + decoding(backbone, images))
-        peak = encoding(backbone, encoders)
-    except NotImplementedError as error:  # an operation that needs values
+        peak = 0 if config.model.text_encoder_device == "cpu" else encoding(backbone, encoders)
+    except (NotImplementedError, RuntimeError, LookupError, StopIteration) as error:  # needs values
         raise WadiError(f"{teacher}: cannot be planned: {' '.join(str(error).split())[:200]}") from error
     return Plan(config, type(backbone.pipeline).__name__, backbone.image_size, found, peak, grid)
+
+
+def _configurations(config: DistillConfig) -> str:
+    """What has the configurations of the teacher: itself, or another model if it is a single file."""
+    model = config.model
+    file = Path(model.pretrained_model_name_or_path)
+    if not file.is_file():
+        return model.pretrained_model_name_or_path
+    return model.teacher_config or usual_model(read_model_header(file))
 
 
 def describe(plan: Plan, free: int, speed: Speed | None) -> str:
@@ -188,11 +204,11 @@ def announce(config: DistillConfig, device: torch.device, folder: str | None = N
     """Print the memory line of a run that is about to load, and warn if the memory is too small.
 
     Returns:
-        The plan; None if the run cannot be planned. Whatever is wrong with the teacher, loading it tells.
+        The plan; None if the run cannot be planned. Loading the teacher tells what is wrong with it.
     """
     try:
         plan = make_plan(config, folder)
-    except WadiError:
+    except Exception:  # an estimate must not end a run
         return None
     free = free_memory(device)
     print(f"memory: {gib(plan.most)} estimated, {gib(free)} free on {device}", flush=True)
@@ -206,15 +222,16 @@ def warn_if_short(plan: Plan, free: int) -> None:
         return
     where = max(plan.peaks, key=lambda name: plan.peaks[name])
     config, found = plan.config, plan.rehearsal
+    whole = "full" in (config.student.method, config.fake.method)
     hints = {
         "--gradient-checkpointing": not config.run.gradient_checkpointing,
         "a smaller --train-batch-size": config.optimizer.train_batch_size > 1,
-        "--mixed-precision bf16": config.run.mixed_precision == "no",
-        "--base-precision int8": config.run.base_precision is None,
+        "--mixed-precision bf16": config.run.mixed_precision == "no" and not whole,
+        "--base-precision int8": config.run.base_precision is None and not whole,
         "lower ranks": plan.held - found.held["frozen base"] > plan.most / 4,
     }
     if where == "encoding of prompts":
-        hints = {"wadi prompts encode on another machine": True}
+        hints = {"--text-encoder-device cpu": True, "wadi prompts encode on another machine": True}
     elif where == "sample grid":
         hints = {"fewer validation prompts or seeds": True, "--validation-steps 0": True}
     useful = [hint for hint, helps in hints.items() if helps]

@@ -29,6 +29,7 @@ from wadi.distill.presets import PRESETS
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep.arguments import size_arguments
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.scheduler import last_alpha_squared
 from wadi.progress import progress
@@ -81,7 +82,7 @@ def before_after(
     in_one_step = OneStepPipeline(teacher, alpha_T_squared, student.resolution)
     many_steps = copy.copy(in_one_step.pipeline)  # the modules are shared
     many_steps.scheduler = _of_many_steps(teacher)
-    size = {} if student.resolution is None else dict.fromkeys(("height", "width"), student.resolution)
+    size = size_arguments(many_steps)
     options = guidance_arguments(teacher, guidance_scale) | stock_arguments(teacher) | size
 
     def generators() -> list[torch.Generator]:
@@ -149,6 +150,11 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
     run = Path(run_folder)
     config = DistillConfig.load(run / "config.yaml")
     if not (run / "pipeline").is_dir():
+        if (run / "adapter").is_dir():
+            raise WadiError(
+                f"{run}: has no pipeline/, because its teacher is quantized; merge the adapter into the "
+                "model in full precision with wadi export"
+            )
         raise WadiError(
             f"{run}: has no pipeline/ yet; go on with wadi distill --resume-from-checkpoint {run}"
         )

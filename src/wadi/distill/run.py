@@ -14,7 +14,7 @@ from wadi.backbones.storage import quantized_in_files
 from wadi.device import chosen_device
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
 from wadi.distill.checks import check_preset, check_preset_name
-from wadi.distill.config import CHANGEABLE, INPUTS, DistillConfig
+from wadi.distill.config import CHANGEABLE, GRID_PROMPTS, INPUTS, DistillConfig
 from wadi.distill.loop import train, truncate_metrics
 from wadi.distill.methods import merged_state
 from wadi.distill.plan import announce, peak_line, print_plan
@@ -35,8 +35,6 @@ from wadi.prompts.cache import cache_output
 from wadi.teachers import prepare_teacher, teacher_digests
 
 RUN_FILE = "run.json"
-GRID_PROMPTS = 4
-"""Training prompts in the sample grids where the config names none."""
 
 
 def distill(config: DistillConfig) -> Path:
@@ -64,6 +62,8 @@ def distill(config: DistillConfig) -> Path:
                 teacher = prepare_teacher(*config.model.teacher)
     on_gpu = device.type == "cuda" and accelerator.is_main_process
     planned = announce(config, device, teacher) if on_gpu else None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     with together(hosts):
         config, backbone, prompts, inputs = _load(config, checkpoint, accelerator, teacher)
     for main in (True, False):

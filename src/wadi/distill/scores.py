@@ -161,11 +161,6 @@ class Place:
         return self._scores.schedule.x0(self._teacher, self.x_t, self.t)
 
     @cached_property
-    def x0_fake(self) -> torch.Tensor:
-        """The x0 that the fake model predicts here, without gradient."""
-        return self._scores.schedule.x0(self._fake, self.x_t, self.t)
-
-    @cached_property
     def difference(self) -> torch.Tensor:
         """x0_fake - x0_teacher, as exact as the predictions.
 

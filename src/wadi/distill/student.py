@@ -18,17 +18,10 @@ class Student:
         network: the trained network.
     """
 
-    steps = (1.0,)
-    """Fractions of the schedule's range from which it steps to x0: pure noise alone."""
-
     def __init__(self, schedule: Schedule, predict: Predict, network: torch.nn.Module) -> None:
         self.schedule, self.predict, self.network = schedule, predict, network
 
-    def sample(self, z: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make an image of every noise z ~ N(0, I), (N, C, H, W), and prompt.
-
-        Returns:
-            x0 (N, C, H, W) float32, and the times (N,) that it came from.
-        """
+    def sample(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The image x0 (N, C, H, W), float32, of every noise z ~ N(0, I), (N, C, H, W), and prompt."""
         t = self.schedule.last.expand(len(z))
-        return self.schedule.x0(self.predict(self.network, z, t, condition), z, t), t
+        return self.schedule.x0(self.predict(self.network, z, t, condition), z, t)

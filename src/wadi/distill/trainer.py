@@ -182,7 +182,7 @@ class Trainer:
         for micro, synchronize in self.student_update.micro_batches():
             condition = pick(inputs.condition, micro)
             with synchronize:
-                x0, _ = self.generator.sample(inputs.z[micro], condition)
+                x0 = self.generator.sample(inputs.z[micro], condition)
                 place = self.scores.at(x0, pick(inputs.place, micro), condition)
                 batch = Batch(x0, condition, place, self.scores)
                 terms = {
@@ -206,7 +206,7 @@ class Trainer:
 
     def generate(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The student's images x0 (N, C, H, W) float32 from z ~ N(0, I) and the condition of N prompts."""
-        return self.generator.sample(z, condition)[0]
+        return self.generator.sample(z, condition)
 
     # --- the device ---
 

@@ -75,7 +75,7 @@ class TimedCheckpoints:
         return int(state["step"]), self.saved_at
 
     def save_when_due(self, training: LatentTraining, generator: torch.Generator, steps: TimedSteps) -> None:
-        """Save, if the last checkpoint is old enough. Call it after every step but the last.
+        """Save, if the last checkpoint is old enough. Call it after every step.
 
         Raises:
             WadiError: the checkpoint cannot be written.

@@ -33,7 +33,7 @@ def store_small(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
     Returns:
         The small weight (out, in), and what its rows are multiplied by, (out, 1) float32; see `widen`.
     """
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     # the largest of a row is divided by first, so that no norm over- or underflows
     largest = wide.abs().amax(dim=1, keepdim=True)
     unit = largest / 127 if dtype == torch.int8 else largest

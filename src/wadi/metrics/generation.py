@@ -17,6 +17,7 @@ from wadi.identity import adapter_digest, model_digest
 from wadi.images import open_image
 from wadi.metrics.captions import Chosen
 from wadi.metrics.evaluate_config import EvaluateConfig
+from wadi.onestep.arguments import size_arguments
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.pipeline import load_for_steps
@@ -109,6 +110,7 @@ def generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState)
                 num_inference_steps=config.num_inference_steps,
                 generator=[torch.Generator().manual_seed(task.seed) for task in part],
                 **stock_arguments(pipeline),
+                **size_arguments(pipeline),
                 **guidance_arguments(pipeline, config.guidance_scale),
             )
             tell_odd_output(made, [task.file for task in part])

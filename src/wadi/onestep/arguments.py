@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from wadi.errors import WadiError
+from wadi.onestep.student import network_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST = 16
@@ -53,7 +54,7 @@ def own_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
     If the network's configuration has no `sample_size`, it is the stock pipeline's own default.
     """
-    size = _network(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
+    size = network_of(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
     if size is None:
         return USUAL_SIDE, USUAL_SIDE
     rows, columns = (size, size) if isinstance(size, int) else size
@@ -67,7 +68,7 @@ def size_step(pipeline: DiffusionPipeline) -> int:
     latent. A transformer also needs whole patches. A U-Net whose up blocks always double the size also needs
     sides that its down blocks can halve exactly.
     """
-    network, latents = _network(pipeline), 1
+    network, latents = network_of(pipeline), 1
     if not isinstance(network, UNet2DConditionModel):
         latents = network.config.get("patch_size") or 1
     elif not {type(block).__name__ for block in network.up_blocks} <= _ANY_SIZE:
@@ -189,7 +190,10 @@ def generators_of(
 
 
 def size_arguments(
-    pipeline: DiffusionPipeline, height: int | None, width: int | None, from_image: bool
+    pipeline: DiffusionPipeline,
+    height: int | None = None,
+    width: int | None = None,
+    from_image: bool = False,
 ) -> dict[str, int]:
     """The arguments of a stock pipeline's call that set the size of its images.
 
@@ -212,13 +216,9 @@ def size_arguments(
     return dict(zip(("height", "width"), image_size(pipeline, height, width), strict=True))
 
 
-def _network(pipeline: DiffusionPipeline) -> torch.nn.Module:
-    return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
-
-
 def _places(pipeline: DiffusionPipeline) -> int | None:
     """Most pixels of a side for which the network has embeddings of places; ``None`` where it makes any."""
-    config = _network(pipeline).config
+    config = network_of(pipeline).config
     patches = config.get("pos_embed_max_size")  # of Stable Diffusion 3
     return patches and patches * config.patch_size * pipeline.vae_scale_factor
 

@@ -46,8 +46,9 @@ def average_students(
     for folder, student in zip(folders, students, strict=True):
         if student != students[0]:
             raise WadiError(
-                f"{folder}: is not a student like {folders[0]} (it has another base model, prediction or "
-                f"alpha_T^2, or no {STUDENT_FILE}); name students of the same teacher"
+                f"{folder}: is not a student like {folders[0]} (it has another base model, prediction, "
+                f"alpha_T^2, resolution or fused LoRA, or no {STUDENT_FILE}); name students of one "
+                "teacher"
             )
     with output.writing() as folder:
         try:

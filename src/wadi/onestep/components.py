@@ -228,14 +228,22 @@ def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) ->
     return f"{folder}: holds no weights, {wanted} is missing; fetch the folder again"
 
 
+def empty_module(kind: type[torch.nn.Module], folder: Path) -> torch.nn.Module:
+    """The network that the config.json of a folder describes, on the meta device.
+
+    Raises:
+        Exception: whatever the library raises for a configuration that it cannot read.
+    """
+    with torch.device("meta"):
+        if hasattr(kind, "from_config"):
+            return kind.from_config(read_json(folder / "config.json"))
+        return kind(kind.config_class.from_pretrained(folder))
+
+
 def _reshaped(kind: type[torch.nn.Module], folder: Path, weights: WeightFiles) -> list[str]:
     """Keys of tensors whose shape differs from that in the network that config.json describes."""
     try:
-        with torch.device("meta"):
-            if hasattr(kind, "from_config"):
-                module = kind.from_config(read_json(folder / "config.json"))
-            else:
-                module = kind(kind.config_class.from_pretrained(folder))
+        module = empty_module(kind, folder)
     except Exception:  # the configuration is wrong, and the library's own error says so
         return []
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -227,8 +227,13 @@ def load_vae(name: str, pipeline: DiffusionPipeline, torch_dtype: torch.dtype) -
         torch_dtype: dtype of its weights.
 
     Raises:
-        WadiError: the autoencoder cannot be loaded, is of another class, or has latents of another shape.
+        WadiError: the autoencoder cannot be loaded, is of another class, or has latents of another shape; or
+            this kind of pipeline takes no other one.
     """
+    if isinstance(pipeline, (QwenImagePipeline, Flux2KleinPipeline)):
+        raise WadiError(
+            f"--vae {name}: a {type(pipeline).__name__} takes no autoencoder but its own; omit the option"
+        )
     folder = part_folder(name, "autoencoder")
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}

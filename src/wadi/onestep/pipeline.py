@@ -122,7 +122,7 @@ class OneStepPipeline:
     def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
         """Make all later calls fast: compiled, captured as one CUDA graph, embeddings of prompts kept.
 
-        Pictures of float32 differ from the plain ones by rounding (at most 1 of 255). The first call of each
+        Images of float32 differ from the plain ones by rounding (at most 1 of 255). The first call of each
         shape compiles and captures it (minutes for Stable Diffusion on a GPU, less where torch has it in its
         cache): `fast.warm_up` does so ahead, `fast.warmup_seconds` tells what it took. The U-Net and the VAE
         are changed in place; call `save_pretrained` before.
@@ -130,7 +130,7 @@ class OneStepPipeline:
         Args:
             mode: "default", "max-autotune-no-cudagraphs" or "eager"; see `FastPath`. Without a GPU ``None``
                 compiles nothing: only embeddings are kept and projections fused.
-            batch_size: pictures made at once; ``None`` for those of a call.
+            batch_size: images made at once; ``None`` for those of a call.
 
         Returns:
             This pipeline.
@@ -156,8 +156,8 @@ class OneStepPipeline:
     ) -> Any:
         """Make ``len(prompts) * num_images_per_prompt`` images, prompt by prompt.
 
-        An image that the pipeline's safety checker flagged, that is one colour all over or that holds what is
-        no number is told of as a `WadiWarning`.
+        A `WadiWarning` tells of images that the safety checker flagged, that have a single colour, or that
+        hold values that are not numbers.
 
         Args:
             prompt: one prompt or several.

@@ -54,13 +54,17 @@ class FusedLoRA:
 
     @classmethod
     def in_folder(cls, folder: str | os.PathLike | None) -> FusedLoRA | None:
-        """The LoRA in a pipeline folder of `wadi.teachers`; ``None`` for other folders.
+        """The LoRA in a pipeline folder of `wadi.teachers` or of a student; ``None`` for other folders.
 
         Raises:
-            WadiError: its `teacher.json` is broken.
+            WadiError: its `teacher.json` or `student.json` is broken.
         """
-        file = Path(folder or ".") / TEACHER_FILE
-        record = read_json(file) if folder and file.is_file() else {}
+        if not folder:
+            return None
+        if (student := Student.read(folder)) is not None:
+            return student.lora
+        file = Path(folder) / TEACHER_FILE
+        record = read_json(file) if file.is_file() else {}
         return cls.of(record.get("lora")) if isinstance(record, dict) else None
 
     def __str__(self) -> str:

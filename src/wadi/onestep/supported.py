@@ -17,6 +17,9 @@ from wadi.files import read_json
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that are not needed to make an image of a prompt; they are not loaded."""
 
+NETWORKS = ("unet", "transformer")
+"""Names of the network that is distilled, of which a pipeline has one."""
+
 NEEDED = (
     *("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
     *("unet", "transformer", "scheduler"),

@@ -31,7 +31,7 @@ from wadi.identity import files_digest, model_digest, refuse_other_inputs
 from wadi.images import open_image
 from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import adapter_folder, merge_adapters, student_with
-from wadi.onestep.arguments import seeded
+from wadi.onestep.arguments import seeded, size_arguments
 from wadi.onestep.loading import guidance_arguments, prompt_reader, stock_arguments
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.student import check_teacher, network_of
@@ -39,7 +39,7 @@ from wadi.outputs import Output
 from wadi.progress import progress
 from wadi.prompts import Prompt, check_length, read_prompts
 from wadi.tasks.dreambooth_config import CONFIG_FILE, INPUTS, DreamBoothConfig, saved_options
-from wadi.tasks.dreambooth_training import DreamBooth
+from wadi.tasks.dreambooth_training import DreamBooth, check_trainable
 from wadi.tasks.exemplars import read_images
 
 GUIDANCE_SCALE = 7.5
@@ -69,6 +69,7 @@ def dreambooth(config: DreamBoothConfig) -> Path:
     pipeline = _load(config)
     priors = class_prompts(config)
     _check_lengths(config, priors, pipeline)
+    check_trainable(config, pipeline)
     if not (run / CONFIG_FILE).exists():
         run_output(config).open()
     write_json(run / INPUTS_FILE, inputs)
@@ -146,6 +147,7 @@ def _generate(
         generator=seeded(seed, len(prompts)),
         **guidance_arguments(pipeline, scale),
         **stock_arguments(pipeline),
+        **size_arguments(pipeline),
     ).images
 
 

@@ -51,7 +51,7 @@ class DreamBoothConfig:
     output_dir: Path = Path("runs/dreambooth")
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: str | None = None
-    """Multi-step model: a Stable Diffusion or PixArt-alpha folder, or a hub id."""
+    """Folder or hub id of the multi-step model, of any kind that wadi distils."""
     instance_prompt: str = "a zwx"
     """Prompt of the images: a word that means nothing yet, and the kind of the subject if it has one, such as
     "a zwx dog"."""

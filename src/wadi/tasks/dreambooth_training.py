@@ -29,6 +29,7 @@ from wadi.files import save_tensors
 from wadi.interrupt import catch_interrupt
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER
+from wadi.onestep.student import network_of
 from wadi.progress import progress
 from wadi.tasks.dreambooth_config import DreamBoothConfig
 
@@ -36,6 +37,7 @@ WORD_LAYERS = ("attn2.to_k", "attn2.to_v")
 """Keys and values of the cross-attention, in U-Nets and in PixArt's transformer."""
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 """All linear layers of CLIP's text encoder."""
+_TEXT_ENCODER = LoRaDConfig(target_modules=TEXT_ENCODER_LAYERS)
 LEARNING_RATE = 1e-4
 """Learning rate if none is given, as in diffusers' train_dreambooth_lora.py."""
 
@@ -109,14 +111,12 @@ class DreamBooth:
         self.conditions = {} if config.train_text_encoder else self.backbone.encode(self.prompts)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            layers = student_config(self.backbone.network)
-            if config.layers == "cross-attention":
-                kept = [name for name in layers.target_modules if name.endswith(WORD_LAYERS)]
-                layers = dataclasses.replace(layers, target_modules=kept)
-            self.network = _adapted(self.backbone.network, layers, config)
+            self.network = _adapted(self.backbone.network, _layers(config, pipeline), config)
             self.text_encoder: PeftModel | None = None
             if config.train_text_encoder:
-                self.text_encoder = self._adapted_text_encoder(pipeline)
+                _check_text_encoder(pipeline)
+                encoder = pipeline.text_encoder.to(config.device).requires_grad_(False).eval()
+                self.text_encoder = _adapted(encoder, _TEXT_ENCODER, config)
         self.parameters = trainable(self.network)
         if self.text_encoder is not None:
             named = trainable(self.text_encoder).items()
@@ -224,21 +224,6 @@ class DreamBooth:
         ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
         return {"encoder_hidden_states": self.text_encoder(input_ids=ids.to(device))[0]}
 
-    def _adapted_text_encoder(self, pipeline: DiffusionPipeline) -> PeftModel:
-        if len(self.backbone.text.parts) > 1:
-            raise WadiError(
-                f"--train-text-encoder: a {type(pipeline).__name__} has several text encoders, which cannot "
-                "be trained; omit the option"
-            )
-        if not isinstance(pipeline.text_encoder, CLIPTextModel):
-            kind = type(pipeline.text_encoder).__name__
-            raise WadiError(
-                f"--train-text-encoder: the text encoder is a {kind}, and only CLIP's can be trained; "
-                "omit the option"
-            )
-        encoder = pipeline.text_encoder.to(self.config.device).requires_grad_(False).eval()
-        return _adapted(encoder, LoRaDConfig(target_modules=TEXT_ENCODER_LAYERS), self.config)
-
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint holds; live tensors, not copies."""
         state = self.optimizer.state
@@ -248,10 +233,53 @@ class DreamBooth:
         }
 
 
-def _adapted(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConfig) -> PeftModel:
-    """Put a trainable float32 adapter on the layers of `like`, with the method and rank of the options."""
+def check_trainable(config: DreamBoothConfig, pipeline: DiffusionPipeline) -> None:
+    """Refuse layers, a text encoder or a rank that cannot be trained, before images are made.
+
+    Raises:
+        WadiError: the pipeline has no such layers, its text encoder cannot be trained, or no layer can use
+            the rank.
+    """
+    _check_rank(network_of(pipeline), _layers(config, pipeline), config)
+    if config.train_text_encoder:
+        _check_text_encoder(pipeline)
+        _check_rank(pipeline.text_encoder, _TEXT_ENCODER, config)
+
+
+def _layers(config: DreamBoothConfig, pipeline: DiffusionPipeline) -> LoRaDConfig:
+    layers = student_config(network_of(pipeline))
+    if config.layers == "all":
+        return layers
+    kept = [name for name in layers.target_modules if name.endswith(WORD_LAYERS)]
+    if not kept:
+        raise WadiError(
+            f"--layers cross-attention: a {type(pipeline).__name__} has no cross-attention layers; use all"
+        )
+    return dataclasses.replace(layers, target_modules=kept)
+
+
+def _check_text_encoder(pipeline: DiffusionPipeline) -> None:
+    if len(BACKBONES[type(pipeline).__name__].text_class.parts) > 1:
+        raise WadiError(
+            f"--train-text-encoder: a {type(pipeline).__name__} has several text encoders, which cannot "
+            "be trained; omit the option"
+        )
+    if not isinstance(pipeline.text_encoder, CLIPTextModel):
+        kind = type(pipeline.text_encoder).__name__
+        raise WadiError(
+            f"--train-text-encoder: the text encoder is a {kind}, and only CLIP's can be trained; "
+            "omit the option"
+        )
+
+
+def _check_rank(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConfig) -> None:
     named = [name for name, _ in network.named_modules() if name.endswith(tuple(like.target_modules))]
     check_rank("--rank", config.rank, layer_sizes(network, named).values(), config.method == "lorad")
+
+
+def _adapted(network: torch.nn.Module, like: LoRaDConfig, config: DreamBoothConfig) -> PeftModel:
+    """Put a trainable float32 adapter on the layers of `like`, with the method and rank of the options."""
+    _check_rank(network, like, config)
     adapter = method_config(config.method, dataclasses.replace(like, r=config.rank))
     model = get_peft_model(network, adapter)
     cast_training_params(model, torch.float32)

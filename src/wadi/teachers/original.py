@@ -26,14 +26,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, save_tensors
-from wadi.onestep.components import HARMLESS, STEMS, Entry, find_weights, first_line
-from wadi.onestep.supported import networks
+from wadi.onestep.components import HARMLESS, STEMS, Entry, empty_module, find_weights, first_line
+from wadi.onestep.supported import NETWORKS, networks
 from wadi.teachers.kinds import read_model_header
 
 Tensors = dict[str, torch.Tensor]
-
-DENOISERS = ("unet", "transformer")
-"""Names of the network that is distilled, in pipelines."""
 
 _PREFIX = "model.diffusion_model."
 _UNET = re.compile(r"^(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
@@ -65,9 +62,7 @@ def parts_in(file: Path, config: Path) -> dict[str, type[nn.Module]]:
     header = _usual({key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()})
     found = {}
     for part, kind in networks(config, index).items():
-        if part in DENOISERS or (
-            part == "vae" and any(key.startswith(tuple(LDM_VAE_KEYS)) for key in header)
-        ):
+        if part in NETWORKS or (part == "vae" and any(key.startswith(tuple(LDM_VAE_KEYS)) for key in header)):
             module = _empty(kind, config / part)
             converted = _converted(kind, config / part, header, file, module)
             _check_fit(converted, module, file, config / part, header)
@@ -98,7 +93,7 @@ def write_part(part: str, kind: type[nn.Module], file: Path, config: Path, folde
         WadiError: a weight is missing or not finite, or the part cannot be written.
     """
     tensors = _usual(load_tensors(file))
-    if part in DENOISERS or part == "vae":
+    if part in NETWORKS or part == "vae":
         converted = _converted(kind, config / part, tensors, file, _empty(kind, config / part))
     else:
         converted = _encoder(kind, part, config, tensors, file)
@@ -146,10 +141,7 @@ def _usual(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def _empty(kind: type[nn.Module], folder: Path) -> nn.Module:
     """The network that a configuration describes, without memory for its weights."""
     try:
-        with torch.device("meta"):
-            if hasattr(kind, "from_config"):
-                return kind.from_config(read_json(folder / "config.json"))
-            return kind(kind.config_class.from_pretrained(folder))
+        return empty_module(kind, folder)
     except WadiError:
         raise
     except Exception as error:  # a wrong configuration fails in many ways

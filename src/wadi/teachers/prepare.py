@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from wadi.errors import WadiError, tell
@@ -174,8 +173,11 @@ def _make(folder: Path, file: Path | None, source: Path, lora: Path | None, fuse
             write_json(temporary / TEACHER_FILE, {"lora": None if fused is None else fused.as_json()})
             if folder.exists() and not _complete(folder):
                 shutil.rmtree(folder)  # its links point to a folder that was moved
-            with suppress(FileExistsError):
+            try:
                 temporary.rename(folder)
+            except OSError:  # another command has made the same folder meanwhile
+                if not _complete(folder):
+                    raise
         if not _complete(folder):
             raise WadiError(f"{folder}: could not be written completely; remove it and try again")
     finally:

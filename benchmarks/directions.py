@@ -1,9 +1,9 @@
 """Time and peak memory of `wadi directions` and `wadi directions swap` at full size, random weights.
 
-    python experiments/directions.py                          # SD 1.5's U-Net against a fine-tune of it
-    python experiments/directions.py --model pixart           # PixArt-alpha XL/2
-    python experiments/directions.py --student lorad          # an adapter, not whole weights
-    python experiments/directions.py --model tiny             # a smoke test
+    python benchmarks/directions.py                          # SD 1.5's U-Net against a fine-tune of it
+    python benchmarks/directions.py --model pixart-256       # PixArt-alpha XL/2
+    python benchmarks/directions.py --student lorad          # an adapter, not whole weights
+    python benchmarks/directions.py --model tiny             # a smoke test
 
 The weights are normal, of the shapes of the configuration, and so are the changes (a fiftieth of their size):
 what is timed does not depend on the values. Files are written to --folder first (SD 1.5 in float32: 6.9 GB).
@@ -26,26 +26,15 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers import DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from published import make_network
 
 from wadi.backbones import student_config
 from wadi.files import save_tensors, write_json
 
-PIXART = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "cross_attention_dim": 1152,
-    "sample_size": 32,
-    "patch_size": 2,
-    "caption_channels": 4096,
-    "norm_type": "ada_norm_single",
-}
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-TINY = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 16}
 SHARD_ELEMENTS = 2**28
 
 MEASURED = """
@@ -64,7 +53,7 @@ print(json.dumps([code, *figures]))
 class Options:
     """Time the comparison and the swap of two networks."""
 
-    model: Literal["sd15", "pixart", "tiny"] = "sd15"
+    model: Literal["sd15", "pixart-256", "tiny"] = "sd15"
     """Configuration of the networks."""
     student: Literal["full", "lorad"] = "full"
     """Whole weights, or an adapter of the paper's rank."""
@@ -78,14 +67,6 @@ class Options:
     """Where the files go for as long as it runs; the system's temporary folder if not given."""
     out: Path | None = None
     """JSON file for the figures."""
-
-
-def make_network(model: str) -> nn.Module:
-    """The network without memory for its weights."""
-    with torch.device("meta"):
-        if model == "pixart":
-            return PixArtTransformer2DModel(**PIXART)
-        return UNet2DConditionModel(**(TINY if model == "tiny" else SD15))
 
 
 def write_network(network: nn.Module, folder: Path, dtype: torch.dtype, changed: bool) -> None:
@@ -154,8 +135,9 @@ def measure(arguments: list[str], threads: int) -> dict[str, float]:
 
 def run(options: Options, folder: Path) -> dict[str, dict[str, float]]:
     """Write the files, and measure each command."""
-    network = make_network(options.model)
-    dtype, part = getattr(torch, options.dtype), "transformer" if options.model == "pixart" else "unet"
+    with torch.device("meta"):
+        network = make_network(options.model)
+    dtype, part = getattr(torch, options.dtype), "transformer" if options.model == "pixart-256" else "unet"
     start = time.perf_counter()
     teacher, student = folder / "teacher", folder / "student"
     write_network(network, teacher, dtype, changed=False)
