@@ -9,7 +9,7 @@ from PIL import Image
 from tests.backbones.cases import CASES, NEARLY, PROMPTS, as_shipped, close, make, noise, stock
 from tests.tiny import tiny_pipeline
 from wadi.backbones import BACKBONES, load_backbone, load_prompt_encoder
-from wadi.errors import WadiError, WadiWarning
+from wadi.errors import WadiError
 
 every = pytest.mark.parametrize("case", CASES)
 
@@ -149,24 +149,23 @@ def test_the_resolution_is_the_users_where_the_network_has_none(case):
 
 
 @pytest.mark.parametrize("case", ["sd", "sd3"])
-def test_images_beyond_the_memory_are_decoded_in_tiles(case, monkeypatch):
+def test_large_images_are_decoded_in_tiles(case, monkeypatch):
     backbone = make(case)
-    monkeypatch.setattr("wadi.backbones.base.TILE", 8)
-    latents = noise(backbone)
+    for name in ("WHOLE", "TILE"):
+        monkeypatch.setattr(f"wadi.backbones.base.{name}", 8)
+    latents, sides = noise(backbone), []
     vae = make(case).pipeline.vae
     vae.enable_tiling()
     vae.tile_sample_min_size, vae.tile_latent_min_size = 8, 4
-
-    def small(module, inputs):
-        if inputs[0].shape[-1] > 4:
-            raise torch.OutOfMemoryError("a memory of 4 x 4 latents")
-
-    backbone.pipeline.vae.decoder.register_forward_pre_hook(small)
-    with pytest.warns(WadiWarning, match="tiles"):
-        images = backbone.decode(latents)
+    backbone.pipeline.vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: sides.append(inputs[0].shape[-1])
+    )
+    images = backbone.decode(latents)
+    assert max(sides) == 4
     expected = vae.decode(backbone.unscaled(latents)).sample.detach()
     expected = backbone.pipeline.image_processor.postprocess(expected)
     assert all(np.array_equal(*pair) for pair in zip(images, expected, strict=True))
+    assert not backbone.pipeline.vae.use_tiling
 
 
 @every

@@ -21,6 +21,7 @@ from wadi.onestep import (
     export_pipeline,
     image_grid,
     labelled_grid,
+    load_pipeline,
     save_image,
 )
 from wadi.onestep.pipeline import load_for_steps
@@ -146,6 +147,21 @@ def test_half_precision_files_are_loaded_in_float32(teacher, tmp_path):
     )
     pipeline = OneStepPipeline.from_pretrained(tmp_path / "half").pipeline
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+
+
+def test_an_export_has_the_dtypes_of_the_teachers_files(teacher, adapter, tmp_path):
+    """As diffusers users keep them: a network in half precision, a VAE in float32. Merging is in float32."""
+    mixed = StableDiffusionPipeline.from_pretrained(teacher)
+    mixed.unet.to(torch.bfloat16)
+    mixed.text_encoder.to(torch.float16)
+    mixed.save_pretrained(tmp_path / "mixed")
+    export_pipeline(tmp_path / "mixed", adapter, tmp_path / "pipeline")
+    parts = load_pipeline(tmp_path / "pipeline", "auto").components
+    dtypes = {"unet": torch.bfloat16, "text_encoder": torch.float16, "vae": torch.float32}
+    assert {name: parts[name].dtype for name in dtypes} == dtypes
+    whole = OneStepPipeline.from_pretrained(tmp_path / "mixed", adapter).pipeline.unet.state_dict()
+    merged = parts["unet"].state_dict()
+    assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in whole.items())
 
 
 def test_wrapping_leaves_the_teacher_as_it_is(teacher):

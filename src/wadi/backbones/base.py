@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,14 +18,14 @@ from wadi.backbones.storage import store_base
 from wadi.backbones.text import PromptEncoder
 from wadi.device import Precision
 from wadi.diffusion import Schedule
-from wadi.errors import WadiError, tell
+from wadi.errors import WadiError
 from wadi.onestep.arguments import own_size, size_step, whole_number
 from wadi.onestep.loading import load_pipeline, pipeline_class_name, pipeline_folder
 
 SINGLY_ABOVE = 256
 """Pixels: images with a longer side are decoded one by one."""
-TILE = 512
-"""Pixels: side of the tiles in which a VAE works whose memory does not hold an image."""
+WHOLE, TILE = 512, 384
+"""Pixels: the VAE decodes images with a side longer than `WHOLE` in tiles whose side is `TILE`."""
 
 
 def guided(null: torch.Tensor, cond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -241,7 +241,7 @@ class Backbone(ABC):
         for image in images:
             fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
             pixels = self.pipeline.image_processor.preprocess(fitted).to(self.device, torch.float32)
-            latents.append(self.scaled(self._in_memory(self._encoded, pixels)).cpu())
+            latents.append(self.scaled(self._encoded(pixels)).cpu())
         self.pipeline.vae.to("cpu")
         return torch.cat(latents)
 
@@ -249,36 +249,21 @@ class Backbone(ABC):
     def decode(self, latents: torch.Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Images of clean latents (N, C, H, W), decoded in float32 as diffusers' pipeline does.
 
-        Images above `SINGLY_ABOVE` are decoded one by one; where the memory does not hold one, in tiles,
-        which changes it slightly and is told.
+        Images above `SINGLY_ABOVE` are decoded one by one. Those above `WHOLE` are decoded in overlapping
+        tiles, which differs slightly from decoding them whole.
         """
-        self.pipeline.vae.to(self.device)
-        if self.pixels * max(latents.shape[-2:]) > SINGLY_ABOVE:
-            batch_size = 1
-        pixels = [
-            self._in_memory(self._decoded, self.unscaled(part)).cpu()
-            for part in latents.float().split(batch_size)
-        ]
-        self.pipeline.vae.to("cpu")
+        vae, longest = self.pipeline.vae.to(self.device), self.pixels * max(latents.shape[-2:])
+        if longest > WHOLE:
+            vae.enable_tiling()
+            if hasattr(vae, "tile_sample_min_size"):  # of an AutoencoderKL: as large as an image
+                side = min(TILE, vae.tile_sample_min_size)
+                vae.tile_latent_min_size = side * vae.tile_latent_min_size // vae.tile_sample_min_size
+                vae.tile_sample_min_size = side
+        parts = latents.float().split(1 if longest > SINGLY_ABOVE else batch_size)
+        pixels = [self._decoded(self.unscaled(part)).cpu() for part in parts]
+        vae.disable_tiling()
+        vae.to("cpu")
         return self.pipeline.image_processor.postprocess(torch.cat(pixels), output_type="pil")
-
-    def _in_memory(self, call: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> torch.Tensor:
-        """Call the VAE on a value; in tiles from then on, where the memory is too small for a whole image."""
-        vae = self.pipeline.vae
-        try:
-            return call(value)
-        except torch.OutOfMemoryError:
-            if not hasattr(vae, "enable_tiling") or getattr(vae, "use_tiling", True):
-                raise
-        tell("the memory does not hold a whole image in the VAE, which now works in tiles of it")
-        vae.enable_tiling()
-        if hasattr(vae, "tile_sample_min_size"):  # of an AutoencoderKL: a tile may be as large as an image
-            side = min(TILE, vae.tile_sample_min_size)
-            vae.tile_latent_min_size = side * vae.tile_latent_min_size // vae.tile_sample_min_size
-            vae.tile_sample_min_size = side
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return call(value)
 
     def _square(self, resolution: int) -> tuple[int, int]:
         """A resolution that the user asks for, as height and width."""

@@ -16,7 +16,7 @@ def export(
     teacher_lora: str | None = None,
     teacher_lora_scale: float = 1.0,
     subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Merge a student's adapter into its teacher. Plain diffusers loads the folder, without wadi.
@@ -29,7 +29,7 @@ def export(
         teacher_lora: LoRA file that is fused into the teacher, as wadi distill did.
         teacher_lora_scale: Number that the change of the LoRA is multiplied by.
         subject_adapter: Adapter of wadi dreambooth, merged too; may be given several times.
-        dtype: Precision of the written weights.
+        dtype: Precision of the written weights. If omitted, that of the teacher's files.
         overwrite: Replace the folder if wadi export wrote it and nothing else is in it.
     """
     import torch
@@ -43,5 +43,5 @@ def export(
     Output(out, "export", (model, teacher_config, teacher_lora), overwrite).check()
     named = model or emoji.teacher_folder()
     teacher = prepare_teacher(named, teacher_config, teacher_lora, teacher_lora_scale)
-    export_pipeline(teacher, adapters, out, getattr(torch, dtype), overwrite)
+    export_pipeline(teacher, adapters, out, getattr(torch, dtype or "", "auto"), overwrite)
     print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")

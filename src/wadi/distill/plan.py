@@ -132,8 +132,7 @@ def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
         if config.run.validation_steps:
             rows = len(config.run.validation_prompts) or GRID_PROMPTS
             images = rows * len(config.run.validation_seeds)
-            own = 4 * found.parameters["student"]  # set aside while the average takes its place
-            grid = max(found.validation, own + decoding(backbone, images))
+            grid = max(found.validation, decoding(backbone, images))
         peak = 0 if config.model.text_encoder_device == "cpu" else encoding(backbone, encoders)
     except (NotImplementedError, RuntimeError, LookupError, StopIteration) as error:  # needs values
         raise WadiError(f"{teacher}: cannot be planned: {' '.join(str(error).split())[:200]}") from error

@@ -107,14 +107,15 @@ def plan(config: DistillConfig) -> None:
 def export(trainer: Trainer, run: Path) -> None:
     """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher.
 
-    A teacher that was quantized already gets no pipeline/, because merging would round it again.
+    The pipeline has the dtypes of the teacher's files. A teacher that was quantized already gets no pipeline/,
+    because merging would round it again.
     """
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
     options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     teacher = backbone.text.folder or name
     own = options.alpha_T_squared, trainer.config.model.resolution
     if options.method != "lorad":
-        pipeline = load_pipeline(teacher)
+        pipeline = load_pipeline(teacher, "auto")
         network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
@@ -126,7 +127,8 @@ def export(trainer: Trainer, run: Path) -> None:
         record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora)
         record.write(folder)
     if not quantized_in_files(backbone.network):
-        OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
+        pipeline = OneStepPipeline.from_pretrained(teacher, run / "adapter", torch_dtype="auto")
+        pipeline.write(part(run, "pipeline"))
 
 
 def part(run: Path, name: str) -> Output:

@@ -223,17 +223,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """A context in which the student has its averaged weights; afterwards it has its own again."""
-        parameters = [p.data for p in self.student_parameters.values()]
-        self.synchronize()
-        own = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, list(self.average.tensors.values()))
+        """A context in which the student has its averaged weights, and the average those of the student."""
+        self._exchange_average()
         try:
             yield
         finally:
-            torch._foreach_copy_(parameters, own)
-            if self.stream is not None:
-                torch.cuda.synchronize(self.device)
+            self._exchange_average()
+
+    def _exchange_average(self) -> None:
+        """Exchange the student's weights and their average, a tensor at a time for the memory's sake."""
+        self.synchronize()
+        for name, parameter in self.student_parameters.items():
+            own, average = parameter.detach().clone(), self.average.tensors[name]
+            parameter.data.copy_(average)
+            average.copy_(own)
+        if self.stream is not None:
+            torch.cuda.synchronize(self.device)
 
     def ema_state(self) -> dict[str, torch.Tensor]:
         """A copy of the student's averaged weights, float32, by parameter name."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,9 @@ from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors, read_json
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Dtype = torch.dtype | Literal["auto"]
+"""What weights are loaded in; "auto" is the dtype of their files."""
+_WIDTHS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """First part of the names of weight files, by the library of the network's class."""
@@ -138,7 +141,7 @@ def _sharded(index: Path, variant: str | None) -> WeightFiles:
     return WeightFiles(files, index, variant, entries)
 
 
-def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torch.dtype) -> Module:
+def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: Dtype) -> Module:
     """Load one network of diffusers or transformers from safetensors, and check that every weight is there.
 
     The libraries initialise missing weights at random and skip unknown ones. Here both are errors, except for
@@ -147,7 +150,7 @@ def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torc
     Args:
         kind: the class of the network.
         folder: holds config.json and the weights, with plain names or those of a variant such as fp16.
-        torch_dtype: dtype of the loaded weights.
+        torch_dtype: dtype of the loaded weights; "auto" for that of the files.
 
     Returns:
         The network on the CPU, in evaluation mode.
@@ -164,6 +167,8 @@ def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: torc
         raise WadiError(_without_weights(kind, folder, library))
     if weights.variant not in (None, *PREFERRED_VARIANTS):
         tell(f"{folder}: has no plain weights; wadi loads the variant {weights.variant!r}")
+    if torch_dtype == "auto":
+        torch_dtype = _widest(weights)
     try:
         with quiet():
             module, info = kind.from_pretrained(
@@ -197,6 +202,12 @@ def first_line(error: Exception) -> str:
     """First line of an error's message, or the name of its class if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _widest(weights: WeightFiles) -> torch.dtype:
+    """The widest floating dtype in files; float32 if they hold none of 16 or 32 bits."""
+    held = {entry.dtype for entry in weights.entries.values()}
+    return next((dtype for name, dtype in _WIDTHS.items() if name in held), torch.float32)
 
 
 def _check_config(kind: type[torch.nn.Module], folder: Path) -> None:

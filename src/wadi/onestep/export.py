@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import torch
-
 from wadi.onestep.adapters import as_list
+from wadi.onestep.components import Dtype
 from wadi.onestep.pipeline import OneStepPipeline
 from wadi.outputs import Output
 
@@ -16,7 +15,7 @@ def export_pipeline(
     teacher: str | os.PathLike,
     adapter: str | os.PathLike | Sequence[str | os.PathLike],
     out_folder: str | os.PathLike,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = "auto",
     overwrite: bool = False,
 ) -> None:
     """Merge a student into its teacher and write a diffusers folder of stock classes, or nothing on failure.
@@ -26,14 +25,15 @@ def export_pipeline(
         pipeline = StableDiffusionPipeline.from_pretrained(out_folder)
         pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 
-    In float32 its images equal those of `OneStepPipeline` bit for bit. A half-precision folder must be loaded
-    with its dtype (``torch_dtype=torch.float16``); then the stock scheduler computes x0 in it too.
+    In float32 its images equal those of `OneStepPipeline` bit for bit. Merging computes in float32; weights
+    that are written in half precision are rounded once. Load such a folder with its dtype
+    (``torch_dtype=torch.float16``); then the stock scheduler computes x0 in it too.
 
     Args:
         teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.
         adapter: folder or hub id of the student's adapter, or several, of which the others are stacked on it.
         out_folder: where to write; new or empty.
-        dtype: dtype of the written weights; float32 when ``None``.
+        dtype: dtype of the written weights; "auto" for that of the teacher's files.
         overwrite: replace the folder if the same function wrote it and nothing else is in it.
 
     Raises:

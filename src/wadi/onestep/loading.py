@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wadi.errors import WadiError, tell
 from wadi.files import read_json
-from wadi.onestep.components import first_line, load_module
+from wadi.onestep.components import Dtype, first_line, load_module
 from wadi.onestep.student import STUDENT_FILE
 from wadi.onestep.supported import UNUSED, check_parts, networks
 
@@ -39,7 +39,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 def load_pipeline(
     pretrained_model_name_or_path: str | os.PathLike,
-    torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+    torch_dtype: Dtype | dict[str, Dtype] | None = None,
     without: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline from a folder or the hub, from safetensors, and check every weight.
@@ -49,8 +49,8 @@ def load_pipeline(
 
     Args:
         pretrained_model_name_or_path: folder, hub id, or a run folder of `wadi distill` (for its pipeline).
-        torch_dtype: dtype of all modules, or a dict of dtypes by module name and "default"; float32 when
-            ``None``. (diffusers' own default mixes dtypes if some files hold half precision.)
+        torch_dtype: dtype of all modules, "auto" for that of each module's files, or a dict of dtypes by
+            module name and "default"; float32 when ``None``.
         without: modules that are not loaded; unknown names are ignored.
 
     Raises:

@@ -21,6 +21,7 @@ from wadi.onestep.arguments import (
     size_arguments,
     whole_number,
 )
+from wadi.onestep.components import Dtype
 from wadi.onestep.embedding import as_learned, load_embedding
 from wadi.onestep.fast import FastPath
 from wadi.onestep.loading import (
@@ -80,7 +81,7 @@ class OneStepPipeline:
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         adapter: Adapters = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: Dtype | None = None,
         device: str | torch.device | None = None,
         vae: str | os.PathLike | None = None,
         fast: bool = False,
@@ -92,7 +93,7 @@ class OneStepPipeline:
             adapter: folder or hub id of a PEFT adapter of its U-Net or transformer, or several, such as a
                 student's and a subject's: see `merge_adapters`. They are merged, so a step costs what the
                 teacher's does. A student's `student.json` holds its own alpha_T^2.
-            torch_dtype: dtype of all modules; float32 when ``None``, whatever the files hold.
+            torch_dtype: dtype of all modules; "auto" for that of each module's files, float32 when ``None``.
             device: where to put the modules; ``None`` leaves them on the CPU.
             vae: folder or hub id of another autoencoder, such as a small and quick `AutoencoderTiny`
                 ("madebyollin/taesd").
@@ -112,7 +113,7 @@ class OneStepPipeline:
                 "of a multi-step model gives noise; name a student's adapter or an exported student"
             )
         if vae is not None:
-            pipeline.vae = load_vae(os.fspath(vae), pipeline, torch_dtype or torch.float32)
+            pipeline.vae = load_vae(os.fspath(vae), pipeline, pipeline.vae.dtype)
         if device is not None:
             pipeline.to(device)
         own = (None, None) if student is None else (student.alpha_T_squared, student.resolution)
