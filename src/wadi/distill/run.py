@@ -107,7 +107,7 @@ def plan(config: DistillConfig) -> None:
 def export(trainer: Trainer, run: Path) -> None:
     """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher.
 
-    The pipeline has the dtypes of the teacher's files. A teacher that was quantized already gets no pipeline/,
+    The pipeline has the dtypes of the teacher's files. A teacher that was quantized already gets none,
     because merging would round it again.
     """
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
