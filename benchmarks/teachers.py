@@ -5,7 +5,7 @@
 
 Memory and time do not depend on what the weights say, so such a teacher shows what a run of the published
 model needs. Its images are noise. U-Net or transformer, VAE and scheduler are the published ones. The text
-encoders give embeddings of the published widths but have one or two narrow layers, and the tokenizers know
+encoders give embeddings of the published widths but have few and narrow layers, and the tokenizers know
 single characters.
 """
 
@@ -18,20 +18,27 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-import transformers
 import tyro
-from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from directions import write_network
+from encoders import TOKENIZERS, text_encoder
 from published import NETWORKS
 
 from wadi.errors import WadiError
 from wadi.files import write_json
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-_CLIP, _POOLED = "CLIPTextModel", "CLIPTextModelWithProjection"
+_CLIP, _POOLED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+_KL = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+_FLOW_KL = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+_DC_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 
 
 @dataclass(frozen=True)
@@ -40,66 +47,101 @@ class Model:
 
     Attributes:
         pipeline: its class in diffusers.
-        vae: configuration of its AutoencoderKL, where that differs from `_VAE`.
+        vae: class and configuration.
         scheduler: class and options.
-        encoders: class and width of each text encoder.
+        encoders: class and width of each text encoder, and layers where the pipeline reads deep ones.
     """
 
     pipeline: str
-    vae: dict[str, Any]
+    vae: tuple[str, dict[str, Any]]
     scheduler: tuple[str, dict[str, Any]]
-    encoders: tuple[tuple[str, int], ...]
+    encoders: tuple[tuple[str, int] | tuple[str, int, int], ...]
+
+
+def _kl(**options: Any) -> tuple[str, dict[str, Any]]:
+    return "AutoencoderKL", {**_KL, **options}
+
+
+def _flow_kl(scaling: float, shift: float) -> tuple[str, dict[str, Any]]:
+    own = {"scaling_factor": scaling, "shift_factor": shift, "sample_size": 1024}
+    return "AutoencoderKL", {**_FLOW_KL, **own}
 
 
 def _flow(shift: float = 3.0, **options: Any) -> tuple[str, dict[str, Any]]:
     return "FlowMatchEulerDiscreteScheduler", {"shift": shift, **options}
 
 
-_FLOW_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 _SD3 = Model(
     "StableDiffusion3Pipeline",
-    {**_FLOW_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    _flow_kl(1.5305, 0.0609),
     _flow(),
-    ((_POOLED, 768), (_POOLED, 1280), ("T5EncoderModel", 4096)),
+    ((_POOLED, 768), (_POOLED, 1280), (_T5, 4096)),
 )
 _FLUX = Model(
     "FluxPipeline",
-    {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    _flow_kl(0.3611, 0.1159),
     _flow(3.0, use_dynamic_shifting=True),
-    ((_CLIP, 768), ("T5EncoderModel", 4096)),
+    ((_CLIP, 768), (_T5, 4096)),
+)
+_SANA = Model(
+    "SanaPipeline",
+    (
+        "AutoencoderDC",
+        {
+            "encoder_block_types": _DC_BLOCKS,
+            "decoder_block_types": _DC_BLOCKS,
+            "downsample_block_type": "Conv",
+            "upsample_block_type": "interpolate",
+            "scaling_factor": 0.41407,
+        },
+    ),
+    (
+        "DPMSolverMultistepScheduler",
+        {"flow_shift": 3.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    ),
+    (("Gemma2Model", 2304),),
+)
+_KLEIN = Model(
+    "Flux2KleinPipeline",
+    ("AutoencoderKLFlux2", {}),
+    _flow(3.0, use_dynamic_shifting=True),
+    (("Qwen3ForCausalLM", 2560, 28),),
 )
 MODELS = {
+    "tiny": Model(
+        "StableDiffusionPipeline",
+        _kl(block_out_channels=(32,) * 4),
+        ("PNDMScheduler", {**BETAS, "skip_prk_steps": True}),
+        ((_CLIP, 32),),
+    ),
     "sd15": Model(
         "StableDiffusionPipeline",
-        {},
+        _kl(),
         ("PNDMScheduler", {**BETAS, "skip_prk_steps": True}),
         ((_CLIP, 768),),
     ),
     "sdxl": Model(
         "StableDiffusionXLPipeline",
-        {"scaling_factor": 0.13025, "sample_size": 1024},
+        _kl(scaling_factor=0.13025, sample_size=1024),
         ("EulerDiscreteScheduler", {**BETAS, "timestep_spacing": "leading"}),
         ((_CLIP, 768), (_POOLED, 1280)),
     ),
-    "pixart-1024": Model(
-        "PixArtAlphaPipeline",
-        {},
-        ("DPMSolverMultistepScheduler", {}),
-        (("T5EncoderModel", 4096),),
-    ),
+    "pixart-1024": Model("PixArtAlphaPipeline", _kl(), ("DPMSolverMultistepScheduler", {}), ((_T5, 4096),)),
     **dict.fromkeys(("sd3-medium", "sd35-medium", "sd35-large"), _SD3),
     "flux-dev": _FLUX,
     "flux-schnell": replace(_FLUX, scheduler=_flow(1.0)),
+    **dict.fromkeys(("sana-1.6b", "sana-0.6b"), _SANA),
+    "klein-4b": _KLEIN,
+    "klein-9b": replace(_KLEIN, encoders=(("Qwen3ForCausalLM", 4096, 28),)),
+    "z-image": Model("ZImagePipeline", _flow_kl(0.3611, 0.1159), _flow(), (("Qwen3Model", 2560),)),
+    "qwen-image": Model(
+        "QwenImagePipeline",
+        ("AutoencoderKLQwenImage", {}),
+        _flow(1.0, use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        (("Qwen2_5_VLForConditionalGeneration", 3584),),
+    ),
 }
 """By names of `published.NETWORKS`, which has their U-Nets and transformers."""
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-"""What the VAEs of all these models have in common."""
 
 
 @dataclass
@@ -116,33 +158,6 @@ class Options:
     """Write weights; without them the folder is enough for `wadi distill --plan`."""
 
 
-def clip_tokenizer() -> transformers.CLIPTokenizer:
-    """One token a byte."""
-    letters = sorted(ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-
-
-def t5_tokenizer() -> transformers.T5Tokenizer:
-    """One token a character."""
-    letters = [(chr(i), -3.0) for i in range(33, 127)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
-
-
-def text_encoder(kind: str, width: int, words: int) -> nn.Module:
-    """A narrow text encoder that gives states of a width."""
-    if kind == "T5EncoderModel":
-        small = {"d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
-        return transformers.T5EncoderModel(transformers.T5Config(vocab_size=words, d_model=width, **small))
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 64, "vocab_size": words}
-    # SDXL and Stable Diffusion 3 read the states before the last layer
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    return getattr(transformers, kind)(transformers.CLIPTextConfig(**sizes, **layers, **ids))
-
-
 def write_teacher(options: Options) -> None:
     """Write the folder.
 
@@ -157,7 +172,7 @@ def write_teacher(options: Options) -> None:
     index: dict[str, Any] = {"_class_name": model.pipeline, "scheduler": ["diffusers", model.scheduler[0]]}
     if model.pipeline == "StableDiffusionPipeline":  # its constructor asks for these
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    networks = ((part, *network), ("vae", "AutoencoderKL", _VAE | model.vae))
+    networks = ((part, *network), ("vae", *model.vae))
     for name, kind, config in networks:
         index[name] = ["diffusers", kind]
         with torch.device("meta"):
@@ -167,13 +182,13 @@ def write_teacher(options: Options) -> None:
         else:
             network.save_config(out / name)
     getattr(diffusers, model.scheduler[0])(**model.scheduler[1]).save_pretrained(out / "scheduler")
-    for number, (kind, width) in enumerate(model.encoders, 1):
+    for number, (kind, width, *layers) in enumerate(model.encoders, 1):
         suffix = "" if number == 1 else f"_{number}"
-        tokenizer = t5_tokenizer() if kind == "T5EncoderModel" else clip_tokenizer()
+        tokenizer = TOKENIZERS[kind]()
         index[f"text_encoder{suffix}"] = ["transformers", kind]
         index[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
         tokenizer.save_pretrained(out / f"tokenizer{suffix}")
-        encoder = text_encoder(kind, width, len(tokenizer))
+        encoder = text_encoder(kind, width, len(tokenizer), *layers)
         if options.weights:
             encoder.save_pretrained(out / f"text_encoder{suffix}")
         else:

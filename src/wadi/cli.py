@@ -151,6 +151,13 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("wadi: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does not import
+            raise
+        print(
+            f"wadi: error: the memory of the GPU is too small. {str(error).splitlines()[0]}", file=sys.stderr
+        )
+        return 2
     return 0
 
 

@@ -13,6 +13,7 @@ import tyro
 from wadi import emoji
 from wadi.distill.config import DistillConfig
 from wadi.distill.presets import FITS, PRESETS
+from wadi.errors import tell
 
 HELP_ALL = "--help-all"
 
@@ -39,6 +40,7 @@ _TITLES = {"fake": "fake model"}
 def distill(config: DistillConfig, plan: bool = False) -> None:
     """Distil, and write the report; with `plan`, print what the run needs, and stop."""
     from accelerate import PartialState
+    from torch import OutOfMemoryError
 
     from wadi.distill.report import report as write
     from wadi.distill.run import distill as run_distillation
@@ -55,7 +57,10 @@ def distill(config: DistillConfig, plan: bool = False) -> None:
         print(f"student: {adapter}; no pipeline/ and no report, because the teacher is quantized")
         return
     print(f"student: {run / 'pipeline'} (diffusers){', ' if adapter else ''}{adapter}")
-    print(f"report: {write(run)}")
+    try:
+        print(f"report: {write(run)}")
+    except OutOfMemoryError:  # the run itself has all its files
+        tell(f"{run}: the memory is too small for the images of the report; elsewhere, run wadi report {run}")
 
 
 def parse(arguments: Sequence[str]) -> tuple[DistillConfig, bool]:

@@ -160,19 +160,37 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         )
     if not config.run.validation_prompts:
         raise WadiError(f"{run / 'config.yaml'}: names no validation_prompts, of which the report has images")
-    device = chosen_device()
-    teacher = load_pipeline(prepare_teacher(*config.model.teacher)).to(device)
-    student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
+    device = torch.device(chosen_device())
+    dtype = config.run.dtype if device.type == "cuda" else torch.float32
+    teacher = load_pipeline(prepare_teacher(*config.model.teacher), dtype)
+    student = OneStepPipeline.from_pretrained(run / "pipeline", torch_dtype=dtype)
     guidance_scale = config.objective.guidance_scale if guidance_scale is None else guidance_scale
-    comparison = before_after(
-        teacher,
-        student,
-        config.run.validation_prompts,
-        config.run.validation_seeds or DistillConfig().run.validation_seeds,
-        steps,
-        guidance_scale,
-    )
+    seeds = config.run.validation_seeds or DistillConfig().run.validation_seeds
+    images = teacher, student, config.run.validation_prompts, seeds, steps, guidance_scale
+    comparison = _in_memory(lambda: before_after(*images), (teacher, student.pipeline), device)
     return write_report(run, comparison)
+
+
+def _in_memory(
+    make: Callable[[], Comparison], pipelines: Sequence[DiffusionPipeline], device: torch.device
+) -> Comparison:
+    """Call `make` with pipelines on a device, in ever smaller parts where the memory is too small."""
+    ways: list[Callable[[DiffusionPipeline], object]] = [lambda pipeline: pipeline.to(device)]
+    if device.type == "cuda":
+        ways.append(lambda pipeline: pipeline.enable_model_cpu_offload(device=device))
+        ways.append(lambda pipeline: pipeline.enable_sequential_cpu_offload(device=device))
+    for put in ways:
+        try:
+            for pipeline in pipelines:
+                put(pipeline)
+            return make()
+        except torch.OutOfMemoryError:
+            if put is ways[-1]:
+                raise
+        for pipeline in pipelines:
+            pipeline.vae.enable_slicing()
+        torch.cuda.empty_cache()
+    raise AssertionError("the last way returns or raises")
 
 
 def write_report(

@@ -54,6 +54,8 @@ def distill(config: DistillConfig) -> Path:
     config, checkpoint = resolve(config)
     run = Path(config.run.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
+    # fails in backward at the shape of FLUX.1 with torch 2.11 (illegal memory access)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     accelerator = make_accelerator(config)
     hosts, device = hosts_group(accelerator), accelerator.device
     for main in (True, False):  # the others find everything on the disk
