@@ -66,6 +66,8 @@ class Options:
     """GiB that a process may reserve, to show that a run fits a smaller GPU."""
     interrupted: bool = True
     """Kill each run and resume it."""
+    whole: bool = True
+    """Let the run end; if not, it is only killed: nothing is exported."""
     keep: bool = False
     """Keep the run folders. Teachers are always kept."""
     work: Path = Path("models")
@@ -111,19 +113,21 @@ def measure(options: Options, model: str, teacher: Path, way: str, gpu: bool) ->
     command += ["--cuda-graphs"] if gpu and not usual else []
     command += [word for option in options.more for word in option.split("=", 1)]
     found: dict[str, Any] = {"killed": False}
-    if options.interrupted and not usual:
+    if not options.whole or (options.interrupted and not usual):
         found["killed"] = killed(start(command, usual, options.memory_limit, run), run)
         command = ["--resume-from-checkpoint", str(run)]
+    if not options.whole:
+        found |= figures(run)
+        if not found["killed"]:
+            found["failed"] = last_line(run)
+        shutil.rmtree(run, ignore_errors=True)
+        return found
     started = time.time()
     process = start(command, usual, options.memory_limit, run)
     process.wait()
-    said = log_file(run).read_text(errors="replace")
-    found |= {"seconds_in_all": round(time.time() - started, 1), "seconds_a_step": seconds_a_step(run)}
-    line = re.search(r"memory: ([\d.]+) (\w+) allocated at most, ([\d.]+) (\w+) were estimated", said)
-    if line:
-        found |= {"gib": float(line[1]), "estimated_gib": float(line[3])}
+    found |= {"seconds_in_all": round(time.time() - started, 1)} | figures(run)
     if process.returncode:
-        found["failed"] = said.strip().splitlines()[-1][:300]
+        found["failed"] = last_line(run)
     elif not usual:
         found["image"] = stock_image(run, gpu)
     if not options.keep:
@@ -162,13 +166,27 @@ def killed(process: subprocess.Popen, run: Path) -> bool:
     return False
 
 
-def seconds_a_step(run: Path) -> float | None:
-    """Median over the intervals of `LOGGED` steps in which neither a grid nor a checkpoint was written."""
+def last_line(run: Path) -> str:
+    """What the command said last, such as why it failed."""
+    return (log_file(run).read_text(errors="replace").strip().splitlines() or [""])[-1][:300]
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """Seconds a step, GiB allocated at most, and what was estimated before.
+
+    The seconds are the median over the intervals of `LOGGED` steps without a grid or a checkpoint.
+    """
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     at = {row["step"]: row["seconds"] for row in rows}
     quiet = [(step - LOGGED, step) for step in at if step % EVERY == 0 and step - LOGGED in at]
-    return statistics.median((at[b] - at[a]) / LOGGED for a, b in quiet) if quiet else None
+    seconds = statistics.median((at[b] - at[a]) / LOGGED for a, b in quiet) if quiet else None
+    estimate = re.search(r"memory: ([\d.]+) (\w+) estimated", log_file(run).read_text(errors="replace"))
+    return {
+        "seconds_a_step": None if seconds is None else round(seconds, 3),
+        "gib": max((row.get("allocated_gib", 0.0) for row in rows), default=None),
+        "estimated_gib": float(estimate[1]) if estimate else None,
+    }
 
 
 def stock_image(run: Path, gpu: bool) -> str:

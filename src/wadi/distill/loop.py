@@ -94,6 +94,8 @@ def _write_metrics(trainer: Trainer, fetched: dict[str, float], skipped: int) ->
     trainer.accelerator.log(row, step=step)
     if trainer.accelerator.is_main_process:
         row = {"step": step, **row, "seconds": round(trainer.seconds, 3)}
+        if trainer.device.type == "cuda":
+            row["allocated_gib"] = round(torch.cuda.max_memory_allocated(trainer.device) / 2**30, 2)
         append_metrics(Path(config.run.output_dir) / "metrics.jsonl", row)
 
 
