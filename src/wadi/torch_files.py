@@ -34,7 +34,7 @@ UNSAFE = (*TORCH_SUFFIXES, ".pkl", ".msgpack", ".h5")
 _ZIP = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before torch 1.6
 _LEGACY_PICKLES = 3  # this number, the protocol, and facts about the system come before the content
-_WRAPPERS = ("state_dict", "model", "module")
+_WRAPPERS = ("state_dict", "model", "module", "string_to_param")  # the last one is that of learned words
 
 _STORAGES = {
     "Double": torch.float64,
@@ -104,7 +104,7 @@ def unsafe_message(path: Path, named: Path | None = None) -> str:
         path: the file.
         named: the folder that the user named, if it was not the file; the whole of it is to be converted.
     """
-    what = f"has its weights in {path.name}," if named else "is"
+    what = f"has its weights in {path.relative_to(named)}," if named else "is"
     said = f"{named or path}: {what} in a format that can run code"
     if path.suffix.lower() not in TORCH_SUFFIXES:
         return f"{said} when it is read; name a model with .safetensors weights"
@@ -122,7 +122,7 @@ def read_torch_file(path: str | os.PathLike) -> tuple[dict[str, Any], list[str]]
 
     Returns:
         The state dict, with CPU tensors of the stored dtype and other entries as they are; and the names of
-        the entries beside it, if the file holds it as `state_dict`, `model` or `module`.
+        the entries beside it, if it is itself an entry, such as `state_dict`.
 
     Raises:
         WadiError: the file cannot be read, is damaged, names something that no state dict needs, or holds no

@@ -150,7 +150,7 @@ BROKEN_FILES = {
     lambda path: path.write_bytes(b""): "could not read the safetensors file",
     lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n" * 3): "could not read",
     lambda path: save_file({}, path): "holds no tensors",
-    pickled: "convert it once",
+    pickled: "wadi convert",
     renamed: "give the file this name",
     Path.unlink: "is missing; fetch the folder again",
     lambda path: path.with_name("config.json").unlink(): "holds no config.json",

@@ -67,8 +67,6 @@ def convert_weights(source: str | os.PathLike, out: str | os.PathLike, overwrite
             copy = functools.partial(_copy, source=source, made=made)
             shutil.copytree(source, folder, copy_function=copy, dirs_exist_ok=True)
     else:
-        if not _is_pickle(source.name):
-            raise WadiError(f"{source}: is no {', '.join(TORCH_SUFFIXES)} file; nothing is to be converted")
         with output.writing() as file:
             made.tensors = _write(source, file)
             made.files.append(Path(out).name)
