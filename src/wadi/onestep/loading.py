@@ -324,8 +324,8 @@ def _not_fetched(name: str, error: Exception) -> str:
 def _of_one_file(path: Path) -> str:
     if path.suffix == ".safetensors":
         return (
-            f"{path}: is one file, but a model is a folder; wadi distill --teacher and wadi generate --model "
-            "take such a file, and print the folder that they convert it to"
+            f"{path}: is one file, and a folder is needed here; wadi generate --model {path} converts such a "
+            "file, and prints the folder"
         )
     return unsafe_message(path) if path.suffix.lower() in UNSAFE else f"{path}: is one file; name a folder"
 
