@@ -188,7 +188,7 @@ def _zipped(path: str | os.PathLike, content: mmap.mmap) -> tuple[Any, Callable[
         start = record.header_offset + 30 + sum(lengths)
         part = memoryview(content)[start : start + record.file_size]
         if len(part) != record.file_size or zlib.crc32(part) != record.CRC:
-            raise _RefusedError(f"is damaged (its part {name[:100]!r}); fetch the file again")
+            raise _RefusedError(f"is damaged (checksum of its part {name[:100]!r}); fetch the file again")
         return start, record.file_size
 
     start, size = place("data.pkl")
