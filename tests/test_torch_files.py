@@ -210,6 +210,10 @@ def test_what_is_no_file_of_weights(tmp_path, content, said):
 
 
 def test_other_zip_files(tmp_path):
+    content = {"epoch": 1}
+    as_zip(pickle.dumps(content | {"state_dict": content}, 2), tmp_path / "empty.pt")
+    content["state_dict"] = content
+    as_zip(pickle.dumps(content, 2), tmp_path / "circle.pt")
     as_zip(pickle.dumps({"a": 1}, 2), tmp_path / "numbers.pt")
     as_zip(described(), tmp_path / "big.pt", {"data/0": bytes(16), "byteorder": "big"})
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
@@ -218,6 +222,8 @@ def test_other_zip_files(tmp_path):
         archive.writestr("a/data.pkl", described())
     for name, said in (
         ("numbers", "holds no state dict"),
+        ("empty", "holds no state dict"),
+        ("circle", "holds no state dict"),
         ("big", "another order of bytes"),
         ("other", "is a zip file, but not of torch.save"),
         ("small", "is compressed"),

@@ -66,6 +66,7 @@ _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLO
 _VALUES |= {"BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _VALUES |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_DEEPEST = 4  # wrappers around a state dict that are opened
 
 
 class _Name(NamedTuple):
@@ -150,7 +151,9 @@ def read_torch_file(path: str | os.PathLike) -> tuple[dict[str, Any], list[str]]
 
 def _state_dict(content: Any) -> tuple[dict[str, Any], list[str]]:
     beside: list[str] = []
-    while isinstance(content, Mapping):
+    for _ in range(_DEEPEST):  # a dict may hold itself
+        if not isinstance(content, Mapping):
+            break
         wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if wrapper is None:
             break
