@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 SHARED = {"_version", "device", "errors", "files", "identity", "images", "interrupt", "outputs", "progress"}
-SHARED |= {"graph", "tables"}
+SHARED |= {"graph", "tables", "torch_files"}
 """Files beside the rooms. They know each other, and of the rooms `onestep` alone (`identity`)."""
 
 KNOWS = {

@@ -47,6 +47,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wadi.commands.import_:import_",
         "convert weights that the paper's authors published to a diffusers folder",
     ),
+    "convert": (
+        "wadi.commands.convert:convert",
+        "write .bin and .ckpt files as safetensors, without running code",
+    ),
     "extract": (
         "wadi.commands.extract:extract",
         "find the adapter that turns a teacher into its one-step student",

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.teachers.original import save_original
 from tests.test_cli import run
 from tests.tiny import PROMPTS, tiny_pipeline, tiny_sd3, tiny_sdxl
-from tests.tiny_flows import tiny_sana
+from tests.tiny_flows import tiny_sana, tiny_z_image
 from wadi.backbones import load_backbone, student_config
 from wadi.backbones.outline import META, longest_condition, outline, outlined_encoders
 from wadi.distill import DistillConfig, Trainer, make_accelerator
@@ -185,6 +185,7 @@ def test_a_single_file_is_planned_by_its_configurations(teacher_folder, tmp_path
 
 
 def test_a_plan_says_in_one_line_what_is_missing(tmp_path, capsys, teacher_folder):
+    tiny_z_image().save_pretrained(tmp_path / "z")
     damaged = shutil.copytree(teacher_folder, tmp_path / "damaged")
     (damaged / "unet" / "config.json").write_text("{")
     for arguments, said in (
@@ -193,6 +194,7 @@ def test_a_plan_says_in_one_line_what_is_missing(tmp_path, capsys, teacher_folde
         (["--teacher", tmp_path / "none"], "no such folder"),
         (["--teacher", damaged], "unet"),
         (["--teacher", teacher_folder, "--student-rank", 4096], "--student-rank 4096"),
+        (["--teacher", tmp_path / "z", "--cuda-graphs"], "--cuda-graphs: the network of a ZImagePipeline"),
         (["--teacher", teacher_folder, "--preset", "sdxl"], "--preset sdxl: is for a StableDiffusionXL"),
     ):
         assert run("distill", "--plan", *arguments) == 2

@@ -291,7 +291,9 @@ def test_samples_a_step_stay_without_a_checkpoint(teacher_folder, tmp_path, monk
     """A run of two processes with 2 samples each, ended before a checkpoint, goes on in one with 4."""
     options = config(teacher_folder, tmp_path, train_batch_size=2, max_train_steps=1)
     run = Path(options.run.output_dir)
-    _open_run(run, options, 4, _digests(options, read_prompts(options.model.prompts)))
+    _open_run(
+        run, options, 4, _digests(options, read_prompts(options.model.prompts), options.model.teacher[0])
+    )
     seen = []
     monkeypatch.setattr("wadi.distill.run.train", lambda trainer: seen.append(trainer.batch))
     with pytest.raises(SystemExit):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_pipeline
 from wadi.cli import main
@@ -124,7 +124,9 @@ def test_a_word_is_not_loaded_twice(tmp_path):
 def test_pickles_are_refused_unread(tmp_path, name, zipped, monkeypatch):
     torch.save({"string_to_param": {"*": vectors()}}, tmp_path / name, _use_new_zipfile_serialization=zipped)
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
-    with pytest.raises(WadiError, match=r"is a file of torch\.save, which can run code"):
+    with pytest.raises(
+        WadiError, match=rf"is a file of torch\.save, .*wadi convert {tmp_path / name} --out NEW"
+    ):
         load_embedding(tiny_pipeline(), tmp_path / name)
 
 
@@ -136,3 +138,14 @@ def test_the_command_says_which_word_and_whether_the_prompt_has_it(tmp_path, tea
         said = capsys.readouterr()
         assert "word.safetensors: learned word MyWord" in said.out
         assert ("the prompt does not contain the word MyWord" in said.err) == missing
+
+
+@pytest.mark.parametrize(
+    "content", [lambda rows: {"<cat>": rows}, lambda rows: {"string_to_param": {"*": rows}}]
+)
+def test_a_pickled_word_is_loaded_after_its_conversion(tmp_path, content, capsys):
+    torch.save(content(vectors()), tmp_path / "word.pt")
+    assert main(["convert", str(tmp_path / "word.pt"), "--out", str(tmp_path / "word.safetensors")]) == 0
+    assert torch.equal(next(iter(load_file(tmp_path / "word.safetensors").values())), vectors())
+    with warnings.catch_warnings(record=True):
+        assert load_embedding(tiny_pipeline(), tmp_path / "word.safetensors") in ("<cat>", "word")

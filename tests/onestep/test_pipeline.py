@@ -208,11 +208,11 @@ def test_missing_and_broken_inputs_are_one_line(teacher, adapter, tmp_path):
         (tmp_path / "nowhere", None, "no such folder"),
         (tmp_path, None, "but it holds 3 of them; name one"),
         (no_vae, None, "'vae'"),
-        (no_weights, None, "holds its weights only as"),
+        (no_weights, None, "has its weights in unet/weights.bin, in a format that can run code"),
         (cut, None, "could not read"),
         (teacher, tmp_path / "nowhere", "no such folder"),
         (teacher, no_config, "adapter_config.json is missing"),
-        (teacher, pickled, "adapter_model.safetensors is missing"),
+        (teacher, pickled, "wadi convert .*pickled --out NEW_FOLDER"),
         (teacher, empty_weights, "does not fit"),
     ]
     for folder, adapter_folder, message in cases:

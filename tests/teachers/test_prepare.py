@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.teachers.loras import random_lora, save_diffusers
 from tests.teachers.original import save_original
 from tests.tiny import tiny_pipeline, tiny_sd3, tiny_sdxl
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import write_json
+from wadi.identity import files_digest, model_digest
 from wadi.onestep import load_pipeline
 from wadi.teachers import prepare_teacher, teacher_digests
 
@@ -204,11 +206,22 @@ def test_the_folder_is_made_once_and_again_when_its_links_are_broken(configs, tm
 
 
 def test_digests_are_of_the_content(configs, tmp_path):
-    file = save_original(tiny_pipeline(), tmp_path / "a.safetensors")
-    before = teacher_digests(file, configs["sd"], file)
-    moved = shutil.copy(file, tmp_path / "b.safetensors")
-    assert teacher_digests(moved, configs["sd"], moved) == before
-    other = save_original(tiny_pipeline(seed=1), tmp_path / "c.safetensors")
-    changed = teacher_digests(other, configs["sdxl"], other)
-    assert all(changed[name] != digest for name, digest in before.items())
-    assert teacher_digests(configs["sd"], None, None)["teacher_lora"] is None
+    pipelines, loras, found = (tiny_pipeline(), tiny_pipeline(seed=1)), [], []
+    for number, pipeline in enumerate(pipelines):
+        lora = save_diffusers(
+            random_lora(pipeline, ("unet",), seed=number), tmp_path / f"l{number}.safetensors"
+        )
+        loras.append(lora)
+        file = save_original(pipeline, tmp_path / f"{number}.safetensors")
+        pipeline.save_pretrained(tmp_path / f"config{number}")
+        named = file, tmp_path / f"config{number}", lora
+        found.append(teacher_digests(prepare_teacher(*named), *named))
+        moved = shutil.copy(file, tmp_path / "moved.safetensors")
+        folder = prepare_teacher(moved, *named[1:])
+        moved.write_bytes(b"")  # it was read already, once
+        assert teacher_digests(folder, moved, *named[1:]) == found[-1]
+    assert all(found[0][name] != digest for name, digest in found[1].items())
+    assert found[0]["pretrained_model_name_or_path"] == files_digest(tmp_path / "0.safetensors")
+    assert found[0]["teacher_lora"] == files_digest(loras[0])
+    alone = teacher_digests(configs["sd"], configs["sd"])
+    assert alone == {**dict.fromkeys(found[0]), "pretrained_model_name_or_path": model_digest(configs["sd"])}

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from wadi.commands.teacher_file import DEFAULT, TeacherFile
+
 
 def directions_swap(
     teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")],
@@ -14,6 +16,7 @@ def directions_swap(
     take: Literal["norms", "directions"],
     out: Path,
     base: str | None = None,
+    teacher_file: TeacherFile = DEFAULT,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
@@ -23,7 +26,7 @@ def directions_swap(
     whether the student's images need its norms or its directions.
 
     Args:
-        teacher: Pipeline folder or hub id.
+        teacher: Pipeline folder or hub id, or a single .safetensors file.
         student: Pipeline folder or hub id, safetensors file, or adapter folder. With a file or an adapter,
             the rest of the pipeline is the teacher's.
         take: What is taken from the teacher.
@@ -35,6 +38,8 @@ def directions_swap(
     import torch
 
     from wadi.directions.swap import swap_rows
+    from wadi.outputs import Output
 
-    swap_rows(teacher, student, take, out, base, getattr(torch, dtype), overwrite)
+    Output(out, "directions swap", (teacher, student, base, *teacher_file.inputs), overwrite).check()
+    swap_rows(teacher_file.folder(teacher), student, take, out, base, getattr(torch, dtype), overwrite)
     print(f"{out}: the student with the {take} of its teacher; load it with diffusers")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from wadi import emoji
+from wadi.commands.teacher_file import DEFAULT, TeacherFile
 from wadi.emoji.dreambooth import judged, with_built_in, word_of
 from wadi.emoji.subject import distillation_prompts
 from wadi.files import write_json, write_text
 from wadi.onestep.arguments import whole_number
 from wadi.tasks.dreambooth import dreambooth as teach
+from wadi.tasks.dreambooth import run_output
 from wadi.tasks.dreambooth_config import CONFIG_FILE, DreamBoothConfig, saved_options
 
 
@@ -30,8 +32,9 @@ class SubjectConfig(DreamBoothConfig):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["--out"])] = DreamBoothConfig.output_dir
     """Run folder: adapter/ (PEFT), pipeline/ (the model with the adapter merged), before-after.png."""
     pretrained_model_name_or_path: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
-    """Folder or hub id of the multi-step model, of any kind that wadi distils; if not given, the built-in
-    teacher."""
+    """Folder, hub id or single .safetensors file of the multi-step model, of any kind that wadi distils; if
+    not given, the built-in teacher."""
+    teacher_file: TeacherFile = field(default_factory=TeacherFile)
     train_text_encoder: bool | None = None
     """Also train an adapter, of the same kind and rank, of CLIP's text encoder; if not given, only for the
     built-in model."""
@@ -47,6 +50,11 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     """
     whole_number("--samples", config.samples, 0)
     config = of_resumed_run(config)
+    if config.teacher_file != DEFAULT or config.pretrained_model_name_or_path is not None:
+        if not config.resume:
+            run_output(config).check()
+        named = config.pretrained_model_name_or_path or emoji.teacher_folder()
+        config = replace(config, pretrained_model_name_or_path=config.teacher_file.folder(named))
     built_in = config.pretrained_model_name_or_path is None
     if built_in:
         config = with_built_in(config)

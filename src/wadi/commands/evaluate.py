@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from accelerate import PartialState
+
 from wadi import emoji
+from wadi.commands.teacher_file import TeacherFile
 from wadi.emoji import judge as judge  # adds its feature space to `SPACES`
 from wadi.metrics import evaluate as protocol
 from wadi.metrics.evaluate_config import EvaluateConfig
@@ -17,8 +21,9 @@ class EvaluateOptions(EvaluateConfig):
     """Make images of captions, and compare them with a reference set."""
 
     model: str | None = None
-    """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder or hub id; if not given, the
-    teacher that comes with wadi."""
+    """Exported pipeline, teacher of --adapter, or multi-step pipeline: folder, hub id or single
+    .safetensors file; if not given, the teacher that comes with wadi."""
+    teacher_file: TeacherFile = field(default_factory=TeacherFile)
     features: Literal["inception", "emoji"] = "inception"
     """Feature space of the distances: Inception as in published figures, or the judge of the emoji world."""
 
@@ -31,4 +36,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     anything is made.
     """
     model = str(emoji.teacher_folder()) if options.model is None else options.model
+    options = dataclasses.replace(options, model=model)
+    options.check()
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        model = options.teacher_file.folder(model)
     return protocol.evaluate(dataclasses.replace(options, model=model))

@@ -7,14 +7,14 @@ from typing import Literal
 
 import tyro
 
+from wadi.commands.teacher_file import DEFAULT, TeacherFile
+
 
 def export(
     adapter: tyro.conf.Positional[str],
     out: Path,
     model: str | None = None,
-    teacher_config: str | None = None,
-    teacher_lora: str | None = None,
-    teacher_lora_scale: float = 1.0,
+    teacher_file: TeacherFile = DEFAULT,
     subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     overwrite: bool = False,
@@ -25,9 +25,6 @@ def export(
         adapter: Folder or hub id of the student's adapter.
         out: Folder to write. It must be new or empty.
         model: Folder or hub id of the teacher, or its single file. If omitted, the built-in teacher.
-        teacher_config: For a single file: a diffusers folder or hub id of the same kind of model.
-        teacher_lora: LoRA file that is fused into the teacher, as wadi distill did.
-        teacher_lora_scale: Number that the change of the LoRA is multiplied by.
         subject_adapter: Adapter of wadi dreambooth, merged too; may be given several times.
         dtype: Precision of the written weights. If omitted, that of the teacher's files.
         overwrite: Replace the folder if wadi export wrote it and nothing else is in it.
@@ -37,11 +34,9 @@ def export(
     from wadi import emoji
     from wadi.onestep import export_pipeline
     from wadi.outputs import Output
-    from wadi.teachers import prepare_teacher
 
     adapters = [adapter, *subject_adapter]
-    Output(out, "export", (model, teacher_config, teacher_lora), overwrite).check()
-    named = model or emoji.teacher_folder()
-    teacher = prepare_teacher(named, teacher_config, teacher_lora, teacher_lora_scale)
+    Output(out, "export", (model, *teacher_file.inputs), overwrite).check()
+    teacher = teacher_file.folder(model or emoji.teacher_folder())
     export_pipeline(teacher, adapters, out, getattr(torch, dtype or "", "auto"), overwrite)
     print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from wadi.commands.teacher_file import DEFAULT, TeacherFile
+
 
 def extract(
     teacher: str,
     student: str,
     out: Path,
+    teacher_file: TeacherFile = DEFAULT,
     rank: int | None = None,
     max_sweeps: int = 10,
     device: str | None = None,
@@ -22,7 +25,7 @@ def extract(
     not adapted. The same figures are in extract.json and extract.png of the adapter folder.
 
     Args:
-        teacher: Pipeline folder or hub id.
+        teacher: Pipeline folder or hub id, or a single .safetensors file.
         student: Pipeline folder or hub id, as wadi export and wadi import write it.
         out: Adapter folder to write; it must be new or empty.
         rank: Rank of the adapter; if not given, that of a student of this kind of model: 256 for
@@ -34,7 +37,10 @@ def extract(
     """
     from wadi.device import chosen_device
     from wadi.directions.extract import extract_adapter, table
+    from wadi.outputs import Output
 
     device = chosen_device(device)
-    print(table(extract_adapter(teacher, student, out, rank, max_sweeps, device, overwrite)))
+    Output(out, "extract", (teacher, student, *teacher_file.inputs), overwrite).check()
+    folder = teacher_file.folder(teacher)
+    print(table(extract_adapter(folder, student, out, rank, max_sweeps, device, overwrite)))
     print(f"{out}: wadi generate --model {teacher} --adapter {out}")

@@ -16,7 +16,6 @@ from wadi.errors import tell
 from wadi.onestep import OneStepPipeline, refuse_guidance
 from wadi.onestep.embedding import holds_word
 from wadi.tasks.high_resolution import stretched, tell_larger
-from wadi.teachers import prepare_teacher
 
 
 @dataclass(kw_only=True)
@@ -39,12 +38,6 @@ class GenerateConfig(ImageOptions):
     """Must be omitted, for the same reason."""
     subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Adapter of wadi dreambooth, merged after the student's; may be given several times."""
-    teacher_config: str | None = None
-    """If --model is a single file: a diffusers folder or hub id of the same kind of model."""
-    teacher_lora: str | None = None
-    """LoRA file that is fused into the teacher that --model names, as wadi distill did."""
-    teacher_lora_scale: float = 1.0
-    """Number that the change of the LoRA is multiplied by."""
     embedding: tuple[Path, ...] = ()
     """Learned words that the prompt uses: .safetensors files, or folders that wadi invert wrote."""
     redilate: bool = True
@@ -83,12 +76,7 @@ def _student(config: GenerateConfig) -> OneStepPipeline:
     if config.model is None and adapter is None:
         adapter = str(emoji.student_folder())
     pipeline = OneStepPipeline.from_pretrained(
-        prepare_teacher(
-            config.model or emoji.teacher_folder(),
-            config.teacher_config,
-            config.teacher_lora,
-            config.teacher_lora_scale,
-        ),
+        config.teacher_file.folder(config.model or emoji.teacher_folder()),
         adapter=[*([] if adapter is None else [adapter]), *config.subject_adapter],
         torch_dtype=config.torch_dtype,
         device=config.chosen_device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from wadi import emoji
+from wadi.commands.teacher_file import TeacherFile
 from wadi.device import chosen_device
 from wadi.onestep import refuse_guidance
 from wadi.onestep.arguments import check_seed, finite_number, whole_number
@@ -22,7 +23,6 @@ from wadi.tasks.editing import STRENGTH, Sampling
 from wadi.tasks.high_resolution import tell_larger
 
 READ = ("model", "adapter", "subject_adapter", "embedding", "vae", "controlnet", "image", "mask")
-READ += ("teacher_config", "teacher_lora")
 """Options of these commands that name files or models to read."""
 
 
@@ -39,9 +39,10 @@ class ImageOptions:
     out: Path
     """A .png or .jpg file, which shows everything side by side; or a folder, with a file for each image."""
     model: str | None = None
-    """Exported pipeline, or the teacher of --adapter: folder or hub id."""
+    """Exported pipeline, or the teacher of --adapter: folder, hub id, or single .safetensors file."""
     adapter: str | None = None
     """Folder or hub id of a student's adapter."""
+    teacher_file: TeacherFile = field(default_factory=TeacherFile)
     num_inference_steps: int = 1
     """Number of steps. More than 1 is for a multi-step model, to compare; without --model that is the teacher
     that comes with wadi."""
@@ -74,7 +75,7 @@ class ImageOptions:
     @property
     def output(self) -> Output:
         """The rule for the output file or folder."""
-        inputs: list[str | Path | None] = []
+        inputs: list[str | Path | None] = [*self.teacher_file.inputs]
         for name in READ:
             value = getattr(self, name, None)
             inputs += value if isinstance(value, tuple) else [value]
@@ -121,7 +122,7 @@ class ImageOptions:
         if self.model is None and adapter is None and self.num_inference_steps == 1:
             adapter = str(emoji.student_folder())
         pipeline = load_for_steps(
-            self.model or emoji.teacher_folder(),
+            self.teacher_file.folder(self.model or emoji.teacher_folder()),
             adapter,
             self.num_inference_steps,
             self.torch_dtype,

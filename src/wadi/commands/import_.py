@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from wadi.commands.teacher_file import DEFAULT, TeacherFile
+
 
 def import_(
     weights: tyro.conf.Positional[Path],
     model: str,
     out: Path,
+    teacher_file: TeacherFile = DEFAULT,
     alpha_T_squared: Annotated[float | None, tyro.conf.arg(aliases=["--alpha-t-squared"])] = 0.0047,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
@@ -24,7 +27,7 @@ def import_(
 
     Args:
         weights: A .safetensors file, or a file of torch.save (.pt, .bin), which is read without running code.
-        model: Folder or hub id of the base model that the student was distilled from.
+        model: Folder or hub id of the base model that the student was distilled from, or its single file.
         out: Folder to write. It must be new or empty.
         alpha_T_squared: The image's share of the variance at the last timestep, with which the student was
             trained. It is 0.0047 for all published students. None keeps the base model's own.
@@ -36,8 +39,11 @@ def import_(
     from wadi.files import read_json
     from wadi.onestep import Student, import_weights
     from wadi.onestep.scheduler import last_alpha_squared
+    from wadi.outputs import Output
 
-    released = import_weights(weights, model, out, alpha_T_squared, getattr(torch, dtype), overwrite)
+    Output(out, "import", (weights, model, *teacher_file.inputs), overwrite).check()
+    base = teacher_file.folder(model)
+    released = import_weights(weights, base, out, alpha_T_squared, getattr(torch, dtype), overwrite)
     print(f"{weights}: {released.kind}, {len(released.tensors)} tensors")
     if released.ignored:
         print(f"not used: {', '.join(released.ignored)}")

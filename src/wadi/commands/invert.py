@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from wadi import emoji
+from wadi.commands.teacher_file import TeacherFile
 from wadi.device import chosen_device
 from wadi.files import write_json
 from wadi.onestep.arguments import whole_number
@@ -28,6 +29,7 @@ class InvertOptions(InvertConfig):
     adapter: str | None = None
     """Folder or hub id of the adapter of a student, which makes images too; if neither it nor --model is
     given, the student that comes with wadi."""
+    teacher_file: TeacherFile = field(default_factory=TeacherFile)
     prompts: tuple[str, ...] = ()
     """Prompts of the images in pictures.png; if not given, objects of different captions in new pairs for a
     relation, and the captions for a subject."""
@@ -54,9 +56,10 @@ def invert(options: InvertOptions) -> None:
         student = str(emoji.student_folder()) if options.adapter is None else options.adapter
         options = replace(options, model=str(emoji.teacher_folder()), adapter=student)
     whole_number("--num-inference-steps", options.num_inference_steps, 1)
-    inputs = (options.examples, options.model, options.adapter)
+    inputs = (options.examples, options.model, options.adapter, *options.teacher_file.inputs)
     output = Output(options.out, "invert", inputs, options.overwrite)
     output.check()
+    options = replace(options, model=options.teacher_file.folder(options.model))
     options = replace(options, device=chosen_device(options.device))
     inversion = learn(options)
     if inversion.interrupted and not inversion.losses:

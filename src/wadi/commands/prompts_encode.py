@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wadi.backbones import load_prompt_encoder
+from wadi.commands.teacher_file import TeacherFile
 from wadi.device import DTYPES, chosen_device
 from wadi.distill.config import ModelOptions
 from wadi.errors import tell
 from wadi.prompts import EmbeddingCache, Prompt, check_length, encode_prompts, read_prompts
 from wadi.prompts.cache import cache_output
-from wadi.teachers import prepare_teacher
 
 
 @dataclass
@@ -25,14 +25,7 @@ class PromptsEncodeConfig:
     prompts: str
     """A .txt file (one a line), a .jsonl, .csv, .tsv, .json or .parquet file, or a `datasets` id."""
 
-    teacher_config: str | None = None
-    """If the teacher is a single file: a diffusers folder or hub id of the same kind of model."""
-
-    teacher_lora: str | None = None
-    """LoRA file of the distillation, which may change the text encoders."""
-
-    teacher_lora_scale: float = 1.0
-    """Number that the change of the LoRA is multiplied by."""
+    teacher_file: TeacherFile = field(default_factory=TeacherFile)
 
     embeddings_dir: str | None = None
     """Where to keep them; without it, $WADI_CACHE/prompts or ~/.cache/wadi/prompts."""
@@ -66,12 +59,10 @@ def prompts_encode(config: PromptsEncodeConfig) -> dict[str, Any]:
         WadiError: bad prompts, no such teacher, or a file that cannot be written.
     """
     if config.embeddings_dir is not None:
-        inputs = (config.teacher, config.teacher_config, config.teacher_lora, config.prompts)
+        inputs = (config.teacher, *config.teacher_file.inputs, config.prompts)
         cache_output(config.embeddings_dir, *inputs).check()
     prompts = read_prompts(config.prompts, config.caption_column, config.dataset_split)
-    teacher = prepare_teacher(
-        config.teacher, config.teacher_config, config.teacher_lora, config.teacher_lora_scale
-    )
+    teacher = config.teacher_file.folder(config.teacher)
     encoder = load_prompt_encoder(teacher, DTYPES[config.mixed_precision], chosen_device(config.device))
     grid = [Prompt(text, line) for line, text in enumerate(config.validation_prompts, 1)]
     for some, source in ((prompts, config.prompts), (grid, "--validation-prompts")):

@@ -221,7 +221,7 @@ def _folder_entries(folder: Path) -> dict[str, Entry]:
     """Where each tensor of a network's folder is."""
     if (weights := find_weights(folder)) is not None:
         return weights.entries
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(found) != 1:
         raise WadiError(
             f"{folder}: neither a pipeline (model_index.json) nor an adapter ({ADAPTER_CONFIG}), and "

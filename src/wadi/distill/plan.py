@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wadi.backbones.outline import META, configuration_folder, outline, outlined_encoders
-from wadi.distill.checks import check_preset, free_memory
+from wadi.distill.checks import check_network, check_preset, free_memory
 from wadi.distill.config import GRID_PROMPTS, DistillConfig, FakeOptions, StudentOptions
 from wadi.distill.rehearsal import Ledger, Rehearsal, decoding, encoding, rehearse
 from wadi.errors import WadiError, tell
@@ -125,6 +125,7 @@ def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
     backbone = outline(found_in, config.run.dtype, config.model.resolution, config.run.base_precision)
     if folder is None:  # a run checks it itself
         check_preset(config, backbone.pipeline)
+        check_network(config, backbone)
     encoders = outlined_encoders(found_in, backbone)
     try:
         found = rehearse(config, backbone, encoders)

@@ -253,7 +253,7 @@ def _load(
         raise WadiError("--mixed-precision: fp16 needs a GPU; use no or bf16")
     model = config.model
     prompts = read_prompts(model.prompts, model.caption_column, model.dataset_split)
-    inputs = _digests(config, prompts)
+    inputs = _digests(config, prompts, folder)
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
@@ -274,11 +274,11 @@ def _load(
     return config, backbone, prompts, inputs
 
 
-def _digests(config: DistillConfig, prompts: list[Prompt]) -> dict[str, str | None]:
-    """Digests of what the options in `INPUTS` name."""
+def _digests(config: DistillConfig, prompts: list[Prompt], folder: str) -> dict[str, str | None]:
+    """Digests of what the options in `INPUTS` name; `folder` is what was made of the teacher."""
     adapter = config.student.adapter
     return {
-        **teacher_digests(*config.model.teacher[:3]),
+        **teacher_digests(folder, *config.model.teacher[:3]),
         "prompts": texts_digest(prompt.text for prompt in prompts),
         "student_adapter": None if adapter is None else adapter_digest(adapter),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from wadi.errors import WadiError
@@ -18,6 +18,7 @@ from wadi.lorad.io import check_finite
 from wadi.onestep.components import first_line
 from wadi.onestep.loading import check_hub_id, run_part
 from wadi.onestep.student import Student, network_of, student_of
+from wadi.torch_files import unsafe_message
 
 TEXT_ENCODER_FOLDER = "text_encoder"
 """Sub-folder of an adapter folder with the adapter of the text encoder, if there is one."""
@@ -100,6 +101,8 @@ def adapter_folder(adapter: str | os.PathLike) -> Path:
         except Exception as error:
             raise WadiError(f"{adapter}: could not fetch the adapter: {first_line(error)}") from error
     folder = run_part(folder, "adapter", CONFIG_NAME)
+    if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise WadiError(unsafe_message(folder / WEIGHTS_NAME, folder))
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             raise WadiError(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wadi.errors import WadiError, tell
 from wadi.files import explain_os_errors, read_json
+from wadi.torch_files import UNSAFE, unsafe_message
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Dtype = torch.dtype | Literal["auto"]
@@ -43,7 +44,6 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 """Names of the attention layers of autoencoders until diffusers 0.17 -> their names today."""
 
 _LEGACY_CLASSES = {"Transformer2DModel"}  # diffusers knows what they are called now
-UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _CLIP_PREFIX = "text_model."
 
 
@@ -80,6 +80,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
     """
     entries, files = {}, list(files)
     for file in files:
+        if file.suffix.lower() in UNSAFE:
+            raise WadiError(unsafe_message(file))
         with explain_os_errors(file, "read the safetensors file"), safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118, it is no dictionary
                 part = opened.get_slice(key)
@@ -229,11 +231,8 @@ def _check_config(kind: type[torch.nn.Module], folder: Path) -> None:
 def _without_weights(kind: type[torch.nn.Module], folder: Path, library: str) -> str:
     names, wanted = sorted(path.name for path in folder.iterdir()), f"{STEMS[library]}.safetensors"
     if unsafe := [name for name in names if name.endswith(UNSAFE)]:
-        return (
-            f"{folder}: holds its weights only as {unsafe[0]}, a format that can run code when it is read; "
-            f'if you trust the file, convert it once: python -c "from {library} import {kind.__name__} as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+        whole = folder.parent if (folder.parent / "model_index.json").is_file() else folder
+        return unsafe_message(folder / unsafe[0], whole)
     if others := [name for name in names if name.endswith(".safetensors")]:
         return f"{folder}: holds {others[0]}, but no {wanted}; give the file this name or name another folder"
     return f"{folder}: holds no weights, {wanted} is missing; fetch the folder again"

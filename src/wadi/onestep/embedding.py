@@ -92,8 +92,8 @@ def _read(file: Path, path: Path, width: int) -> tuple[str, torch.Tensor]:
         beginning = opened.read(9)
         if beginning.startswith(_PICKLES) and beginning[8:] != b"{":  # which follows safetensors' 8 bytes
             raise WadiError(
-                f"{file}: is a file of torch.save, which can run code when it is read, so wadi refuses it; "
-                "save its tensor as .safetensors, or name such a file"
+                f"{file}: is a file of torch.save, which can run code when it is read; convert it, which "
+                f"runs nothing: wadi convert {file} --out NEW.safetensors"
             )
     tensors = load_tensors(file)
     if "clip_g" in tensors:

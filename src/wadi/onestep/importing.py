@@ -21,20 +21,20 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from wadi.errors import WadiError
-from wadi.files import explain_os_errors, load_tensors
+from wadi.files import load_tensors
 from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep.loading import load_denoiser, load_pipeline
 from wadi.onestep.pipeline import OneStepPipeline
 from wadi.onestep.scheduler import one_step_scheduler
 from wadi.onestep.student import Student, check_teacher, network_of
 from wadi.outputs import Output
+from wadi.torch_files import read_torch_file
 
 RELEASED_ALPHA_T_SQUARED = 0.0047
 """alpha_T^2 of the published students. PixArt's have it too, although PixArt's own schedule has 4.04e-5."""
 
 UNET, PIXART, ANGLES = "UNet2DConditionModel", "PixArtTransformer2DModel", "angles of an adapter"
 
-_WRAPPERS = ("state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.", "unet.", "transformer.")  # DDP, torch.compile, the part of a pipeline
 _OBSOLETE = ("caption_projection.y_embedding",)  # saved until diffusers 0.24, used by no forward
 _ANGLE_NAMES = {"theta_a": "lorad_A", "theta_b": "lorad_B"}
@@ -70,7 +70,7 @@ def import_weights(
     for `OneStepPipeline.from_pretrained` or `wadi generate --adapter`.
 
     Args:
-        weights: a safetensors file, or a file of `torch.save`, which is read with ``weights_only=True``.
+        weights: a safetensors file, or a file of `torch.save`, which is read without unpickling it.
         model: folder or hub id of the base model's pipeline; its other parts are written unchanged.
         out_folder: where to write; new or empty.
         alpha_T_squared: alpha_T^2 of the student; ``None`` keeps that of the base model's schedule.
@@ -109,7 +109,7 @@ def read_released(path: str | os.PathLike) -> Released:
         WadiError: the file cannot be read, holds anything except finite floating-point tensors, or its keys
             are not those of a U-Net, of PixArt or of angles.
     """
-    state, beside = _unwrapped(_read(Path(path)), path)
+    state, beside = _read(Path(path))
     state = without_prefixes(state)
     obsolete = [key for key in _OBSOLETE if state.pop(key, None) is not None]
     if wrong := [
@@ -128,35 +128,11 @@ def read_released(path: str | os.PathLike) -> Released:
     return Released(kind, state, (*beside, *obsolete))
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the state dict, and the names of the entries beside it."""
     if path.is_dir():
         raise WadiError(f"{path}: is a folder; name the file of weights")
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    with explain_os_errors(path, "read the file"):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a file of another format fails in many ways
-            raise WadiError(
-                f"{path}: is neither a .safetensors file nor a file of torch.save with weights only "
-                f"({type(error).__name__}); name another file"
-            ) from error
-
-
-def _unwrapped(content: Any, path: str | os.PathLike) -> tuple[dict[str, Any], list[str]]:
-    """Return the state dict, and the names of the entries beside it."""
-    beside: list[str] = []
-    while isinstance(content, Mapping):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
-        beside += [str(key) for key in content if key != wrapper]
-        content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
-        raise WadiError(f"{path}: holds no state dict (names and tensors); name a file of weights")
-    return dict(content), beside
+    return (load_tensors(path), []) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
 def without_prefixes(state: dict[str, Any]) -> dict[str, Any]:

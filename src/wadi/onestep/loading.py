@@ -29,6 +29,7 @@ from wadi.files import read_json
 from wadi.onestep.components import Dtype, first_line, load_module
 from wadi.onestep.student import STUDENT_FILE
 from wadi.onestep.supported import UNUSED, check_parts, networks
+from wadi.torch_files import TORCH_SUFFIXES, UNSAFE, unsafe_message
 
 PART_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 """Files to fetch from the hub for a single network."""
@@ -309,6 +310,11 @@ def _download(name: str) -> Path:
 
 
 def _not_fetched(name: str, error: Exception) -> str:
+    if "safetensors" in str(error):
+        return (
+            f"{name}: has no safetensors weights on the hub; fetch it with hf download {name} --local-dir "
+            "FOLDER, and convert it with wadi convert FOLDER --out NEW_FOLDER"
+        )
     return (
         f"{name}: there is no such folder, and it could not be fetched from the hub: {first_line(error)} "
         "Without a network, name the folder of a model that is on this machine"
@@ -318,14 +324,10 @@ def _not_fetched(name: str, error: Exception) -> str:
 def _of_one_file(path: Path) -> str:
     if path.suffix == ".safetensors":
         return (
-            f"{path}: is one file, but a model is a folder; wadi distill --teacher and wadi generate --model "
-            "take such a file, and print the folder that they convert it to"
+            f"{path}: is one file, and a folder is needed here; wadi generate --model {path} converts such a "
+            "file, and prints the folder"
         )
-    return (
-        f"{path}: is one file in a format that can run code when it is read, and a model is a folder; if you "
-        f'trust the file, convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
-        f"P.from_single_file('{path}').save_pretrained('FOLDER')\""
-    )
+    return unsafe_message(path) if path.suffix.lower() in UNSAFE else f"{path}: is one file; name a folder"
 
 
 def _no_pipeline(folder: Path) -> str:
@@ -345,7 +347,7 @@ def _no_pipeline(folder: Path) -> str:
         return f"{said}, but a part of one; name {parent}"
     if below := sorted(folder.glob("*/model_index.json")):
         return f"{said}, but it holds {len(below)} of them; name one, such as {below[0].parent}"
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt", ".bin"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *TORCH_SUFFIXES))
     if (folder / "config.json").is_file():
         return f"{said}, but the folder of one network; name one with a model_index.json"
     if files:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wadi.errors import WadiError
-from wadi.onestep.components import UNSAFE, Entry, read_headers
+from wadi.onestep.components import Entry, read_headers
+from wadi.torch_files import UNSAFE, unsafe_message
 
 LORA = re.compile(r"\blora_(up|down|A|B)\b|\.lora\.(up|down)\.|lora_linear_layer\.|_lora\.(up|down)\.")
 """In the name of every matrix of a LoRA, as diffusers, PEFT and kohya call them."""
@@ -78,11 +79,8 @@ def _header(file: Path) -> dict[str, Entry]:
         raise WadiError(
             f"{file}: holds quantised weights (GGUF), which cannot be trained on; name the original"
         )
-    if file.suffix in UNSAFE:
-        raise WadiError(
-            f"{file}: is in a format that can run code when it is read; if you trust the file, write it as "
-            ".safetensors with the program that made it, and name that file"
-        )
+    if file.suffix.lower() in UNSAFE:
+        raise WadiError(unsafe_message(file))
     if file.suffix != ".safetensors":  # diffusers chooses the reader by the suffix
         raise WadiError(f"{file}: must be a .safetensors file; name another file")
     return read_headers([file])

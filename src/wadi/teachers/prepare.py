@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from wadi.errors import WadiError, tell
 from wadi.files import cache_folder, explain_os_errors, read_json, write_json
@@ -28,7 +29,7 @@ from wadi.teachers.kinds import read_lora_header, read_model_header
 from wadi.teachers.lora import fused_parts
 from wadi.teachers.original import parts_in, usual_model, write_part
 
-FORMAT = 1
+FORMAT = 2
 """Format number of the folders in the cache."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name of a LoRA that diffusers' scripts save in a folder."""
@@ -90,23 +91,36 @@ def prepare_teacher(
     folder = cache_folder("teachers") / key
     if not _complete(folder):
         tell(f"{name}: is converted once to the diffusers folder {folder}")
-        fused = None if lora is None else FusedLoRA(str(facts["lora"]), lora_scale)
-        _make(folder, file if file.is_file() else None, source, lora, fused)
+        _make(folder, file if file.is_file() else None, source, lora, facts)
     return str(folder)
 
 
 def teacher_digests(
-    name: str | os.PathLike, config: str | os.PathLike | None, lora: str | os.PathLike | None
+    folder: str | os.PathLike,
+    name: str | os.PathLike,
+    config: str | os.PathLike | None = None,
+    lora: str | os.PathLike | None = None,
 ) -> dict[str, str | None]:
     """Digests of what the options of a teacher name, by their names in `wadi distill`.
 
+    Args:
+        folder: what `prepare_teacher` made of these options; it holds the digests of a file and of a LoRA,
+            which are not computed again.
+        name: as in `prepare_teacher`, and so are the others.
+        config: see there.
+        lora: see there.
+
     Raises:
-        WadiError: a file or folder is missing or cannot be read.
+        WadiError: a folder is missing or cannot be read.
     """
+    if config is None and lora is None and not Path(name).is_file():
+        found = {"source": model_digest(name), "file": None, "lora": None}
+    else:
+        found = read_json(Path(folder) / TEACHER_FILE)["digests"]
     return {
-        "pretrained_model_name_or_path": files_digest(name) if Path(name).is_file() else model_digest(name),
-        "teacher_config": None if config is None else model_digest(config),
-        "teacher_lora": None if lora is None else files_digest(_lora_file(lora)),
+        "pretrained_model_name_or_path": found["file"] or found["source"],
+        "teacher_config": None if config is None else found["source"],
+        "teacher_lora": found["lora"],
     }
 
 
@@ -159,8 +173,9 @@ def _listed(part: str, value: object) -> bool:
     return isinstance(value, list) and value[0] is not None and part not in UNUSED
 
 
-def _make(folder: Path, file: Path | None, source: Path, lora: Path | None, fused: FusedLoRA | None) -> None:
+def _make(folder: Path, file: Path | None, source: Path, lora: Path | None, facts: dict[str, Any]) -> None:
     """Write a folder of the cache beside its place, and then rename it."""
+    fused = None if lora is None else FusedLoRA(facts["lora"], facts["lora_scale"])
     with explain_os_errors(folder, "write the folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
@@ -170,7 +185,8 @@ def _make(folder: Path, file: Path | None, source: Path, lora: Path | None, fuse
             if lora is not None and fused is not None:
                 # a folder that the user named is read there, so that messages name it
                 _fuse(temporary, source if file is None else temporary, lora, fused.scale)
-            write_json(temporary / TEACHER_FILE, {"lora": None if fused is None else fused.as_json()})
+            told = None if fused is None else fused.as_json()
+            write_json(temporary / TEACHER_FILE, {"lora": told, "digests": facts})
             if folder.exists() and not _complete(folder):
                 shutil.rmtree(folder)  # its links point to a folder that was moved
             try:
