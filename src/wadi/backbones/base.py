@@ -115,6 +115,10 @@ class Backbone(ABC):
             store_base(network, names, precision, device, folder / cls.network_name)
         return cls(pipeline, device, folder, resolution)
 
+    def work_on(self, device: torch.device | str) -> None:
+        """Let text encoders and VAE be used on another device; the network stays where it is."""
+        self.device = self.text.device = torch.device(device)
+
     @classmethod
     def drives(cls, network: nn.Module) -> bool:
         """Whether a network is of this architecture."""

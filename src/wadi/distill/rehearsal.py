@@ -226,9 +226,6 @@ class _OneProcess:
 
     device, num_processes, process_index, is_main_process, scaler = META, 1, 0, True, None
 
-    def prepare(self, *networks: nn.Module) -> tuple[nn.Module, ...]:
-        return networks
-
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
@@ -261,7 +258,11 @@ def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, n
         WadiError: an option does not fit the network.
     """
     short = config.replace(
-        gradient_accumulation_steps=1, compile=False, cuda_graphs=False, student_adapter=None
+        gradient_accumulation_steps=1,
+        compile=False,
+        cuda_graphs=False,
+        shard_base=False,
+        student_adapter=None,
     )
     n, seeds = config.optimizer.train_batch_size, max(1, len(config.run.validation_seeds))
     one = longest_condition(backbone, encoders, 1)

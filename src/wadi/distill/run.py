@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import inject_adapter_in_model
 
-from wadi.backbones import Backbone, load_backbone
+from wadi.backbones import Backbone, load_backbone, student_config
 from wadi.backbones.storage import quantized_in_files
 from wadi.device import chosen_device
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
@@ -20,6 +21,7 @@ from wadi.distill.methods import merged_state
 from wadi.distill.plan import announce, peak_line, print_plan
 from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import prepare_prompts, tell_time
+from wadi.distill.roles import view
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError, tell
@@ -75,6 +77,7 @@ def distill(config: DistillConfig) -> Path:
         with together(hosts):
             _begin(trainer, run, checkpoint, inputs)
         finished = train(trainer)
+        trainer.close()
         tell_time(encoded, accelerator)
     if not finished:
         accelerator.end_training()
@@ -109,7 +112,7 @@ def export(trainer: Trainer, run: Path) -> None:
 
     A teacher that was quantized already gets no pipeline/, because merging would round it again.
     """
-    backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
+    backbone, student = trainer.backbone, trainer.student
     options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     teacher = backbone.text.folder or name
     own = options.alpha_T_squared, trainer.config.model.resolution
@@ -120,6 +123,9 @@ def export(trainer: Trainer, run: Path) -> None:
             network.load_state_dict(merged_state(student, network.state_dict()))
         OneStepPipeline(pipeline, *own).write(part(run, "pipeline"))
         return
+    if trainer.config.run.shard_base:  # the adapter's names and shapes, of which the average has the values
+        shapes = student_config(backbone.network, options.rank)
+        student = inject_adapter_in_model(shapes, view(backbone.network))
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
         lora = FusedLoRA.in_folder(backbone.text.folder)
@@ -253,9 +259,10 @@ def _load(
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
-    backbone = load_backbone(
-        folder, config.run.dtype, accelerator.device, model.resolution, config.run.base_precision
-    )
+    # a base that will be spread may be too large for one device
+    device = "cpu" if config.run.shard_base else accelerator.device
+    backbone = load_backbone(folder, config.run.dtype, device, model.resolution, config.run.base_precision)
+    backbone.work_on(accelerator.device)
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     if quantized_in_files(backbone.network):
         tell(

@@ -1,0 +1,189 @@
+"""A base that is spread over two processes (gloo), against one process that computes the same shares.
+
+The roles are compared with views of a whole base at equal ranks, where the wrong adapter would be silent.
+"""
+
+import threading
+
+import pytest
+import torch
+
+from tests.distill.test_processes import checkpoint, config, metrics, two
+from tests.processes import start_two
+from tests.tiny import tiny_pipeline
+from wadi.backbones import UNetBackbone, student_config
+from wadi.distill import DistillConfig, distill
+from wadi.distill.roles import (
+    Roles,
+    build_roles,
+    build_sharded_roles,
+    enable_gradient_checkpointing,
+    trainable,
+)
+from wadi.distill.sharding import FAKE, enable_shared_checkpointing, share_roles
+from wadi.errors import WadiError
+
+
+def adapters(unet, r=2):
+    return student_config(unet, r), student_config(unet, r)
+
+
+def shared(unet):
+    """The three roles of one whole network."""
+    return Roles(*share_roles(unet.requires_grad_(False), *adapters(unet)))
+
+
+def call(network, x):
+    t, text = torch.full((len(x),), 500), torch.ones(len(x), 5, 16, dtype=x.dtype)
+    return network(x, t, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def fill(roles):
+    """Angles that are not zero, the same for every way of building the roles."""
+    generator = torch.Generator().manual_seed(3)
+    for network in (roles.student, roles.fake):
+        for parameter in trainable(network).values():
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def losses(roles, x):
+    """Two losses whose graphs both wait while all three roles compute."""
+    both = [call(network, x).square().mean() for network in (roles.student, roles.fake)]
+    with torch.no_grad():
+        both += [call(network, x).square().mean() for network in (roles.teacher, roles.fake)]
+    return both
+
+
+def gradients(roles):
+    return {
+        f"{role}.{name}": p.grad.clone()
+        for role in ("student", "fake")
+        for name, p in trainable(getattr(roles, role)).items()
+    }
+
+
+def backward_inside(roles, loss):
+    loss.backward()
+
+
+def backward_in_another_role(roles, loss):
+    with roles.teacher.active.as_role(FAKE):
+        loss.backward()
+
+
+def backward_in_another_thread(roles, loss):
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [backward_inside, backward_in_another_role, backward_in_another_thread],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_role_has_its_own_gradients(backward, checkpointing):
+    """Student and fake model have equal ranks on the same layers: the wrong one would fit everywhere."""
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    whole = tiny_pipeline().unet.double()
+    views, roles = build_roles(whole, *adapters(whole), 0), shared(tiny_pipeline().unet.double())
+    for each in (views, roles):
+        fill(each)
+    if checkpointing:
+        enable_shared_checkpointing(roles.student)
+    expected, got = losses(views, x), losses(roles, x)
+    assert [loss.item() for loss in got] == [loss.item() for loss in expected]
+    assert len({loss.item() for loss in expected}) == 3  # the fake model twice
+    for ours, theirs in zip(got[:2], expected[:2], strict=True):
+        theirs.backward()
+        backward(roles, ours)
+    theirs = gradients(views)
+    for name, gradient in gradients(roles).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-9, atol=1e-15)
+
+
+def test_plain_checkpointing_of_a_shared_network_is_an_error():
+    """Its recomputation would take no adapter, or that of another role."""
+    roles = shared(tiny_pipeline().unet)
+    fill(roles)
+    enable_gradient_checkpointing(roles.student.network)
+    loss = call(roles.student, torch.randn(2, 4, 8, 8)).mean()
+    with pytest.raises(RuntimeError, match="only within as_role"):
+        loss.backward()
+
+
+def build_and_compare():
+    """Roles on a spread base: the angles and gradients of views of a whole one, and half of the base."""
+    torch.distributed.init_process_group("gloo")
+    whole = tiny_pipeline().unet.double()
+    views = build_roles(whole, *adapters(whole), 0)
+    roles = build_sharded_roles(whole, *adapters(whole), 0, UNetBackbone.blocks, torch.device("cpu"))
+    names = "student", "fake"
+    for name in names:
+        ours, theirs = (trainable(getattr(each, name)) for each in (roles, views))
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    local = sum(
+        p.to_local().numel() for n, p in roles.teacher.network.named_parameters() if "lorad_" not in n
+    )
+    assert local == pytest.approx(sum(p.numel() for p in whole.parameters()) / 2, rel=0.02)
+    for each in (views, roles):
+        fill(each)
+    enable_shared_checkpointing(roles.student)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for each in (views, roles):
+        for loss in losses(each, x)[:2]:
+            loss.backward()
+    theirs = gradients(views)
+    for name, gradient in gradients(roles).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-9, atol=1e-15)
+    print("compared", len(theirs))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_spread_base_gives_the_gradients_of_a_whole_one(tmp_path):
+    for process in start_two(tmp_path, build_and_compare):
+        code, out, err = process.communicate()
+        assert code == 0, err
+        assert out.startswith("compared")
+
+
+SHARES = {"train_batch_size": 2, "max_train_steps": 2, "validation_steps": 2, "gradient_checkpointing": True}
+
+
+@pytest.fixture(scope="module")
+def one(teacher_folder, tmp_path_factory):
+    """One process that computes the two processes' shares one after the other."""
+    folder = tmp_path_factory.mktemp("one")
+    return distill(config(teacher_folder, folder, gradient_accumulation_steps=2, **SHARES))
+
+
+def assert_equal_first_step(run, other, tolerance=1e-6):
+    """Moments of the first step, where the weights are equal: AdamW magnifies rounding afterwards."""
+    ours, theirs = checkpoint(run, 1), checkpoint(other, 1)
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        if name.startswith("student_optimizer") and name.endswith(".exp_avg"):
+            scale = float(theirs[name].abs().max())
+            torch.testing.assert_close(x, theirs[name], rtol=0, atol=tolerance * scale + 1e-12)
+    ours, theirs = metrics(run)[0], metrics(other)[0]
+    for name in ("student_loss", "fake_loss", "student_grad_norm", "fake_grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_two_processes_with_a_spread_base_are_one(teacher_folder, tmp_path, one):
+    """A run of two, with its images, adapter and pipeline; one process goes on from its checkpoint."""
+    options = config(teacher_folder, tmp_path, shard_base=True, **SHARES)
+    codes, err = two(options, tmp_path)
+    assert codes == [0, 0], err
+    run = tmp_path / "run"
+    assert_equal_first_step(run, one)
+    written = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) for folder in (run, one)]
+    assert written[0] == written[1]
+
+    more = {"resume_from_checkpoint": str(run), "max_train_steps": 3}
+    with pytest.raises(WadiError, match="--shard-base: spreads the base over several"):
+        distill(DistillConfig.of(**more))
+    distill(DistillConfig.of(shard_base=False, **more))
+    assert metrics(run)[-1]["step"] == 3
