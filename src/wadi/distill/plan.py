@@ -110,12 +110,14 @@ class Plan:
         return self.config.optimizer.gradient_accumulation_steps * (each[0] + updates * each[1])
 
 
-def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
+def make_plan(config: DistillConfig, folder: str | None = None, processes: int | None = None) -> Plan:
     """Plan a run from the configurations of its teacher; weights are neither read nor fetched.
 
     Args:
         config: the options, as `wadi.distill.run.resolve` gives them.
         folder: folder or hub id of the teacher, if it is not the one that the options name.
+        processes: over which the base is spread, if the options want that. The default is one for each GPU
+            that is here, and at least two.
 
     Raises:
         WadiError: the teacher is missing or cannot be distilled, or an option does not fit it.
@@ -127,13 +129,12 @@ def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
         check_preset(config, backbone.pipeline)
     encoders = outlined_encoders(found_in, backbone)
     try:
-        found = rehearse(config, backbone, encoders)
+        found = rehearse(config, backbone, encoders, processes or max(2, torch.cuda.device_count()))
         grid = 0
         if config.run.validation_steps:
             rows = len(config.run.validation_prompts) or GRID_PROMPTS
             images = rows * len(config.run.validation_seeds)
-            own = 4 * found.parameters["student"]  # set aside while the average takes its place
-            grid = max(found.validation, own + decoding(backbone, images))
+            grid = max(found.validation, decoding(backbone, images))
         peak = 0 if config.model.text_encoder_device == "cpu" else encoding(backbone, encoders)
     except (NotImplementedError, RuntimeError, LookupError, StopIteration) as error:  # needs values
         raise WadiError(f"{teacher}: cannot be planned: {' '.join(str(error).split())[:200]}") from error
@@ -200,14 +201,16 @@ def print_plan(config: DistillConfig, device: torch.device) -> None:
     warn_if_short(plan, free)
 
 
-def announce(config: DistillConfig, device: torch.device, folder: str | None = None) -> Plan | None:
+def announce(
+    config: DistillConfig, device: torch.device, folder: str | None = None, processes: int | None = None
+) -> Plan | None:
     """Print the memory line of a run that is about to load, and warn if the memory is too small.
 
     Returns:
         The plan; None if the run cannot be planned. Loading the teacher tells what is wrong with it.
     """
     try:
-        plan = make_plan(config, folder)
+        plan = make_plan(config, folder, processes)
     except Exception:  # an estimate must not end a run
         return None
     free = free_memory(device)
@@ -228,6 +231,7 @@ def warn_if_short(plan: Plan, free: int) -> None:
         "a smaller --train-batch-size": config.optimizer.train_batch_size > 1,
         "--mixed-precision bf16": config.run.mixed_precision == "no" and not whole,
         "--base-precision int8": config.run.base_precision is None and not whole,
+        "--shard-base on several cards": not config.run.shard_base and not whole,
         "lower ranks": plan.held - found.held["frozen base"] > plan.most / 4,
     }
     if where == "encoding of prompts":

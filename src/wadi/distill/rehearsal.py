@@ -32,6 +32,8 @@ ENCODED_TOGETHER = 128
 """Prompts in a batch of the text encoders; see `PromptEncoder.encode`."""
 DECODED_TOGETHER = 16
 """Images in a batch of the VAE; see `Backbone.decode`."""
+GATHERED = 2
+"""Blocks of a spread base that are whole on a card at most: one that computes, and the next."""
 _aten = torch.ops.aten
 
 
@@ -246,13 +248,16 @@ class _Shapes:
         return torch.empty((), dtype=torch.bool, device=META)
 
 
-def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, nn.Module]) -> Rehearsal:
+def rehearse(
+    config: DistillConfig, backbone: Backbone, encoders: Mapping[str, nn.Module], processes: int = 1
+) -> Rehearsal:
     """Run one update of the student, one of the fake model, and one row of a sample grid without values.
 
     Args:
         config: the options of the run.
         backbone: from `outline`.
         encoders: from `outlined_encoders`.
+        processes: over which the base is spread, if the options want that.
 
     Raises:
         WadiError: an option does not fit the network.
@@ -289,6 +294,8 @@ def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, n
         "student": sum(p.numel() for p in trainer.student_parameters.values()),
         "fake": sum(p.numel() for p in trainer.fake_parameters.values()),
     }
+    if config.run.shard_base:
+        held |= _spread(held["frozen base"], backbone, processes)
     peaks = student.peak, fake.peak, validation.peak
     return Rehearsal(parameters, held, *peaks, student.work, fake.work)
 
@@ -328,6 +335,13 @@ def _held(trainer: Trainer, backbone: Backbone) -> dict[str, int]:
         "AdamW's moments": _bytes([update.moments() for update in updates]),
         "average": _bytes(trainer.average.tensors),
     }
+
+
+def _spread(base: int, backbone: Backbone, processes: int) -> dict[str, int]:
+    """Bytes of a spread base on one of the cards, by part."""
+    blocks = (m for m in backbone.network.modules() if type(m).__name__ in backbone.blocks)
+    largest = max(_bytes(list(_tensors(block))) for block in blocks)
+    return {"frozen base": base // processes, "gathered blocks": GATHERED * largest}
 
 
 def _inputs(trainer: Trainer, n: int, condition: Condition) -> StepInputs:

@@ -63,7 +63,7 @@ def distill(config: DistillConfig) -> Path:
             if accelerator.is_main_process == main:
                 teacher = prepare_teacher(*config.model.teacher)
     on_gpu = device.type == "cuda" and accelerator.is_main_process
-    planned = announce(config, device, teacher) if on_gpu else None
+    planned = announce(config, device, teacher, accelerator.num_processes) if on_gpu else None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with together(hosts):
