@@ -12,7 +12,7 @@ from tests.distill.test_processes import checkpoint, config, metrics, two
 from tests.processes import start_two
 from tests.tiny import tiny_pipeline
 from wadi.backbones import UNetBackbone, student_config
-from wadi.distill import DistillConfig, distill
+from wadi.distill import DistillConfig, distill, sharding
 from wadi.distill.roles import (
     Roles,
     build_roles,
@@ -113,8 +113,9 @@ def test_plain_checkpointing_of_a_shared_network_is_an_error():
         loss.backward()
 
 
-def build_and_compare():
+def build_and_compare(large):
     """Roles on a spread base: the angles and gradients of views of a whole one, and half of the base."""
+    sharding.LARGE = large
     torch.distributed.init_process_group("gloo")
     whole = tiny_pipeline().unet.double()
     views = build_roles(whole, *adapters(whole), 0)
@@ -142,11 +143,24 @@ def build_and_compare():
     torch.distributed.destroy_process_group()
 
 
-def test_a_spread_base_gives_the_gradients_of_a_whole_one(tmp_path):
-    for process in start_two(tmp_path, build_and_compare):
+@pytest.mark.parametrize("large", [sharding.LARGE, 0], ids=["blocks", "parts"])
+def test_a_spread_base_gives_the_gradients_of_a_whole_one(large, tmp_path):
+    for process in start_two(tmp_path, build_and_compare, large):
         code, out, err = process.communicate()
         assert code == 0, err
         assert out.startswith("compared")
+
+
+def test_what_is_gathered_together_is_all_there_is(monkeypatch):
+    """Every weight once; with smaller parts for large blocks."""
+    unet, whole = tiny_pipeline().unet, None
+    for large in (2**29, 0):
+        monkeypatch.setattr(sharding, "LARGE", large)
+        sizes = sharding.gathered_together(unet, UNetBackbone.blocks)
+        assert sum(sizes.values()) == sum(p.nbytes for p in unet.parameters())
+        blocks = [size for module, size in sizes.items() if type(module).__name__ == "BasicTransformerBlock"]
+        assert whole is None or max(blocks) < min(whole)
+        whole = blocks
 
 
 SHARES = {"train_batch_size": 2, "max_train_steps": 2, "validation_steps": 2, "gradient_checkpointing": True}

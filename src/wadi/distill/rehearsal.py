@@ -26,6 +26,7 @@ from wadi.backbones.outline import META, encoder_tokens, longest_condition
 from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, StepInputs
+from wadi.distill.sharding import gathered_together
 from wadi.distill.trainer import Trainer
 
 ENCODED_TOGETHER = 128
@@ -33,7 +34,7 @@ ENCODED_TOGETHER = 128
 DECODED_TOGETHER = 16
 """Images in a batch of the VAE; see `Backbone.decode`."""
 GATHERED = 2
-"""Blocks of a spread base that are whole on a card at most: one that computes, and the next."""
+"""Modules of a spread base that are whole on a card at most: one that computes, and the next."""
 _aten = torch.ops.aten
 
 
@@ -339,8 +340,7 @@ def _held(trainer: Trainer, backbone: Backbone) -> dict[str, int]:
 
 def _spread(base: int, backbone: Backbone, processes: int) -> dict[str, int]:
     """Bytes of a spread base on one of the cards, by part."""
-    blocks = (m for m in backbone.network.modules() if type(m).__name__ in backbone.blocks)
-    largest = max(_bytes(list(_tensors(block))) for block in blocks)
+    largest = max(gathered_together(backbone.network, backbone.blocks).values())
     return {"frozen base": base // processes, "gathered blocks": GATHERED * largest}
 
 

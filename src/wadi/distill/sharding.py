@@ -25,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from wadi.lorad import LoRaDConfig, LoRaDLayer
 from wadi.lorad.model import LoRaDModel
 
+LARGE = 2**29
+"""Bytes: a block with more is gathered in parts, because the next one is gathered while it computes."""
+
 TEACHER, STUDENT, FAKE = "teacher", "student", "fake"
 """The roles. Two are the names of adapters too, and the teacher's is that of none."""
 
@@ -86,7 +89,7 @@ def shard(network: nn.Module, kinds: Collection[str], device: torch.device) -> n
 
     Args:
         network: on the CPU; it is left as it is, and its weights stay there.
-        kinds: class names of the blocks whose weights are gathered together; see `Backbone.blocks`.
+        kinds: class names of the blocks; see `Backbone.blocks`.
         device: of this process.
     """
     own = {
@@ -97,10 +100,34 @@ def shard(network: nn.Module, kinds: Collection[str], device: torch.device) -> n
     }
     copied = copy.deepcopy(network, own)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = [module for module in copied.modules() if type(module).__name__ in kinds]
-    for module in (*reversed(blocks), copied):
+    for module in gathered_together(copied, kinds):
         fully_shard(module, mesh=mesh)
     return copied
+
+
+def gathered_together(network: nn.Module, kinds: Collection[str]) -> dict[nn.Module, int]:
+    """The modules whose weights are gathered together, and how many bytes these are.
+
+    Each has the weights that no module before it has. A block above `LARGE` is gathered in parts, which are
+    those of its modules that have modules of their own: an adapter reads the weight of a single layer past
+    the layer's own forward, where it would be gathered.
+
+    Args:
+        network: without adapters.
+        kinds: class names of the blocks.
+    """
+    found = [network]
+    for block in (module for module in network.modules() if type(module).__name__ in kinds):
+        found.append(block)
+        if sum(p.nbytes for p in block.parameters()) > LARGE:
+            parts = (part for part in block.children() if not isinstance(part, nn.ModuleList))
+            found += (part for part in parts if any(True for _ in part.children()))
+    sizes, seen = {}, set[nn.Parameter]()
+    for module in reversed(found):
+        new = set(module.parameters()) - seen
+        sizes[module] = sum(p.nbytes for p in new)
+        seen |= new
+    return sizes
 
 
 def share_roles(network: nn.Module, student: LoRaDConfig, fake: LoRaDConfig) -> list[RoleNetwork]:
