@@ -12,6 +12,7 @@ from tests.distill.test_processes import checkpoint, config, metrics, two
 from tests.processes import start_two
 from tests.tiny import tiny_pipeline
 from wadi.backbones import UNetBackbone, student_config
+from wadi.backbones.storage import store_base
 from wadi.distill import DistillConfig, distill, sharding
 from wadi.distill.roles import (
     Roles,
@@ -113,42 +114,51 @@ def test_plain_checkpointing_of_a_shared_network_is_an_error():
         loss.backward()
 
 
-def build_and_compare(large):
-    """Roles on a spread base: the angles and gradients of views of a whole one, and half of the base."""
-    sharding.LARGE = large
+SPREAD = {
+    "blocks": (sharding.LARGE, None, True),
+    "parts": (0, None, True),
+    "kept activations": (sharding.LARGE, None, False),
+    "int8": (sharding.LARGE, "int8", True),
+}
+"""Bytes above which a block is gathered in parts, precision of the base, and gradient checkpointing."""
+
+
+def build_and_compare():
+    """Roles on a spread base have the angles and gradients of views of a whole one, and half of the base."""
     torch.distributed.init_process_group("gloo")
-    whole = tiny_pipeline().unet.double()
-    views = build_roles(whole, *adapters(whole), 0)
-    roles = build_sharded_roles(whole, *adapters(whole), 0, UNetBackbone.blocks, torch.device("cpu"))
-    names = "student", "fake"
-    for name in names:
-        ours, theirs = (trainable(getattr(each, name)) for each in (roles, views))
-        assert list(ours) == list(theirs)
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    local = sum(
-        p.to_local().numel() for n, p in roles.teacher.network.named_parameters() if "lorad_" not in n
-    )
-    assert local == pytest.approx(sum(p.numel() for p in whole.parameters()) / 2, rel=0.02)
-    for each in (views, roles):
-        fill(each)
-    enable_shared_checkpointing(roles.student)
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for each in (views, roles):
-        for loss in losses(each, x)[:2]:
-            loss.backward()
-    theirs = gradients(views)
-    for name, gradient in gradients(roles).items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-9, atol=1e-15)
-    print("compared", len(theirs))
+    for name, (large, precision, checkpointing) in SPREAD.items():
+        sharding.LARGE = large
+        whole = tiny_pipeline().unet.double()
+        if precision is not None:
+            store_base(whole, UNetBackbone.layers(whole, UNetBackbone.student_pattern), precision, "cpu")
+        views = build_roles(whole, *adapters(whole), 0)
+        roles = build_sharded_roles(whole, *adapters(whole), 0, UNetBackbone.blocks, torch.device("cpu"))
+        base = [p for name, p in roles.teacher.network.named_parameters() if "lorad_" not in name]
+        assert sum(p.to_local().numel() for p in base) == pytest.approx(
+            sum(p.numel() for p in whole.parameters()) / 2, rel=0.02
+        )
+        for role in ("student", "fake"):
+            ours, theirs = (trainable(getattr(each, role)) for each in (roles, views))
+            assert list(ours) == list(theirs)
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        if checkpointing:
+            enable_shared_checkpointing(roles.student)
+        x = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        for each in (views, roles):
+            fill(each)
+            for loss in losses(each, x)[:2]:
+                loss.backward()
+        theirs = gradients(views)
+        for key, gradient in gradients(roles).items():
+            torch.testing.assert_close(gradient, theirs[key], rtol=1e-9, atol=1e-15)
+        print(name)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("large", [sharding.LARGE, 0], ids=["blocks", "parts"])
-def test_a_spread_base_gives_the_gradients_of_a_whole_one(large, tmp_path):
-    for process in start_two(tmp_path, build_and_compare, large):
+def test_a_spread_base_gives_the_gradients_of_a_whole_one(tmp_path):
+    for process in start_two(tmp_path, build_and_compare):
         code, out, err = process.communicate()
-        assert code == 0, err
-        assert out.startswith("compared")
+        assert (code, out.splitlines()) == (0, list(SPREAD)), err
 
 
 def test_what_is_gathered_together_is_all_there_is(monkeypatch):
