@@ -3,10 +3,13 @@
 The roles are compared with views of a whole base at equal ranks, where the wrong adapter would be silent.
 """
 
+import os
+import shutil
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distill.test_processes import checkpoint, config, metrics, two
 from tests.processes import start_two
@@ -21,8 +24,9 @@ from wadi.distill.roles import (
     enable_gradient_checkpointing,
     trainable,
 )
-from wadi.distill.sharding import FAKE, enable_shared_checkpointing, share_roles
+from wadi.distill.sharding import FAKE, STUDENT, enable_shared_checkpointing, share_roles
 from wadi.errors import WadiError
+from wadi.lorad.io import copy_adapter, save_adapter
 
 
 def adapters(unet, r=2):
@@ -123,7 +127,7 @@ SPREAD = {
 """Bytes above which a block is gathered in parts, precision of the base, and gradient checkpointing."""
 
 
-def build_and_compare():
+def build_and_compare(folder):
     """Roles on a spread base have the angles and gradients of views of a whole one, and half of the base."""
     torch.distributed.init_process_group("gloo")
     for name, (large, precision, checkpointing) in SPREAD.items():
@@ -152,11 +156,17 @@ def build_and_compare():
         for key, gradient in gradients(roles).items():
             torch.testing.assert_close(gradient, theirs[key], rtol=1e-9, atol=1e-15)
         print(name)
+    trainable(views.student).popitem()[1].data.fill_(0.5)
+    own = folder / os.environ["RANK"]
+    save_adapter(views.student, own)
+    copy_adapter(roles.student.network, own, STUDENT)
+    ours, theirs = trainable(roles.student), trainable(views.student)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     torch.distributed.destroy_process_group()
 
 
 def test_a_spread_base_gives_the_gradients_of_a_whole_one(tmp_path):
-    for process in start_two(tmp_path, build_and_compare):
+    for process in start_two(tmp_path, build_and_compare, tmp_path):
         code, out, err = process.communicate()
         assert (code, out.splitlines()) == (0, list(SPREAD)), err
 
@@ -183,15 +193,15 @@ def one(teacher_folder, tmp_path_factory):
     return distill(config(teacher_folder, folder, gradient_accumulation_steps=2, **SHARES))
 
 
-def assert_equal_first_step(run, other, tolerance=1e-6):
-    """Moments of the first step, where the weights are equal: AdamW magnifies rounding afterwards."""
-    ours, theirs = checkpoint(run, 1), checkpoint(other, 1)
+def assert_equal(run, other, step, tolerance):
+    """Moments and losses of the first step that the two did apart: AdamW magnifies rounding afterwards."""
+    ours, theirs = checkpoint(run, step), checkpoint(other, step)
     assert ours.keys() == theirs.keys()
     for name, x in ours.items():
         if name.startswith("student_optimizer") and name.endswith(".exp_avg"):
             scale = float(theirs[name].abs().max())
             torch.testing.assert_close(x, theirs[name], rtol=0, atol=tolerance * scale + 1e-12)
-    ours, theirs = metrics(run)[0], metrics(other)[0]
+    ours, theirs = metrics(run)[step - 1], metrics(other)[step - 1]
     for name in ("student_loss", "fake_loss", "student_grad_norm", "fake_grad_norm"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
@@ -202,12 +212,25 @@ def test_two_processes_with_a_spread_base_are_one(teacher_folder, tmp_path, one)
     codes, err = two(options, tmp_path)
     assert codes == [0, 0], err
     run = tmp_path / "run"
-    assert_equal_first_step(run, one)
+    assert_equal(run, one, 1, 1e-6)
     written = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) for folder in (run, one)]
     assert written[0] == written[1]
+    adapter = load_file(run / "adapter/adapter_model.safetensors")
+    average = load_file(run / "checkpoints/step-000002/ema.safetensors")
+    assert len(adapter) == len(average)
+    for name, x in average.items():
+        assert torch.equal(adapter[f"base_model.model.{name.removesuffix('.default')}"], x)
 
     more = {"resume_from_checkpoint": str(run), "max_train_steps": 3}
     with pytest.raises(WadiError, match="--shard-base: spreads the base over several"):
         distill(DistillConfig.of(**more))
     distill(DistillConfig.of(shard_base=False, **more))
     assert metrics(run)[-1]["step"] == 3
+
+
+def test_two_processes_spread_the_base_of_a_run_of_one(tmp_path, one):
+    run = shutil.copytree(one, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-000002")
+    codes, err = two(DistillConfig.of(resume_from_checkpoint=str(run), shard_base=True), tmp_path)
+    assert codes == [0, 0], err
+    assert_equal(run, one, 2, 1e-4)
