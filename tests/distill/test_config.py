@@ -85,11 +85,6 @@ def test_bad_values_name_the_option(option, value):
     [
         {"min_timestep": 0.6, "max_timestep": 0.5},
         {"cuda_graphs": True, "mixed_precision": "fp16"},
-        {"shard_base": True, "cuda_graphs": True},
-        {"shard_base": True, "compile": True},
-        {"shard_base": True, "base_precision": "nf4"},
-        {"shard_base": True, "student_method": "lora"},
-        {"shard_base": True, "fake_method": "full"},
         {"validation_seeds": ()},
     ],
 )

@@ -17,6 +17,7 @@ from tests.tiny import tiny_pipeline
 from wadi.backbones import UNetBackbone, student_config
 from wadi.backbones.storage import store_base
 from wadi.distill import DistillConfig, distill, sharding
+from wadi.distill.checks import check_sharding
 from wadi.distill.roles import (
     Roles,
     build_roles,
@@ -181,6 +182,23 @@ def test_what_is_gathered_together_is_all_there_is(monkeypatch):
         blocks = [size for module, size in sizes.items() if type(module).__name__ == "BasicTransformerBlock"]
         assert whole is None or max(blocks) < min(whole)
         whole = blocks
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"cuda_graphs": True}, "--cuda-graphs"),
+        ({"compile": True}, "--compile"),
+        ({"base_precision": "nf4"}, "--base-precision nf4"),
+        ({"student_method": "lora"}, "--student-method"),
+        ({"fake_method": "full"}, "--fake-method"),
+    ],
+)
+def test_what_does_not_go_with_a_spread_base_is_refused(options, told):
+    config = DistillConfig.of(shard_base=True, **options)
+    with pytest.raises(WadiError, match=f"^--shard-base: does not go with {told}, because"):
+        check_sharding(config, 2)
+    check_sharding(config.replace(shard_base=False), 1)
 
 
 SHARES = {"train_batch_size": 2, "max_train_steps": 2, "validation_steps": 2, "gradient_checkpointing": True}

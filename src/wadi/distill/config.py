@@ -263,9 +263,8 @@ class RunOptions(Options):
     the kernels one by one takes longer than their work."""
 
     shard_base: bool = option(False, changeable=True)
-    """Spread the frozen base over all processes, for a base that is too large for one card. Each block's
-    weights are gathered for as long as it computes. The default is a whole base in every process, which is
-    faster."""
+    """Spread the frozen base over all processes, for a base that is too large for one card. A block's weights
+    are gathered while it computes. The default is a whole base in every process, which is faster."""
 
     allow_tf32: bool = option(False)
     """Let float32 matrix products use TF32 on Ampere and later GPUs."""
@@ -295,19 +294,8 @@ class RunOptions(Options):
         super().__post_init__()
         if self.cuda_graphs and self.mixed_precision == "fp16":
             raise WadiError("--cuda-graphs: does not go with fp16 (loss scaling); use --mixed-precision bf16")
-        if self.shard_base:
-            self._check_sharded()
         if self.validation_steps and not self.validation_seeds:
             raise WadiError("--validation-seeds: name at least one, or set --validation-steps 0")
-
-    def _check_sharded(self) -> None:
-        for other, given, why in (
-            ("--cuda-graphs", self.cuda_graphs, "a graph needs weights that stay in one place"),
-            ("--compile", self.compile, "compiled blocks need weights that stay in one place"),
-            ("--base-precision nf4", self.base_precision == "nf4", "such weights cannot be spread; use int8"),
-        ):
-            if given:
-                raise WadiError(f"--shard-base: does not go with {other}, because {why}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -339,8 +327,6 @@ class DistillConfig(Options):
             raise WadiError(
                 "--student-method, --fake-method: full trains the base's own dtype; use --mixed-precision no"
             )
-        if self.run.shard_base and {self.student.method, self.fake.method} != {"lorad"}:
-            raise WadiError("--shard-base: --student-method and --fake-method must be lorad")
 
     @classmethod
     def of(cls, **options: object) -> DistillConfig:

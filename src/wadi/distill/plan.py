@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wadi.backbones.outline import META, configuration_folder, outline, outlined_encoders
-from wadi.distill.checks import check_preset, free_memory
+from wadi.distill.checks import check_preset, check_sharding, free_memory
 from wadi.distill.config import GRID_PROMPTS, DistillConfig, FakeOptions, StudentOptions
 from wadi.distill.rehearsal import Ledger, Rehearsal, decoding, encoding, rehearse
 from wadi.errors import WadiError, tell
@@ -124,13 +124,15 @@ def make_plan(config: DistillConfig, folder: str | None = None, processes: int |
         WadiError: the teacher is missing or cannot be distilled, or an option does not fit it.
     """
     teacher = config.model.pretrained_model_name_or_path
+    processes = processes or max(2, torch.cuda.device_count())
+    check_sharding(config, processes)
     found_in = configuration_folder(folder or _configurations(config))
     backbone = outline(found_in, config.run.dtype, config.model.resolution, config.run.base_precision)
     if folder is None:  # a run checks it itself
         check_preset(config, backbone.pipeline)
     encoders = outlined_encoders(found_in, backbone)
     try:
-        found = rehearse(config, backbone, encoders, processes or max(2, torch.cuda.device_count()))
+        found = rehearse(config, backbone, encoders, processes)
         grid = 0
         if config.run.validation_steps:
             rows = len(config.run.validation_prompts) or GRID_PROMPTS

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
+from wadi.distill.checks import check_sharding
 from wadi.distill.config import DistillConfig
 from wadi.distill.trackers import check_tracker
 from wadi.errors import WadiError
@@ -29,7 +30,7 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     For fp16 it scales the losses. There is no autocast, because the base itself is in the compute dtype.
 
     Raises:
-        WadiError: the precision or the tracker cannot be used here, or one process is to spread the base.
+        WadiError: the precision or the tracker cannot be used here, or the base cannot be spread.
     """
     check_tracker(config.run.report_to)
     try:
@@ -40,11 +41,7 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise WadiError(f"--mixed-precision: {' '.join(str(error).split())}") from error
-    if config.run.shard_base and accelerator.num_processes == 1:
-        raise WadiError(
-            "--shard-base: spreads the base over several processes, and this is one; start them with "
-            "accelerate launch, or give --no-shard-base"
-        )
+    check_sharding(config, accelerator.num_processes)
     return accelerator
 
 
@@ -73,11 +70,13 @@ def spread(tensors: Sequence[torch.Tensor], accelerator: Accelerator) -> None:
 def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Tensors that are sent together: one by one they would take long, and all at once much memory."""
     group: list[torch.Tensor] = []
+    numbers = 0
     for tensor in tensors:
         group.append(tensor)
-        if sum(tensor.numel() for tensor in group) >= SENT_TOGETHER:
+        numbers += tensor.numel()
+        if numbers >= SENT_TOGETHER:
             yield group
-            group = []
+            group, numbers = [], 0
     if group:
         yield group
 

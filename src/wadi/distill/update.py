@@ -66,7 +66,7 @@ class Update:
         were. The processes' gradients are averaged by then, so all processes decide alike.
         """
         scaler, optimizer = self.accelerator.scaler, self.optimizer
-        average([p.grad for p in self.parameters.values()], self.accelerator)
+        average([p.grad for p in self.parameters.values() if p.grad is not None], self.accelerator)
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
