@@ -6,14 +6,16 @@ The roles are compared with views of a whole base at equal ranks, where the wron
 import os
 import shutil
 import threading
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.backbones.cases import CASES, make, noise
 from tests.distill.test_processes import checkpoint, config, metrics, two
 from tests.processes import start_two
-from tests.tiny import tiny_pipeline
+from tests.tiny import PROMPTS, tiny_pipeline
 from wadi.backbones import UNetBackbone, student_config
 from wadi.backbones.storage import store_base
 from wadi.distill import DistillConfig, distill, sharding
@@ -172,16 +174,38 @@ def test_a_spread_base_gives_the_gradients_of_a_whole_one(tmp_path):
         assert (code, out.splitlines()) == (0, list(SPREAD)), err
 
 
-def test_what_is_gathered_together_is_all_there_is(monkeypatch):
-    """Every weight once; with smaller parts for large blocks."""
-    unet, whole = tiny_pipeline().unet, None
-    for large in (2**29, 0):
-        monkeypatch.setattr(sharding, "LARGE", large)
-        sizes = sharding.gathered_together(unet, UNetBackbone.blocks)
-        assert sum(sizes.values()) == sum(p.nbytes for p in unet.parameters())
-        blocks = [size for module, size in sizes.items() if type(module).__name__ == "BasicTransformerBlock"]
-        assert whole is None or max(blocks) < min(whole)
-        whole = blocks
+def gather(own, *_):
+    for parameter, value in own.items():
+        parameter.data = value
+
+
+def free(own, *_):
+    for parameter, value in own.items():
+        parameter.data = value.new_empty(0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("large", [sharding.LARGE, 0], ids=["blocks", "parts"])
+def test_weights_are_there_while_their_module_computes_and_only_then(case, large, monkeypatch):
+    """As FSDP gathers them, without processes: a weight that is read elsewhere has no values."""
+    monkeypatch.setattr(sharding, "LARGE", large)
+    backbone = make(case)
+    network, t = backbone.network, torch.full((2,), 500.0)
+    asked = noise(backbone), t, backbone.encode(PROMPTS[:2])
+    gathered = sharding.gathered_together(network, backbone.blocks)
+    assert sum(gathered.values()) == sum(p.nbytes for p in network.parameters())
+    roles = Roles(*share_roles(network, *adapters(network)))
+    fill(roles)
+    with torch.no_grad():
+        expected = backbone.predict(roles.student, *asked)
+        seen = set()
+        for module in gathered:
+            own = {p: p.data for p in set(module.parameters()) - seen if not p.requires_grad}
+            seen |= own.keys()
+            module.register_forward_pre_hook(partial(gather, own))
+            module.register_forward_hook(partial(free, own))
+            free(own)
+        assert torch.equal(backbone.predict(roles.student, *asked), expected)
 
 
 @pytest.mark.parametrize(

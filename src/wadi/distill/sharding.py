@@ -92,17 +92,25 @@ def shard(network: nn.Module, kinds: Collection[str], device: torch.device) -> n
         kinds: class names of the blocks; see `Backbone.blocks`.
         device: of this process.
     """
+    copied = _with_own_parameters(network)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in gathered_together(copied, kinds):
+        fully_shard(module, mesh=mesh)
+    return copied
+
+
+def _with_own_parameters(network: nn.Module) -> nn.Module:
+    """A copy with Parameters of its own for the same values, so that they can move without the network's.
+
+    Nothing else refers to them: a block that has been spread is freed before the next one moves.
+    """
     own = {
         id(tensor): nn.Parameter(tensor.detach(), requires_grad=False)
         if isinstance(tensor, nn.Parameter)
         else tensor.detach()
         for tensor in chain(network.parameters(), network.buffers())
     }
-    copied = copy.deepcopy(network, own)
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in gathered_together(copied, kinds):
-        fully_shard(module, mesh=mesh)
-    return copied
+    return copy.deepcopy(network, own)
 
 
 def gathered_together(network: nn.Module, kinds: Collection[str]) -> dict[nn.Module, int]:
