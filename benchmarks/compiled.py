@@ -151,7 +151,7 @@ def exact(trainer: Trainer) -> Gradients:
     trainer.synchronize()
     student, fake, teacher = (
         copy.deepcopy(network).to("cpu", torch.float64)
-        for network in (trainer.student, trainer.fake_network, trainer.teacher)
+        for network in (trainer.student, trainer.fake, trainer.teacher)
     )
     for network in (student, fake, teacher):
         for module in network.modules():  # blocks as they were before they were compiled

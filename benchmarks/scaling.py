@@ -1,119 +1,122 @@
-"""Samples a second of WaDi's training on one GPU and on several of one host, each with its own batch.
+"""Time and memory of `wadi distill` on one GPU and on several of one host, each with its own batch.
 
-    python benchmarks/scaling.py --processes 1 2         # SD 1.5's configuration, random weights
-    python benchmarks/scaling.py --model tiny --batch-size 2 --cpu    # does it run?
+    python benchmarks/teachers.py sdxl --out teachers/sdxl
+    python benchmarks/scaling.py --preset sdxl --teacher teachers/sdxl --cuda-graphs
+    python benchmarks/scaling.py --processes 2 --steps 12 --preset flux-dev --teacher FOLDER --shard-base
+    python benchmarks/scaling.py --steps 4 --cpu --preset none --teacher FOLDER    # does it run?
 
-Every process trains on as many latents a step as one alone does, and gradients are averaged by
-DistributedDataParallel: efficiency is the time of a step alone over the time of a step together. Started as a
-user starts it, with `accelerate launch`.
+All other options are those of `wadi distill`. Every process trains on as many images a step as one alone
+does: efficiency is the time of a step alone over the time of a step together. The run is started as a user
+starts it, with `accelerate launch`, and goes through loading, encoding, training and the checkpoint; sample
+grids, export and report are omitted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
 import adapters
-import iteration
+
+from wadi.commands.distill import parse
+from wadi.distill import DistillConfig
+from wadi.distill import run as run_room
+
+PROMPTS = ["a red cat", "a blue dog on a hill", "two green birds in a tree", "a small house by the sea"]
+LOGS = 4
+"""The steps are logged so often. The first of these parts warms up, and the others are timed."""
 
 
 @dataclass
 class Options:
-    """Time one training iteration on one process and on several."""
+    """Time `wadi distill` on one process and on several."""
 
-    model: Literal["sd15", "pixart-256", "tiny"] = "sd15"
-    """Configuration of the network; its weights are random."""
     processes: tuple[int, ...] = (1, 2)
     """How many to start, one after the other."""
-    batch_size: int = 16
-    """Latents an iteration, of each process."""
-    gradient_checkpointing: bool = False
-    """Recompute in backward."""
-    repeats: int = 8
-    """Timed runs of three iterations; the median counts."""
+    steps: int = 40
+    """Updates of the student; the first quarter warms up."""
     cpu: bool = False
     """Processes on the CPU."""
     worker: Path | None = None
-    """What the processes are started with; leave it out."""
+    """What the processes are started with; omit it."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
-def work(options: Options) -> None:
-    """One process of several: time the trainer's steps; the first writes the median."""
-    device = "cpu" if options.cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not options.cpu:
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    like = iteration.Options(model=options.model, device=device)
-    step = iteration.ours(like, options.batch_size, options.gradient_checkpointing)
-    wait = (lambda: None) if options.cpu else torch.cuda.synchronize
-    times = []
-    for run in range(-1, options.repeats):
-        wait()
-        start = time.perf_counter()
-        for _ in range(iteration.CHAIN):
-            step()
-        wait()
-        if run >= 0:
-            times.append(1000 * (time.perf_counter() - start) / iteration.CHAIN)
-    if os.environ.get("RANK", "0") == "0":
-        options.worker.write_text(json.dumps(statistics.median(times)))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def work(folder: Path) -> None:
+    """One process of several: a run without its export; writes the peak of its device's memory."""
+    run_room.export = lambda trainer, run: None
+    run_room.distill(DistillConfig.load(folder / "config.yaml"))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    (folder / f"peak-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(peak))
 
 
-def launched(options: Options, processes: int) -> float:
-    """Milliseconds of a step on so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "milliseconds.json"
-        several = ["--multi_gpu"] if processes > 1 and not options.cpu else []
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)),
-            *several,
-            *(["--cpu"] if options.cpu else []),
-            __file__,
-            *("--worker", str(result), "--model", options.model, "--batch-size", str(options.batch_size)),
-            *("--repeats", str(options.repeats)),
-            "--gradient-checkpointing" if options.gradient_checkpointing else "--no-gradient-checkpointing",
-            *(["--cpu"] if options.cpu else []),
-        ]
-        subprocess.run(command, check=True)
-        return json.loads(result.read_text())
+def launched(options: Options, distil: list[str], processes: int) -> dict[str, float]:
+    """Milliseconds of a step, and the most GiB that any process allocated."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+        config, _ = parse(["--prompts", str(folder / "prompts.txt"), *distil])
+        config.replace(
+            output_dir=str(folder / "run"),
+            max_train_steps=options.steps,
+            logging_steps=options.steps // LOGS,
+            checkpointing_steps=options.steps,
+            validation_steps=0,
+        ).save(folder / "config.yaml")
+        subprocess.run(
+            [*_launcher(options, processes), __file__, "--worker", str(folder)],
+            check=True,
+            env=os.environ | ({"ACCELERATE_USE_CPU": "1"} if options.cpu else {}),
+        )
+        rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+        first, last = rows[0], rows[-1]
+        peaks = [json.loads(path.read_text()) for path in folder.glob("peak-*.json")]
+    seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    samples = processes * config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps
+    return {"samples": samples, "ms": 1000 * seconds, "peak_gib": max(peaks) / 2**30}
 
 
-def main(options: Options) -> None:
+def _launcher(options: Options, processes: int) -> list[str]:
+    if options.cpu:  # what accelerate hands over to; by itself it starts several only with MPI
+        several = ["--standalone", "--nproc_per_node", str(processes)]
+        return [sys.executable, "-m", "torch.distributed.run", *several]
+    several = ["--multi_gpu"] if processes > 1 else []
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *several]
+    return [*launch, "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+
+
+def main(options: Options, distil: list[str]) -> None:
     """Start every number of processes and print the table."""
     if options.worker is not None:
-        work(options)
+        work(options.worker)
         return
     head = adapters.header(adapters.Options(device="cpu" if options.cpu else "cuda"))
-    print(head.replace("sd15", options.model, 1), flush=True)
-    milliseconds = {processes: launched(options, processes) for processes in options.processes}
-    print("| processes | batch | ms a step | samples/s | efficiency |\n| --- | --- | --- | --- | --- |")
-    first = options.processes[0]
-    for processes, ms in milliseconds.items():
-        samples = processes * options.batch_size
+    print(head.replace("sd15", " ".join(distil), 1), flush=True)
+    print("| processes | images a step | ms a step | images/s | efficiency | most GiB a card |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    rows = {}
+    for processes in options.processes:
+        rows[processes] = row = launched(options, distil, processes)
+        alone = rows[options.processes[0]]["ms"]
         print(
-            f"| {processes} | {samples} | {ms:.0f} | {1000 * samples / ms:.1f} | "
-            f"{milliseconds[first] / ms:.2f} |"
+            f"| {processes} | {row['samples']} | {row['ms']:.0f} | {1000 * row['samples'] / row['ms']:.2f} | "
+            f"{alone / row['ms']:.3f} | {row['peak_gib']:.2f} |",
+            flush=True,
         )
     if options.out is not None:
-        report = {"header": head, "options": str(options), "milliseconds": milliseconds}
+        report = {"header": head, "options": str(options), "distill": distil, "rows": rows}
         options.out.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(*tyro.cli(Options, return_unknown_args=True))

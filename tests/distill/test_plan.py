@@ -57,7 +57,7 @@ def test_parameters_and_what_is_held_are_those_of_the_real_networks(folders, pla
     roles = build_roles(network, student_config(network, 3), student_config(network, 2), 0)
     student, fake = trainable(roles.student), trainable(roles.fake)
     accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
-    updates = [Update(config.optimizer, accelerator, None, some, 1e-4) for some in (student, fake)]
+    updates = [Update(config.optimizer, accelerator, some, 1e-4) for some in (student, fake)]
     assert planned.rehearsal.parameters == {
         "network": sum(p.numel() for p in network.parameters()),
         "student": sum(p.numel() for p in student.values()),
@@ -115,6 +115,10 @@ def test_memory_and_work_follow_the_options(teacher_folder):
     assert recomputed.rehearsal.student < one.rehearsal.student
     assert recomputed.operations > 1.1 * one.operations
     assert one.grid == 0
+    spread = make_plan(one.config.replace(shard_base=True), processes=4).rehearsal.held
+    assert spread["frozen base"] == one.rehearsal.held["frozen base"] // 4
+    assert 0 < spread.pop("gathered blocks") < one.rehearsal.held["frozen base"]
+    assert spread.keys() == one.rehearsal.held.keys()
     student, fake = one.rehearsal.student_work.operations, one.rehearsal.fake_work.operations
     longer = replace(one, config=one.config.replace(gradient_accumulation_steps=3, fake_updates=2))
     assert longer.operations == 3 * (student + 2 * fake)

@@ -149,10 +149,11 @@ def test_two_processes_are_one_with_the_same_samples(teacher_folder, tmp_path, o
 
 
 @pytest.mark.gpu
-def test_two_gpus_are_one_with_the_same_samples(teacher_folder, tmp_path, one):
+@pytest.mark.parametrize("how", [{}, {"cuda_graphs": True}, {"shard_base": True}], ids=str)
+def test_two_gpus_are_one_with_the_same_samples(how, teacher_folder, tmp_path, one):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    options = config(teacher_folder, tmp_path, train_batch_size=2)
+    options = config(teacher_folder, tmp_path, train_batch_size=2, **how)
     process = launch(options, tmp_path, ON_TWO_GPUS)
     _, err = process.communicate(timeout=250)
     assert process.returncode == 0, err[-3000:]

@@ -68,6 +68,9 @@ class Backbone(ABC):
     """The same for the smaller selection of layers that a fake model may have."""
     student_rank: ClassVar[int]
     """Default rank of a student's adapter."""
+    cudnn_attention: ClassVar[bool] = True
+    """Whether cuDNN's attention may be used. With heads of 128 channels, as FLUX.1 has, its backward failed in
+    a CUDA graph with torch 2.11."""
     capturable: ClassVar[bool] = True
     """Whether `predict` never waits for the device, so that a CUDA graph can hold it."""
 
@@ -114,6 +117,10 @@ class Backbone(ABC):
             names = cls.layers(network, cls.student_pattern)
             store_base(network, names, precision, device, folder / cls.network_name)
         return cls(pipeline, device, folder, resolution)
+
+    def work_on(self, device: torch.device | str) -> None:
+        """Let text encoders and VAE be used on another device; the network stays where it is."""
+        self.device = self.text.device = torch.device(device)
 
     @classmethod
     def drives(cls, network: nn.Module) -> bool:

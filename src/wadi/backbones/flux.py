@@ -67,6 +67,7 @@ class FluxBackbone(Backbone):
     network_class, text_class = FluxTransformer2DModel, FluxPrompts
     blocks = tuple(FluxTransformer2DModel._repeated_blocks)
     student_rank = 64
+    cudnn_attention = False
     student_pattern = r"(single_)?transformer_blocks\.\d+\..*"
     fake_pattern = r"(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)(\..*)?"
     patch = 2

@@ -38,6 +38,7 @@ class KleinBackbone(Backbone):
     network_class, text_class = Flux2Transformer2DModel, QwenStates
     blocks = tuple(Flux2Transformer2DModel._repeated_blocks)
     student_rank = 64
+    cudnn_attention = False
     student_pattern = fake_pattern = r"(single_)?transformer_blocks\.\d+\..*"
 
     @property

@@ -50,6 +50,7 @@ class QwenImageBackbone(Backbone):
     network_class, text_class = QwenImageTransformer2DModel, TemplatePrompts
     blocks = tuple(QwenImageTransformer2DModel._repeated_blocks)
     student_rank = 64
+    cudnn_attention = False
     student_pattern = r"transformer_blocks\.\d+\..*"
     fake_pattern = r"transformer_blocks\.\d+\.(attn|img_mlp|txt_mlp)\..*"
     patch = 2

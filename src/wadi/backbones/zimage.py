@@ -44,6 +44,7 @@ class ZImageBackbone(Backbone):
     network_class, text_class = ZImageTransformer2DModel, QwenTokens
     blocks = tuple(ZImageTransformer2DModel._repeated_blocks)
     student_rank = 64
+    cudnn_attention = False
     student_pattern = r"(layers|noise_refiner|context_refiner)\.\d+\..*"
     fake_pattern = r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\..*"
     capturable = False

@@ -70,6 +70,28 @@ def _compare(config: DistillConfig, found: Fit) -> None:
         )
 
 
+def check_sharding(config: DistillConfig, processes: int) -> None:
+    """Raise a WadiError if the base is to be spread over the processes and cannot be."""
+    run = config.run
+    if not run.shard_base:
+        return
+    if processes == 1:
+        raise WadiError(
+            "--shard-base: spreads the base over several processes, and this is one; start them with "
+            "accelerate launch, or give --no-shard-base"
+        )
+    moves = "weights that stay in one place, and those of a spread base do not"
+    for option, given, why in (
+        ("--cuda-graphs", run.cuda_graphs, f"a graph needs {moves}"),
+        ("--compile", run.compile, f"compiled blocks need {moves}"),
+        ("--base-precision nf4", run.base_precision == "nf4", "such weights cannot be spread; use int8"),
+        ("--student-method", config.student.method != "lorad", "it trains LoRaD alone"),
+        ("--fake-method", config.fake.method != "lorad", "it trains LoRaD alone"),
+    ):
+        if given:
+            raise WadiError(f"--shard-base: does not go with {option}, because {why}; omit one of them")
+
+
 def check_network(config: DistillConfig, backbone: Backbone) -> None:
     """Refuse options that the teacher's kind of network has no use for.
 

@@ -260,7 +260,11 @@ class RunOptions(Options):
 
     cuda_graphs: bool = option(False, changeable=True)
     """Record one iteration as a CUDA graph and replay it. At small batches this is faster, because launching
-    the kernels one by one takes longer than their work. One process only."""
+    the kernels one by one takes longer than their work."""
+
+    shard_base: bool = option(False, changeable=True)
+    """Spread the frozen base over all processes, for a base that is too large for one card. A block's weights
+    are gathered while it computes. The default is a whole base in every process, which is faster."""
 
     allow_tf32: bool = option(False)
     """Let float32 matrix products use TF32 on Ampere and later GPUs."""

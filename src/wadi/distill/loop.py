@@ -122,12 +122,16 @@ def validate(trainer: Trainer) -> None:
     """
     if not trainer.config.run.validation_prompts:
         return
+    main, latents = trainer.accelerator.is_main_process, []
+    if trainer.config.run.shard_base:  # the processes compute together
+        latents = _samples(trainer)
     with together(trainer.hosts):
-        if trainer.accelerator.is_main_process:
-            _write_samples(trainer)
+        if main:
+            _write_samples(trainer, latents or _samples(trainer))
 
 
-def _write_samples(trainer: Trainer) -> None:
+def _samples(trainer: Trainer) -> list[torch.Tensor]:
+    """The images x0 of each validation prompt, by the averaged student."""
     config, conditions = trainer.config, trainer.prompts.validation
     seeds, shape = config.run.validation_seeds, trainer.backbone.latent_shape
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -136,14 +140,20 @@ def _write_samples(trainer: Trainer) -> None:
     with trainer.on_stream(), trainer.ema_weights(), torch.no_grad(), uncompiled:
         z = noise.to(trainer.device)
         rows = [pick(conditions, slice(i, i + 1)) for i in range(len(config.run.validation_prompts))]
-        latents = [
+        return [
             trainer.generate(z, repeat({k: v.to(trainer.device) for k, v in row.items()}, len(z)))
             for row in rows
         ]
+
+
+def _write_samples(trainer: Trainer, latents: list[torch.Tensor]) -> None:
+    config = trainer.config
+    with trainer.on_stream():
         images = trainer.backbone.decode(torch.cat(latents))
     path = Path(config.run.output_dir) / "samples" / f"step-{trainer.global_step:06d}.png"
     with replacing_file(path) as temporary:
-        texts, n = config.run.validation_prompts, len(seeds)
+        texts, seeds = config.run.validation_prompts, config.run.validation_seeds
+        n = len(seeds)
         rows = [(text, images[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
         labelled_grid(rows, [f"seed {seed}" for seed in seeds]).save(temporary, format="PNG")
 

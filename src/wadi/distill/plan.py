@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wadi.backbones.outline import META, configuration_folder, outline, outlined_encoders
-from wadi.distill.checks import check_network, check_preset, free_memory
+from wadi.distill.checks import check_network, check_preset, check_sharding, free_memory
 from wadi.distill.config import GRID_PROMPTS, DistillConfig, FakeOptions, StudentOptions
 from wadi.distill.rehearsal import Ledger, Rehearsal, decoding, encoding, rehearse
 from wadi.errors import WadiError, tell
@@ -71,8 +71,9 @@ class Plan:
     def peaks(self) -> dict[str, int]:
         """Bytes at most, by what the run does."""
         found = self.rehearsal
+        base = 0 if self.config.run.shard_base else found.held["frozen base"]  # spread after the encoding
         return {
-            **({"encoding of prompts": found.held["frozen base"] + self.encoding} if self.encoding else {}),
+            **({"encoding of prompts": base + self.encoding} if self.encoding else {}),
             "update of the student": self.held + found.student,
             "update of the fake model": self.held + found.fake,
             **({"sample grid": self.held + self.grid} if self.grid else {}),
@@ -110,17 +111,21 @@ class Plan:
         return self.config.optimizer.gradient_accumulation_steps * (each[0] + updates * each[1])
 
 
-def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
+def make_plan(config: DistillConfig, folder: str | None = None, processes: int | None = None) -> Plan:
     """Plan a run from the configurations of its teacher; weights are neither read nor fetched.
 
     Args:
         config: the options, as `wadi.distill.run.resolve` gives them.
         folder: folder or hub id of the teacher, if it is not the one that the options name.
+        processes: over which the base is spread, if the options want that. The default is one for each GPU
+            that is here, and at least two.
 
     Raises:
         WadiError: the teacher is missing or cannot be distilled, or an option does not fit it.
     """
     teacher = config.model.pretrained_model_name_or_path
+    processes = processes or max(2, torch.cuda.device_count())
+    check_sharding(config, processes)
     found_in = configuration_folder(folder or _configurations(config))
     backbone = outline(found_in, config.run.dtype, config.model.resolution, config.run.base_precision)
     if folder is None:  # a run checks it itself
@@ -128,7 +133,7 @@ def make_plan(config: DistillConfig, folder: str | None = None) -> Plan:
         check_network(config, backbone)
     encoders = outlined_encoders(found_in, backbone)
     try:
-        found = rehearse(config, backbone, encoders)
+        found = rehearse(config, backbone, encoders, processes)
         grid = 0
         if config.run.validation_steps:
             rows = len(config.run.validation_prompts) or GRID_PROMPTS
@@ -200,14 +205,16 @@ def print_plan(config: DistillConfig, device: torch.device) -> None:
     warn_if_short(plan, free)
 
 
-def announce(config: DistillConfig, device: torch.device, folder: str | None = None) -> Plan | None:
+def announce(
+    config: DistillConfig, device: torch.device, folder: str | None = None, processes: int | None = None
+) -> Plan | None:
     """Print the memory line of a run that is about to load, and warn if the memory is too small.
 
     Returns:
         The plan; None if the run cannot be planned. Loading the teacher tells what is wrong with it.
     """
     try:
-        plan = make_plan(config, folder)
+        plan = make_plan(config, folder, processes)
     except Exception:  # an estimate must not end a run
         return None
     free = free_memory(device)
@@ -228,6 +235,7 @@ def warn_if_short(plan: Plan, free: int) -> None:
         "a smaller --train-batch-size": config.optimizer.train_batch_size > 1,
         "--mixed-precision bf16": config.run.mixed_precision == "no" and not whole,
         "--base-precision int8": config.run.base_precision is None and not whole,
+        "--shard-base on several cards": not config.run.shard_base and not whole,
         "lower ranks": plan.held - found.held["frozen base"] > plan.most / 4,
     }
     if where == "encoding of prompts":

@@ -26,12 +26,15 @@ from wadi.backbones.outline import META, encoder_tokens, longest_condition
 from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, StepInputs
+from wadi.distill.sharding import gathered_together
 from wadi.distill.trainer import Trainer
 
 ENCODED_TOGETHER = 128
 """Prompts in a batch of the text encoders; see `PromptEncoder.encode`."""
 DECODED_TOGETHER = 16
 """Images in a batch of the VAE; see `Backbone.decode`."""
+GATHERED = 2
+"""Modules of a spread base that are whole on a card at most: one that computes, and the next."""
 _aten = torch.ops.aten
 
 
@@ -226,9 +229,6 @@ class _OneProcess:
 
     device, num_processes, process_index, is_main_process, scaler = META, 1, 0, True, None
 
-    def prepare(self, *networks: nn.Module) -> tuple[nn.Module, ...]:
-        return networks
-
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
@@ -249,19 +249,26 @@ class _Shapes:
         return torch.empty((), dtype=torch.bool, device=META)
 
 
-def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, nn.Module]) -> Rehearsal:
+def rehearse(
+    config: DistillConfig, backbone: Backbone, encoders: Mapping[str, nn.Module], processes: int = 1
+) -> Rehearsal:
     """Run one update of the student, one of the fake model, and one row of a sample grid without values.
 
     Args:
         config: the options of the run.
         backbone: from `outline`.
         encoders: from `outlined_encoders`.
+        processes: over which the base is spread, if the options want that.
 
     Raises:
         WadiError: an option does not fit the network.
     """
     short = config.replace(
-        gradient_accumulation_steps=1, compile=False, cuda_graphs=False, student_adapter=None
+        gradient_accumulation_steps=1,
+        compile=False,
+        cuda_graphs=False,
+        shard_base=False,
+        student_adapter=None,
     )
     n, seeds = config.optimizer.train_batch_size, max(1, len(config.run.validation_seeds))
     one = longest_condition(backbone, encoders, 1)
@@ -288,6 +295,8 @@ def rehearse(config: DistillConfig, backbone: Backbone, encoders: Mapping[str, n
         "student": sum(p.numel() for p in trainer.student_parameters.values()),
         "fake": sum(p.numel() for p in trainer.fake_parameters.values()),
     }
+    if config.run.shard_base:
+        held |= _spread(held["frozen base"], backbone, processes)
     peaks = student.peak, fake.peak, validation.peak
     return Rehearsal(parameters, held, *peaks, student.work, fake.work)
 
@@ -327,6 +336,12 @@ def _held(trainer: Trainer, backbone: Backbone) -> dict[str, int]:
         "AdamW's moments": _bytes([update.moments() for update in updates]),
         "average": _bytes(trainer.average.tensors),
     }
+
+
+def _spread(base: int, backbone: Backbone, processes: int) -> dict[str, int]:
+    """Bytes of a spread base on one of the cards, by part."""
+    largest = max(gathered_together(backbone.network, backbone.blocks).values())
+    return {"frozen base": base // processes, "gathered blocks": GATHERED * largest}
 
 
 def _inputs(trainer: Trainer, n: int, condition: Condition) -> StepInputs:

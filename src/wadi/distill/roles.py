@@ -1,13 +1,16 @@
 """Teacher, student and fake model: three views of one frozen base.
 
 Each view has its own modules and its own adapter, and all hold the same Parameter objects: the card carries
-one base. Switching the active adapter of a single module instead would break gradient checkpointing,
-whose recomputation in backward sees whatever adapter is active by then.
+one base. Switching the active adapter of a single module instead would break plain gradient checkpointing,
+whose recomputation in backward sees whatever adapter is active by then. A base that is spread over several
+cards has no other way; see `wadi.distill.sharding`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
@@ -23,7 +26,9 @@ from wadi.distill.checks import check_ranks, free_memory
 from wadi.distill.config import DistillConfig
 from wadi.distill.methods import method_config
 from wadi.distill.regions import check_compiler, compile_regions
+from wadi.distill.sharding import STUDENT, enable_shared_checkpointing, shard, share_roles
 from wadi.errors import WadiError
+from wadi.lorad import LoRaDConfig
 from wadi.lorad.io import copy_adapter
 from wadi.lorad.layer import SHARED
 from wadi.lorad.small import rounds_inputs, small_layers
@@ -77,8 +82,7 @@ def build_roles(
     _check_small(base, None in (student, fake))
     base.requires_grad_(False).eval()
     views = []
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         for config in (student, fake):
             if config is None:
                 views.append(copy.deepcopy(base).requires_grad_())
@@ -87,6 +91,37 @@ def build_roles(
             cast_training_params(network, torch.float32)
             views.append(network)
     return Roles(base, *views)
+
+
+def build_sharded_roles(
+    base: torch.nn.Module,
+    student: LoRaDConfig,
+    fake: LoRaDConfig,
+    seed: int,
+    blocks: Collection[str],
+    device: torch.device,
+) -> Roles:
+    """`build_roles` on a copy of `base` that is spread over all processes. Every process must call this.
+
+    Args:
+        base: the teacher's network, on the CPU and in the compute dtype.
+        student, fake, seed: see `build_roles`.
+        blocks: see `shard`.
+        device: of this process.
+    """
+    _check_small(base, whole=False)
+    network = shard(base.requires_grad_(False).eval(), blocks, device)
+    with _seeded(seed):
+        roles = share_roles(network, student, fake)
+    return Roles(*roles)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A context with this seed on the CPU; afterwards torch's own generators are as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _check_small(base: torch.nn.Module, whole: bool) -> None:
@@ -130,24 +165,30 @@ def adapted_roles(config: DistillConfig, backbone: Backbone, device: torch.devic
             f"--student-method {config.student.method}: ends as a whole pipeline, and "
             f"{config.model.pretrained_model_name_or_path} is quantized; name the model in full precision"
         )
+    if config.run.shard_base and quantized_in_files(base):
+        raise WadiError(
+            f"--shard-base: {config.model.pretrained_model_name_or_path} is quantized, and such weights "
+            "cannot be spread; name the model in full precision, with --base-precision int8 to save memory"
+        )
     student = student_config(base, config.student.rank)
     fake_layers = fake_config if config.fake.layers == "attention" else student_config
     fake = fake_layers(base, config.fake.rank)
     check_ranks(config, student, fake, base, free_memory(device))
-    roles = build_roles(
-        base,
-        method_config(config.student.method, student),
-        method_config(config.fake.method, fake),
-        config.run.seed,
-    )
+    adapters = method_config(config.student.method, student), method_config(config.fake.method, fake)
+    if config.run.shard_base:
+        roles = build_sharded_roles(base, *adapters, config.run.seed, backbone.blocks, device)
+    else:
+        roles = build_roles(base, *adapters, config.run.seed)
     if config.student.adapter is not None:
         try:
-            copy_adapter(roles.student, adapter_folder(config.student.adapter))
+            own = (roles.student.network, STUDENT) if config.run.shard_base else (roles.student, "default")
+            copy_adapter(own[0], adapter_folder(config.student.adapter), own[1])
         except ValueError as error:
             raise WadiError(f"--student-adapter: {error}") from error
     if config.run.gradient_checkpointing:
-        enable_gradient_checkpointing(roles.student)
-        enable_gradient_checkpointing(roles.fake)
+        enable = enable_shared_checkpointing if config.run.shard_base else enable_gradient_checkpointing
+        enable(roles.student)
+        enable(roles.fake)
     if config.run.compile:
         check_compiler(device)
         roles = replace(roles, teacher=view(base))  # the backbone's own modules stay as they are

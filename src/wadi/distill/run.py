@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import inject_adapter_in_model
 
-from wadi.backbones import Backbone, load_backbone
+from wadi.backbones import Backbone, load_backbone, student_config
 from wadi.backbones.storage import quantized_in_files
 from wadi.device import chosen_device
 from wadi.distill.checkpoint import checkpoint_batch, latest_checkpoint, read_state
@@ -20,6 +21,7 @@ from wadi.distill.methods import merged_state
 from wadi.distill.plan import announce, peak_line, print_plan
 from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import prepare_prompts, tell_time
+from wadi.distill.roles import view
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError, tell
@@ -54,8 +56,6 @@ def distill(config: DistillConfig) -> Path:
     config, checkpoint = resolve(config)
     run = Path(config.run.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
-    # fails in backward at the shape of FLUX.1 with torch 2.11 (illegal memory access)
-    torch.backends.cuda.enable_cudnn_sdp(False)
     accelerator = make_accelerator(config)
     hosts, device = hosts_group(accelerator), accelerator.device
     for main in (True, False):  # the others find everything on the disk
@@ -63,7 +63,7 @@ def distill(config: DistillConfig) -> Path:
             if accelerator.is_main_process == main:
                 teacher = prepare_teacher(*config.model.teacher)
     on_gpu = device.type == "cuda" and accelerator.is_main_process
-    planned = announce(config, device, teacher) if on_gpu else None
+    planned = announce(config, device, teacher, accelerator.num_processes) if on_gpu else None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with together(hosts):
@@ -77,6 +77,7 @@ def distill(config: DistillConfig) -> Path:
         with together(hosts):
             _begin(trainer, run, checkpoint, inputs)
         finished = train(trainer)
+        trainer.close()
         tell_time(encoded, accelerator)
     if not finished:
         accelerator.end_training()
@@ -112,7 +113,7 @@ def export(trainer: Trainer, run: Path) -> None:
     The pipeline has the dtypes of the teacher's files. A teacher that was quantized already gets none,
     because merging would round it again.
     """
-    backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
+    backbone, student = trainer.backbone, trainer.student
     options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     teacher = backbone.text.folder or name
     own = options.alpha_T_squared, trainer.config.model.resolution
@@ -123,6 +124,9 @@ def export(trainer: Trainer, run: Path) -> None:
             network.load_state_dict(merged_state(student, network.state_dict()))
         OneStepPipeline(pipeline, *own).write(part(run, "pipeline"))
         return
+    if trainer.config.run.shard_base:  # the adapter's names and shapes, of which the average has the values
+        shapes = student_config(backbone.network, options.rank)
+        student = inject_adapter_in_model(shapes, view(backbone.network))
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
         lora = FusedLoRA.in_folder(backbone.text.folder)
@@ -257,9 +261,11 @@ def _load(
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
-    backbone = load_backbone(
-        folder, config.run.dtype, accelerator.device, model.resolution, config.run.base_precision
-    )
+    # a base that will be spread may be too large for one device
+    device = "cpu" if config.run.shard_base else accelerator.device
+    backbone = load_backbone(folder, config.run.dtype, device, model.resolution, config.run.base_precision)
+    backbone.work_on(accelerator.device)
+    torch.backends.cuda.enable_cudnn_sdp(backbone.cudnn_attention)
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     if quantized_in_files(backbone.network):
         tell(

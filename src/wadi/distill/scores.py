@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from wadi.backbones import Backbone
 from wadi.backbones.base import guided
@@ -23,10 +22,7 @@ Guided = Callable[[torch.Tensor, torch.Tensor, "float | torch.Tensor"], torch.Te
 
 
 def predictor(backbone: Backbone, schedule: Schedule) -> Predict:
-    """`Backbone.predict` at the times of a schedule.
-
-    Without gradients it asks the network itself instead of its DDP: one process alone may ask then.
-    """
+    """`Backbone.predict` at the times of a schedule."""
 
     def predict(
         network: torch.nn.Module,
@@ -35,8 +31,6 @@ def predictor(backbone: Backbone, schedule: Schedule) -> Predict:
         condition: Condition,
         guidance: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if isinstance(network, DistributedDataParallel) and not torch.is_grad_enabled():
-            network = network.module
         return backbone.predict(network, x_t, schedule.timestep(t), condition, guidance)
 
     return predict

@@ -18,7 +18,7 @@ from wadi.distill.checks import check_network
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws, StepInputs
 from wadi.distill.fake import FakeModel
-from wadi.distill.processes import hosts_group, together
+from wadi.distill.processes import hosts_group, spread, together
 from wadi.distill.regions import compiling
 from wadi.distill.roles import adapted_roles, trainable
 from wadi.distill.scores import Scores, predictor
@@ -69,9 +69,10 @@ class Trainer:
 
         with together(self.hosts):
             roles = adapted_roles(config, backbone, self.device)
-        self.teacher, self.fake_network = roles.teacher, roles.fake  # the latter past DDP
+        self.teacher, self.student, self.fake = roles.teacher, roles.student, roles.fake
         self.student_parameters, self.fake_parameters = trainable(roles.student), trainable(roles.fake)
-        self.student, self.fake = accelerator.prepare(roles.student, roles.fake)
+        # another adapter to start from is fitted with rounding, which may differ
+        spread([*self.student_parameters.values(), *self.fake_parameters.values()], accelerator)
         self._build_parts()
 
         self.global_step, self.seconds = 0, 0.0
@@ -83,8 +84,6 @@ class Trainer:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         elif config.run.cuda_graphs:
             raise WadiError("--cuda-graphs: needs a CUDA device; omit it here")
-        if config.run.cuda_graphs and self.hosts is not None:
-            raise WadiError("--cuda-graphs: works in one process only; omit it or start one process")
 
     def _build_parts(self) -> None:
         """Make the parts of a step around the three networks."""
@@ -92,7 +91,7 @@ class Trainer:
         shape = self.backbone.latent_shape
         own_end = self.backbone.schedule().ending_at(config.student.alpha_T_squared).to(self.device)
         self.generator = Student(own_end, self.predict, self.student)
-        networks = self.teacher, self.fake_network
+        networks = self.teacher, self.fake
         guide = None if self.backbone.takes_guidance else self.backbone.guided
         self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape, guide)
         self.terms = terms_of(config, schedule, shape)
@@ -100,8 +99,8 @@ class Trainer:
         student, fake = self.student_parameters, self.fake_parameters
         options = config.optimizer
         rates = options.student_learning_rate, options.fake_learning_rate
-        self.student_update = Update(options, accelerator, self.student, student, rates[0])
-        self.fake_update = Update(options, accelerator, self.fake, fake, rates[1])
+        self.student_update = Update(options, accelerator, student, rates[0])
+        self.fake_update = Update(options, accelerator, fake, rates[1])
         self.average = Average(student, config.student.ema_decay)
         # steps with an update that was skipped, in all and in a row
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -179,17 +178,16 @@ class Trainer:
     def update_student(self, inputs: StepInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Update the student once; returns its images (n, C, H, W) without gradient, and the losses."""
         samples, losses = [], []
-        for micro, synchronize in self.student_update.micro_batches():
+        for micro in self.student_update.micro_batches():
             condition = pick(inputs.condition, micro)
-            with synchronize:
-                x0 = self.generator.sample(inputs.z[micro], condition)
-                place = self.scores.at(x0, pick(inputs.place, micro), condition)
-                batch = Batch(x0, condition, place, self.scores)
-                terms = {
-                    f"{term.name}_loss": (term(batch, pick(drawn, micro)), term.weight)
-                    for term, drawn in zip(self.terms, inputs.terms, strict=True)
-                }
-                losses.append(self.student_update.backward(terms))
+            x0 = self.generator.sample(inputs.z[micro], condition)
+            place = self.scores.at(x0, pick(inputs.place, micro), condition)
+            batch = Batch(x0, condition, place, self.scores)
+            terms = {
+                f"{term.name}_loss": (term(batch, pick(drawn, micro)), term.weight)
+                for term, drawn in zip(self.terms, inputs.terms, strict=True)
+            }
+            losses.append(self.student_update.backward(terms))
             samples.append(x0.detach())
         norm = self.student_update.apply()
         return torch.cat(samples), _total(losses) | {"student_grad_norm": norm}
@@ -197,10 +195,9 @@ class Trainer:
     def update_fake(self, x0: torch.Tensor, condition: Condition, drawn: Drawn) -> dict[str, torch.Tensor]:
         """Update the fake model once on the student's images; returns its loss."""
         losses = []
-        for micro, synchronize in self.fake_update.micro_batches():
-            with synchronize:
-                loss = self.fake_model.loss(x0, condition, drawn, micro)
-                losses.append(self.fake_update.backward({"fake_loss": (loss, 1.0)}))
+        for micro in self.fake_update.micro_batches():
+            loss = self.fake_model.loss(x0, condition, drawn, micro)
+            losses.append(self.fake_update.backward({"fake_loss": (loss, 1.0)}))
         norm = self.fake_update.apply()
         return _total(losses) | {"fake_grad_norm": norm}
 
@@ -218,6 +215,11 @@ class Trainer:
         """Wait until the device has finished all steps."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def close(self) -> None:
+        """Drop the recorded graph: it holds the communicator of the processes, which must end after it."""
+        self.synchronize()
+        self.graph = None
 
     # --- the average and checkpoints ---
 

@@ -5,13 +5,13 @@ Nothing here waits for the device, so a CUDA graph can hold it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 
 from wadi.distill.config import DistillConfig, OptimizerOptions
+from wadi.distill.processes import average
 
 
 class Update:
@@ -19,9 +19,8 @@ class Update:
 
     Args:
         options: batches and AdamW.
-        accelerator: averages gradients over the processes and scales losses.
-        network: as `accelerator.prepare` gave it.
-        parameters: what is trained of it, float32, by name.
+        accelerator: scales losses.
+        parameters: what is trained of the network, float32, by name.
         rate: the highest learning rate.
     """
 
@@ -29,11 +28,10 @@ class Update:
         self,
         options: OptimizerOptions,
         accelerator: Accelerator,
-        network: torch.nn.Module,
         parameters: dict[str, torch.nn.Parameter],
         rate: float,
     ) -> None:
-        self.options, self.accelerator, self.network = options, accelerator, network
+        self.options, self.accelerator = options, accelerator
         self.parameters, self.rate = parameters, rate
         self.optimizer = _adamw(options, list(parameters.values()), rate, accelerator.device)
 
@@ -45,13 +43,10 @@ class Update:
             else:
                 group["lr"] = self.rate * factor
 
-    def micro_batches(self) -> Iterator[tuple[slice, contextlib.AbstractContextManager]]:
-        """Slices of the step's batch, each with a context. Only the last context exchanges gradients."""
+    def micro_batches(self) -> Iterator[slice]:
+        """Slices of the step's batch."""
         size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
-        for i in range(count):
-            last = i == count - 1
-            synchronize = contextlib.nullcontext() if last else self.accelerator.no_sync(self.network)
-            yield slice(i * size, (i + 1) * size), synchronize
+        return (slice(i * size, (i + 1) * size) for i in range(count))
 
     def backward(self, losses: dict[str, tuple[torch.Tensor, float]]) -> dict[str, torch.Tensor]:
         """Add the gradient of a micro-batch's losses, each with its weight.
@@ -65,12 +60,13 @@ class Update:
         return {name: loss.detach() / count for name, (loss, _) in losses.items()}
 
     def apply(self) -> torch.Tensor:
-        """Unscale, clip, AdamW, clear; returns the norm of the gradient before clipping.
+        """Average over the processes, unscale, clip, AdamW, clear; returns the norm before clipping.
 
         Where the norm is not finite, fused AdamW's own mask leaves parameters, moments and step count as they
         were. The processes' gradients are averaged by then, so all processes decide alike.
         """
         scaler, optimizer = self.accelerator.scaler, self.optimizer
+        average([p.grad for p in self.parameters.values() if p.grad is not None], self.accelerator)
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
