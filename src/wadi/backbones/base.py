@@ -69,8 +69,8 @@ class Backbone(ABC):
     student_rank: ClassVar[int]
     """Default rank of a student's adapter."""
     cudnn_attention: ClassVar[bool] = True
-    """Whether cuDNN's attention may be used. With heads of 128 channels, as FLUX.1 has, its backward failed in
-    a CUDA graph with torch 2.11."""
+    """Whether cuDNN's attention may be used. With heads of 128 channels, as FLUX.1 has, its backward failed
+    in a CUDA graph with torch 2.11."""
     capturable: ClassVar[bool] = True
     """Whether `predict` never waits for the device, so that a CUDA graph can hold it."""
 
