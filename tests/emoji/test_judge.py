@@ -142,3 +142,8 @@ def test_shipped_judge_reads_real_pictures():
     images, columns = real_images("tests of the judge", 100, load_atlas(), seed=1)
     right = attributes_right(Judge.load(assets_folder() / "judge.safetensors").read(images), columns)
     assert right["all"].double().mean() >= 0.99
+
+
+def test_images_of_another_size_are_refused_in_one_line():
+    with pytest.raises(WadiError, match=r"64 x 64 pixels, and these have 32 x 48; give --resolution 64"):
+        Judge().read(torch.zeros(1, 3, 32, 48))

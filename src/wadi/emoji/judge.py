@@ -15,6 +15,7 @@ from torch import nn
 from wadi.emoji import assets_folder
 from wadi.emoji.captions import COLOURS
 from wadi.emoji.glyphs import NAMES
+from wadi.emoji.scenes import IMAGE_SIZE
 from wadi.errors import WadiError
 from wadi.files import load_tensors, save_tensors
 from wadi.metrics.extractors import SPACES, Extractor, FeatureSpace
@@ -131,7 +132,16 @@ class Judge(nn.Module):
         Args:
             images: (N, 3, 64, 64), uint8, or float in [0, 1].
             batch_size: images in a forward pass.
+
+        Raises:
+            WadiError: the images have another size.
         """
+        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            (height, width), own = images.shape[-2:], IMAGE_SIZE
+            raise WadiError(
+                f"--features emoji: reads images of {own} x {own} pixels, and these have {height} x {width}; "
+                f"give --resolution {own}"
+            )
         device = self.stem.weight.device
         readings = []
         for batch in images.split(batch_size):

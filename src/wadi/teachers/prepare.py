@@ -128,6 +128,11 @@ def _lora_file(lora: str | os.PathLike) -> Path:
     path = Path(lora)
     if (path / LORA_FILE).is_file():
         return path / LORA_FILE
+    if path.is_dir():
+        raise WadiError(
+            f"--teacher-lora {lora}: holds no {LORA_FILE}; name the file of the LoRA, or convert one of "
+            "another format with wadi convert"
+        )
     if not path.is_file():
         raise WadiError(f"--teacher-lora {lora}: there is no such file; name the .safetensors file of a LoRA")
     return path
