@@ -61,7 +61,8 @@ def test_the_subject_is_stacked_on_the_built_in_student(run, tmp_path, capsys):
     shown = np.asarray(Image.open(out))
     assert np.array_equal(shown, np.asarray(stacked("a zwx", seed=3)[0]))
     assert not np.array_equal(shown, np.asarray(alone("a zwx", seed=3)[0]))
-    assert main(["export", str(adapters[0]), *subject, "--out", str(tmp_path / "exported")]) == 0
+    whole = ["--dtype", "float32"]  # the teacher's files are in half precision
+    assert main(["export", str(adapters[0]), *subject, *whole, "--out", str(tmp_path / "exported")]) == 0
     exported = OneStepPipeline.from_pretrained(tmp_path / "exported")
     assert np.array_equal(shown, np.asarray(exported("a zwx", seed=3)[0]))
 
