@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from wadi import cli
 from wadi._version import __version__
@@ -150,6 +151,19 @@ def test_reader_that_leaves_early_gets_no_traceback(arguments):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    def fill(command, options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more lines")
+
+    monkeypatch.setattr(cli, "_run", fill)
+    assert run("generate", "a cat") == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == "wadi: error: the memory of the GPU is too small. CUDA out of memory. Tried to allocate 2 GiB.\n"
+    )
 
 
 def test_what_is_unusual_is_one_line_on_stderr(monkeypatch, capsys):
