@@ -173,7 +173,7 @@ def test_a_student_is_no_teacher_and_takes_one_step(case, tmp_path, capsys):
         ]
         assert cli.main([*map(str, command)]) == 2
         assert "is a one-step student already; name the multi-step model" in capsys.readouterr().err
-        with pytest.raises(WadiError, match="is a one-step student and takes 1 step, not 4"):
+        with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4"):
             load_for_steps(model, None, 4)
         with pytest.raises(WadiError, match="is a one-step student already"):
             OneStepPipeline.from_pretrained(model, case.run / "adapter")

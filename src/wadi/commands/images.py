@@ -109,7 +109,7 @@ class ImageOptions:
         check_seed(self.seed, self.num_images, "--seed")
         self.output.check()
         if self.num_inference_steps == 1:
-            refuse_guidance(1, self.guidance_scale, self.negative_prompt)
+            refuse_guidance(self.guidance_scale, self.negative_prompt)
 
     def load(self) -> DiffusionPipeline:
         """Load the named model, or what comes with wadi: the student for one step, the teacher for several.

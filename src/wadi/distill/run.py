@@ -20,6 +20,7 @@ from wadi.distill.methods import merged_state
 from wadi.distill.plan import announce, peak_line, print_plan
 from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import prepare_prompts, tell_time
+from wadi.distill.student import student_steps
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError, tell
@@ -112,18 +113,19 @@ def export(trainer: Trainer, run: Path) -> None:
     backbone, student = trainer.backbone, trainer.accelerator.unwrap_model(trainer.student)
     options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     teacher = backbone.text.folder or name
+    steps = student_steps(trainer.config, backbone)
     own = options.alpha_T_squared, trainer.config.model.resolution
     if options.method != "lorad":
         pipeline = load_pipeline(teacher)
         network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, *own).write(part(run, "pipeline"))
+        OneStepPipeline(pipeline, *own, steps).write(part(run, "pipeline"))
         return
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
         lora = FusedLoRA.in_folder(backbone.text.folder)
-        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora)
+        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora, steps)
         record.write(folder)
     if not quantized_in_files(backbone.network):
         OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))

@@ -26,10 +26,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline, labelled_grid, refuse_guidance
+from wadi.onestep import OneStepPipeline, labelled_grid
 from wadi.onestep.arguments import image_size, seeded
 from wadi.onestep.output import tell_odd_output
-from wadi.onestep.student import is_one_step
+from wadi.onestep.scheduler import step_times
+from wadi.onestep.student import is_one_step, student_steps
 
 STRENGTH = 0.7
 """Strength of image to image and inpainting if none is given."""
@@ -279,11 +280,9 @@ def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> Diffu
     """A pipeline of diffusers of another kind, on the parts of `pipeline`."""
     _check_pipeline(pipeline)
     own = pipeline.scheduler
-    if is_one_step(own):
-        refuse_guidance(sampling.num_inference_steps)
     timestep_of(own, sampling.strength)
     steps = sampling.num_inference_steps
-    if steps > 1 and int(steps * sampling.strength) < 1:
+    if steps > 1 and not is_one_step(own) and int(steps * sampling.strength) < 1:
         raise WadiError(
             f"strength {sampling.strength:g}: leaves no step of {steps}; use at least {1 / steps:.3g}"
         )
@@ -324,14 +323,29 @@ def _call(
         "negative_prompt": None if negative is None else [negative] * len(prompts),
         "output_type": "pt",
     }
-    if sampling.num_inference_steps == 1:
-        one_step = OneStepPipeline(stock)
-        timestep = timestep_of(one_step.pipeline.scheduler, sampling.strength)
-        return one_step(prompts, strength=1.0, timesteps=[timestep], **options).float().cpu()
-    steps = {"strength": sampling.strength, "num_inference_steps": sampling.num_inference_steps}
+    count = sampling.num_inference_steps
+    if is_one_step(stock.scheduler) or count == 1:
+        student = OneStepPipeline(stock, steps=student_steps(stock.scheduler))
+        student.check_steps(count)
+        begin = _begin(student.pipeline.scheduler, sampling.strength, count)
+        return student(prompts, num_inference_steps=count, **begin, **options).float().cpu()
+    steps = {"strength": sampling.strength, "num_inference_steps": count}
     output = stock(list(prompts), **steps, **options)
     tell_odd_output(output, [f"image of seed {each.initial_seed()}" for each in generators])
     return output.images.float().cpu()
+
+
+def _begin(scheduler: SchedulerMixin, strength: float, count: int) -> dict[str, Any]:
+    """What a call of a student needs to begin at a strength.
+
+    One step is taken at the strength's own timestep. Of several, those are taken that come from the one that
+    is nearest to it.
+    """
+    timestep = timestep_of(scheduler, strength)
+    if count == 1:
+        return {"strength": 1.0, "timesteps": [timestep]}
+    distances = (step_times(scheduler, count) - timestep).abs()
+    return {"strength": (count - int(distances.argmin())) / count}
 
 
 def _noised(
