@@ -144,8 +144,8 @@ def test_timesteps(student):
         (Sampling(0.0), "strength: must be more than 0 and at most 1, but is 0"),
         (Sampling(1.5), "strength: must be"),
         (Sampling(float("nan")), "strength: must be"),
-        (Sampling(guidance_scale=2.0), "guidance_scale 2: a one-step student cannot be guided"),
-        (Sampling(negative_prompt="a dog"), "negative_prompt: a one-step student cannot be guided away"),
+        (Sampling(guidance_scale=2.0), "guidance_scale 2: a student cannot be guided"),
+        (Sampling(negative_prompt="a dog"), "negative_prompt: a student cannot be guided away"),
         (Sampling(num_inference_steps=4), "num_inference_steps 4: a one-step student takes 1 step"),
     ],
 )
