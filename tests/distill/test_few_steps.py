@@ -2,15 +2,22 @@
 
 import dataclasses
 import json
+from collections import Counter
+from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
 
-from tests.distill.test_resume import config
+from tests.distill.test_resume import FILES, config, metrics
+from tests.distill.test_trainer import make
 from tests.tiny import tiny_pipeline, tiny_pixart, tiny_sd3
 from tests.tiny_flows import tiny_flux
-from wadi.distill import distill
+from wadi.diffusion import RectifiedFlow, VariancePreserving
+from wadi.distill import DistillConfig, distill
+from wadi.distill.draws import Draws
+from wadi.distill.student import Student
+from wadi.files import load_tensors
 from wadi.onestep import OneStepPipeline
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 
@@ -82,3 +89,145 @@ def test_stock_diffusers_makes_the_students_images(case, count):
         student = OneStepPipeline.from_pretrained(*source)
         found = student("a red cat", seed=3, num_inference_steps=count, output_type="latent", **side)
         assert torch.equal(found, expected)
+
+
+def test_the_run_says_and_shows_its_steps(case):
+    record = json.loads((case.run / "pipeline" / "student.json").read_text())
+    steps = record["steps"]
+    assert len(steps) == 4
+    assert steps[0] == 1.0
+    assert all(a > b > 0 for a, b in pairwise(steps))
+    one_row = 3  # rows of 1, 2 and 4 steps for each prompt
+    grid = diffusers.utils.load_image(str(case.run / "samples" / "step-000003.png"))
+    assert grid.height > one_row * len(DistillConfig.load(case.run / "config.yaml").run.validation_prompts)
+
+
+def test_a_resumed_run_has_the_same_bits(case, tmp_path):
+    options = DistillConfig.load(case.run / "config.yaml")
+    half = distill(options.replace(output_dir=str(tmp_path / "half"), max_train_steps=1))
+    distill(DistillConfig.of(resume_from_checkpoint=str(half), max_train_steps=3))
+    assert metrics(half) == metrics(case.run)
+    for name in FILES:
+        file = f"checkpoints/step-000003/{name}.safetensors"
+        first, second = load_tensors(case.run / file), load_tensors(half / file)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- the roll-out ---
+
+ALPHAS = torch.linspace(0.99, 0.005, 8)
+SCHEDULES = {
+    "epsilon": (VariancePreserving(ALPHAS, "epsilon"), [[7], [7, 3], [7, 5, 3], [7, 5, 3, 1]]),
+    "v_prediction": (VariancePreserving(ALPHAS, "v_prediction"), [[7], [7, 3], [7, 5, 3], [7, 5, 3, 1]]),
+    "flow_prediction": (RectifiedFlow(3.0), [[1.0], [1.0, 0.5], [1.0, 0.8, 0.5], [1.0, 0.8, 0.6, 0.5]]),
+}
+
+
+def of_a_point(schedule, x0):
+    """What a perfect network predicts where all images are x0."""
+
+    def predict(network, x_t, t, condition):
+        alpha, sigma = schedule.levels(t)
+        return schedule.target(x0.expand_as(x_t), (x_t - alpha * x0) / sigma, t)
+
+    return predict
+
+
+def student_of(prediction, predict, network=None):
+    schedule, times = SCHEDULES[prediction]
+    return Student(schedule, predict, network, [torch.tensor(own) for own in times])
+
+
+def draws(step, process=0, processes=1):
+    return Draws(0, step, torch.device("cpu"), process, processes)
+
+
+def test_every_step_of_every_number_of_steps_is_drawn_alike():
+    """The ten roll-outs of four steps; a roll-out is the same in all processes, and its noise is not."""
+    student, counted = student_of("epsilon", None), Counter()
+    for step in range(1000):
+        times = student.draw(draws(step), 2, (1, 2, 2))["t"]
+        assert torch.equal(times[0], times[1])
+        counted[tuple(times[0].tolist())] += 1
+    expected = Counter(tuple(own[: k + 1]) for own in SCHEDULES["epsilon"][1] for k in range(len(own)))
+    assert counted.keys() == expected.keys()
+    assert all(abs(counted[key] / 100 - number) < 0.45 for key, number in expected.items())
+    for step in range(20):
+        whole = student.draw(draws(step), 4, (1, 2, 2))
+        parts = [student.draw(draws(step, process, 2), 2, (1, 2, 2)) for process in (0, 1)]
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, torch.cat([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("prediction", SCHEDULES)
+def test_inputs_of_every_step_have_the_law_of_the_process(prediction):
+    """With a perfect network, step k sees alpha x0 + sigma n, and the end is x0."""
+    schedule, times = SCHEDULES[prediction]
+    x0, seen = torch.tensor([2.0, -1.0]).view(1, 2, 1, 1), []
+    perfect = of_a_point(schedule, x0)
+
+    def predict(network, x_t, t, condition):
+        seen.append((x_t, t))
+        return perfect(network, x_t, t, condition)
+
+    n, student = 4000, student_of(prediction, predict)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(n, 3, 2, 1, 1, generator=generator)
+    z = torch.randn(n, 2, 1, 1, generator=generator)
+    made = student.sample(z, {}, student.rollout(4, noise))
+    assert torch.allclose(made, x0.expand_as(made), atol=1e-3)
+    assert [t[0].item() for _, t in seen] == pytest.approx(times[3])
+    for (x_t, t), own in zip(seen[1:], noise.unbind(1), strict=True):
+        alpha, sigma = (level[:1] for level in schedule.levels(t))
+        assert torch.allclose(x_t, alpha * x0 + sigma * own, atol=1e-3)
+        assert torch.allclose(x_t.mean(0), (alpha * x0)[0], atol=0.1)
+        assert torch.allclose(x_t.std(0), sigma[0].expand(2, 1, 1), rtol=0.1)
+
+
+def test_only_the_last_step_has_a_gradient():
+    """x0 = x_t - t w, with one weight: the derivative is -t of the last step, and no product of steps."""
+    weight = torch.nn.Parameter(torch.tensor(0.3))
+    student = student_of("flow_prediction", lambda network, x_t, t, condition: weight * torch.ones_like(x_t))
+    z, noise = torch.zeros(1, 1, 1, 1), torch.zeros(1, 3, 1, 1, 1)
+    for count in (1, 2, 3, 4):
+        student.sample(z, {}, student.rollout(count, noise[:, : count - 1])).sum().backward()
+        assert weight.grad.item() == pytest.approx(-SCHEDULES["flow_prediction"][1][count - 1][-1])
+        weight.grad = None
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_trainer_rolls_its_own_student_out(prediction_type):
+    """The images of an update are those of the student in as many steps, from the same noise."""
+    trainer = make(prediction_type, student_steps=4)
+    for step in range(12):
+        inputs = trainer.draw(step)
+        assert inputs.steps == inputs.rollout["t"].shape[1]
+        with torch.no_grad():
+            expected = trainer.generate(inputs.z, inputs.condition, inputs.rollout)
+        x0, _ = trainer.update_student(inputs)
+        assert torch.equal(x0, expected)
+
+
+def test_one_step_is_drawn_and_made_as_without_the_option():
+    """No number of a student of one step moves, and no roll-out is drawn."""
+    one, four = make(), make(student_steps=4)
+    for step in range(3):
+        first, second = one.draw(step), four.draw(step)
+        assert first.rollout == {}
+        assert first.steps == 1
+        pairs = [(d.z, *d.condition.values(), *d.place.values()) for d in (first, second)]
+        for tensor, other in zip(*pairs, strict=True):
+            assert torch.equal(tensor, other)
+
+
+@pytest.mark.gpu
+def test_a_graph_for_each_number_of_steps():
+    changes = {"student_steps": 4, "null_prompt_probability": 0.0, "fake_guidance_scale": 1.0}
+    eager, graphed = make(**changes), make(cuda_graphs=True, **changes)
+    for step in range(12):
+        expected = {name: value.clone() for name, value in eager.step(step).items()}
+        found = graphed.step(step)
+        graphed.synchronize()
+        for name, value in expected.items():
+            assert torch.isclose(found[name], value, rtol=2e-2, atol=1e-5), (step, name)
+    assert sorted(graphed.graphs) == [1, 2, 3, 4]

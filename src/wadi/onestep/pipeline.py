@@ -33,13 +33,12 @@ from wadi.onestep.loading import (
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import (
-    ONE_STEP,
     gives_sigmas,
     one_step_scheduler,
     seed_steps,
     stepping_in_float32,
 )
-from wadi.onestep.student import FusedLoRA, Student, network_of
+from wadi.onestep.student import FusedLoRA, Student, network_of, student_steps
 from wadi.outputs import Output
 
 
@@ -60,11 +59,13 @@ class OneStepPipeline:
         alpha_T_squared: see `one_step_scheduler`.
         resolution: usual side of the images in pixels, for a network that makes images of any size; ``None``
             for the stock pipeline's own default.
-        steps: where the student takes the most steps that it can; see `one_step_scheduler`.
+        steps: where the student takes the most steps that it can; see `one_step_scheduler`. ``None``
+            takes those of the pipeline's scheduler if it is a student's with betas, or else one step.
 
     Attributes:
         pipeline: the stock pipeline, with the student's scheduler in place.
-        alpha_T_squared, resolution, steps: as given.
+        alpha_T_squared, resolution: as given.
+        steps: as given, or as found.
         fast: the fast path after `compile`, else ``None``.
     """
 
@@ -73,8 +74,9 @@ class OneStepPipeline:
         pipeline: DiffusionPipeline,
         alpha_T_squared: float | None = None,
         resolution: int | None = None,
-        steps: Sequence[float] = ONE_STEP,
+        steps: Sequence[float] | None = None,
     ) -> None:
+        steps = student_steps(pipeline.scheduler) if steps is None else steps
         own = steps, gives_sigmas(type(pipeline))
         scheduler = one_step_scheduler(pipeline.scheduler, alpha_T_squared, *own)
         self.pipeline = copy.copy(pipeline)

@@ -31,6 +31,7 @@ from wadi.onestep.arguments import seeded
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import part_folder
 from wadi.onestep.output import tell_odd_output
+from wadi.onestep.student import is_one_step
 from wadi.tasks import editing
 from wadi.tasks.exemplars import cropped
 
@@ -212,7 +213,8 @@ def steer(
         sampling: steps and guidance.
 
     Raises:
-        WadiError: guidance in one step, an impossible seed, or a prompt that is too long.
+        WadiError: guidance of a student, more steps than it takes, an impossible seed, or a prompt that is
+            too long.
     """
     alone = not isinstance(pipeline.controlnet, MultiControlNetModel)
     options = {
@@ -225,8 +227,8 @@ def steer(
     for first in range(0, num_images, batch_size):
         count, own = min(batch_size, num_images - first), seed + first
         options["num_images_per_prompt"] = count
-        if steps == 1:
-            images += OneStepPipeline(pipeline)(prompt, own, **options)
+        if steps == 1 or is_one_step(pipeline.scheduler):
+            images += OneStepPipeline(pipeline)(prompt, own, num_inference_steps=steps, **options)
             continue
         made = pipeline(prompt, num_inference_steps=steps, generator=seeded(own, count), **options)
         tell_odd_output(made, [f"image of seed {own + i}" for i in range(count)])

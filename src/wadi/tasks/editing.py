@@ -1,11 +1,14 @@
-"""Images made of images in one step: image to image, and inpainting.
+"""Images made of images in one step, or a few: image to image, and inpainting.
 
-A student was distilled at the last timestep T alone, from pure noise. Here it is asked at an earlier timestep
-t (SDEdit, arXiv 2108.01073, with a single step): the image is noised to x_t = alpha_t x + sigma_t n, and the
-result is x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t. Nothing was trained for it; docs/uses/editing.md
-shows how well it works. The pipelines are diffusers' own. They are given the timestep as `timesteps`, because
-their `strength` chooses among the steps of a schedule, and a schedule of one step has none left for a
-strength below 1.
+A student of one step was distilled at the last timestep T alone, from pure noise. Here it is asked at an
+earlier timestep t (SDEdit, arXiv 2108.01073, with a single step): the image is noised to x_t = alpha_t x +
+sigma_t n, and the result is x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t. Nothing was trained for it;
+docs/uses/editing.md shows how well it works. The pipelines are diffusers' own. They are given the timestep as
+`timesteps`, because their `strength` chooses among the steps of a schedule, and a schedule of one step has
+none left for a strength below 1.
+
+A student of several steps was trained at each of them. It begins at the one that is nearest to the strength,
+and takes those that follow.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from wadi.onestep import OneStepPipeline, labelled_grid
 from wadi.onestep.arguments import image_size, seeded
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.scheduler import step_times
-from wadi.onestep.student import is_one_step, student_steps
+from wadi.onestep.student import is_one_step
 
 STRENGTH = 0.7
 """Strength of image to image and inpainting if none is given."""
@@ -46,7 +49,8 @@ class Sampling:
     Attributes:
         strength: how much noise an image gets, in (0, 1], as a share of the training's timesteps; with 1
             almost nothing is left of the image. It is not used for images made of a prompt alone.
-        num_inference_steps: 1 for a student. A multi-step model does the share `strength` of these steps.
+        num_inference_steps: of a student, 1 or as many as it takes; of those it does the ones from the
+            strength on. A multi-step model does the share `strength` of these steps.
         guidance_scale: guidance scale of a multi-step model.
         negative_prompt: negative prompt of a multi-step model.
     """
@@ -325,7 +329,7 @@ def _call(
     }
     count = sampling.num_inference_steps
     if is_one_step(stock.scheduler) or count == 1:
-        student = OneStepPipeline(stock, steps=student_steps(stock.scheduler))
+        student = OneStepPipeline(stock)
         student.check_steps(count)
         begin = _begin(student.pipeline.scheduler, sampling.strength, count)
         return student(prompts, num_inference_steps=count, **begin, **options).float().cpu()
