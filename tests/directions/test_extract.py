@@ -19,7 +19,7 @@ from wadi.backbones import student_config
 from wadi.directions import extract_adapter
 from wadi.directions.extract import table
 from wadi.lorad import load_adapter, save_adapter
-from wadi.onestep import OneStepPipeline, Student, export_pipeline
+from wadi.onestep import Student, StudentPipeline, export_pipeline
 
 RANK = 3
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -53,7 +53,7 @@ def student(teacher_folder, adapter):
 
 
 def merged(teacher, adapter):
-    return OneStepPipeline.from_pretrained(teacher, adapter).pipeline.unet.state_dict()
+    return StudentPipeline.from_pretrained(teacher, adapter).pipeline.unet.state_dict()
 
 
 def update_error(teacher, adapter, student):
@@ -75,7 +75,7 @@ def test_a_lorad_student_is_found_at_its_own_rank(teacher_folder, adapter, stude
     assert max(layer.norm_change for layer in extraction.layers) < 1e-6
     assert Student.read(tmp_path / "found").alpha_T_squared == pytest.approx(0.0047)
     images = [
-        OneStepPipeline.from_pretrained(teacher_folder, folder)(PROMPT, seed=3, output_type="np")
+        StudentPipeline.from_pretrained(teacher_folder, folder)(PROMPT, seed=3, output_type="np")
         for folder in (adapter, tmp_path / "found")
     ]
     assert np.abs(images[0] - images[1]).max() < 1e-3

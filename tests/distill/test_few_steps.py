@@ -18,7 +18,7 @@ from wadi.distill import DistillConfig, distill
 from wadi.distill.draws import Draws
 from wadi.distill.student import Student
 from wadi.files import load_tensors
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 
 FLOW = {"weighting": "normalized", "fake_weighting": "none"}
@@ -86,7 +86,7 @@ def test_stock_diffusers_makes_the_students_images(case, count):
     expected = drawn_from(stock(case.run / "pipeline"), "a red cat", count, side)
     sources = (case.run / "pipeline",), (case.teacher, case.run / "adapter")
     for source in sources:
-        student = OneStepPipeline.from_pretrained(*source)
+        student = StudentPipeline.from_pretrained(*source)
         found = student("a red cat", seed=3, num_inference_steps=count, output_type="latent", **side)
         assert torch.equal(found, expected)
 

@@ -10,8 +10,8 @@ from wadi.errors import WadiError
 from wadi.onestep.scheduler import (
     Float32Step,
     last_alpha_squared,
-    one_step_scheduler,
     stepping_in_float32,
+    student_scheduler,
 )
 
 SD = {
@@ -69,7 +69,7 @@ def noise(dtype=torch.float32):
 def test_is_the_formula(config, alpha_T_squared, steps, prediction_type):
     config = {**config, "num_train_timesteps": steps, "prediction_type": prediction_type}
     z, output = noise()
-    timestep, x0 = run(one_step_scheduler(config, alpha_T_squared), z, output)
+    timestep, x0 = run(student_scheduler(config, alpha_T_squared), z, output)
     expected = formula(z, output, alpha_T_squared or alpha_T_squared_float64(config), prediction_type)
     assert timestep == steps - 1
     # float32's cumprod of `steps` factors is the only source of error beyond one rounding
@@ -78,25 +78,25 @@ def test_is_the_formula(config, alpha_T_squared, steps, prediction_type):
 
 
 def test_sd_keeps_its_schedule_and_its_own_alpha_adds_nothing():
-    own = float(one_step_scheduler(SD).alphas_cumprod[-1])
+    own = float(student_scheduler(SD).alphas_cumprod[-1])
     assert own == pytest.approx(0.00466010, rel=1e-5)  # STACK: the paper rounds it to 0.0047
-    assert one_step_scheduler(SD, own).config.trained_betas is None
-    assert one_step_scheduler(SD, 0.0047).config.trained_betas is not None
+    assert student_scheduler(SD, own).config.trained_betas is None
+    assert student_scheduler(SD, 0.0047).config.trained_betas is not None
 
 
 @pytest.mark.parametrize("alpha_T_squared", [0.9, 0.5, 0.25, 0.0047, 4.04e-5, 1e-7])
 def test_any_alpha_is_hit_to_float32_rounding(alpha_T_squared):
-    scheduler = one_step_scheduler(SD, alpha_T_squared)
+    scheduler = student_scheduler(SD, alpha_T_squared)
     assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(alpha_T_squared, rel=1.2e-7)
 
 
 def test_survives_saving_and_is_idempotent(tmp_path):
-    scheduler = one_step_scheduler(PIXART, 0.0047)
+    scheduler = student_scheduler(PIXART, 0.0047)
     scheduler.save_pretrained(tmp_path)
     loaded = LCMScheduler.from_pretrained(tmp_path)
     z, output = noise()
     assert torch.equal(run(loaded, z, output)[1], run(scheduler, z, output)[1])
-    assert torch.equal(run(one_step_scheduler(loaded), z, output)[1], run(scheduler, z, output)[1])
+    assert torch.equal(run(student_scheduler(loaded), z, output)[1], run(scheduler, z, output)[1])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_survives_saving_and_is_idempotent(tmp_path):
 def test_takes_any_scheduler_of_stable_diffusion(name):
     teacher = getattr(diffusers, name).from_config(SD)
     z, output = noise()
-    x0 = run(one_step_scheduler(teacher), z, output)[1]
+    x0 = run(student_scheduler(teacher), z, output)[1]
     assert torch.allclose(
         x0.double(), formula(z, output, alpha_T_squared_float64(SD), "epsilon"), rtol=1e-4, atol=1e-4
     )
@@ -115,7 +115,7 @@ def test_takes_any_scheduler_of_stable_diffusion(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_once(dtype):
     z, output = noise(dtype)
-    scheduler = stepping_in_float32(one_step_scheduler(SD))
+    scheduler = stepping_in_float32(student_scheduler(SD))
     x0 = run(scheduler, z, output)[1]
     assert x0.dtype == dtype
     expected = formula(z, output, alpha_T_squared_float64(SD), "epsilon")
@@ -125,13 +125,13 @@ def test_half_precision_rounds_once(dtype):
 
 def test_float32_is_the_stock_step_bit_for_bit():
     z, output = noise()
-    stock = one_step_scheduler(SD)
+    stock = student_scheduler(SD)
     assert torch.equal(run(Float32Step.from_config(stock.config), z, output)[1], run(stock, z, output)[1])
 
 
 def test_more_than_one_step_is_refused():
     with pytest.raises(ValueError, match="original_steps"):
-        one_step_scheduler(SD).set_timesteps(2)
+        student_scheduler(SD).set_timesteps(2)
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ def test_more_than_one_step_is_refused():
 )
 def test_refusals_are_one_line(change, alpha_T_squared, message):
     with pytest.raises(WadiError, match=message) as caught:
-        one_step_scheduler({**SD, **change}, alpha_T_squared)
+        student_scheduler({**SD, **change}, alpha_T_squared)
     assert "\n" not in str(caught.value)
 
 
 def test_zero_terminal_snr_is_fine_for_v():
     config = {**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     z, output = noise()
-    x0 = run(one_step_scheduler(config), z, output)[1]
+    x0 = run(student_scheduler(config), z, output)[1]
     assert torch.allclose(x0, -output, atol=1e-6)
 
 
@@ -168,7 +168,7 @@ def forms(scheduler, folder):
 def test_schedules_of_another_kind_are_refused(name, tmp_path):
     for given in forms(getattr(diffusers, name)(), tmp_path):
         with pytest.raises(WadiError, match="is neither a schedule of betas nor a rectified flow"):
-            one_step_scheduler(given)
+            student_scheduler(given)
 
 
 SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -198,7 +198,7 @@ def test_a_flow_is_one_stock_step_from_sigma_1(kind, dtype, tmp_path):
     steps = teacher.config.num_train_timesteps
     z, v = noise(dtype)
     for given in forms(teacher, tmp_path):
-        made = one_step_scheduler(given)
+        made = student_scheduler(given)
         expected = FlowMatchEulerDiscreteScheduler(steps, shift=1.0)
         assert type(made) is FlowMatchEulerDiscreteScheduler
         assert dict(made.config) == dict(expected.config)
@@ -215,7 +215,7 @@ def test_a_flow_has_no_alpha_to_choose(kind):
     with pytest.raises(
         WadiError, match=r"--alpha-T-squared 0\.0047: the model is a rectified flow.*; omit it"
     ):
-        one_step_scheduler(getattr(diffusers, name)(**options), 0.0047)
+        student_scheduler(getattr(diffusers, name)(**options), 0.0047)
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
@@ -223,10 +223,10 @@ def test_a_flow_has_no_alpha_to_choose(kind):
 def test_a_flow_that_predicts_something_else_is_refused(name, predicted):
     scheduler = getattr(diffusers, name)(use_flow_sigmas=True, prediction_type=predicted)
     with pytest.raises(WadiError, match=f"'{predicted}' cannot be distilled; .* 'flow_prediction'"):
-        one_step_scheduler(scheduler)
+        student_scheduler(scheduler)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "flow_prediction", "nonsense"])
 def test_other_predictions_are_refused(prediction_type):
     with pytest.raises(WadiError, match=f"prediction_type '{prediction_type}' cannot be distilled"):
-        one_step_scheduler({**SD, "prediction_type": prediction_type})
+        student_scheduler({**SD, "prediction_type": prediction_type})

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.tasks import editing
 from wadi.tasks.editing import Sampling, image_to_image, inpaint, seam, timestep_of
 
@@ -23,7 +23,7 @@ def folder(request, teacher_folder, v_teacher_folder):
 
 @pytest.fixture(scope="module")
 def student(folder):
-    return OneStepPipeline.from_pretrained(folder).pipeline
+    return StudentPipeline.from_pretrained(folder).pipeline
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_strength_that_leaves_no_step(teacher, images):
 
 
 def test_student_with_an_alpha_T_of_its_own(teacher, images):
-    student = OneStepPipeline(teacher, alpha_T_squared=0.01).pipeline
+    student = StudentPipeline(teacher, alpha_T_squared=0.01).pipeline
     with pytest.raises(WadiError, match=r"strength 0.6: this student has an alpha_T of its own"):
         image_to_image(student, PROMPTS, images, Sampling(0.6), generators(3, 4))
     assert image_to_image(student, PROMPTS, images, Sampling(1.0), generators(3, 4)).isfinite().all()

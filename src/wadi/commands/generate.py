@@ -13,7 +13,7 @@ import tyro
 from wadi import emoji
 from wadi.commands.images import ImageOptions
 from wadi.errors import tell
-from wadi.onestep import OneStepPipeline, refuse_guidance
+from wadi.onestep import StudentPipeline, refuse_guidance
 from wadi.onestep.embedding import holds_word
 from wadi.tasks.high_resolution import stretched, tell_larger
 from wadi.teachers import prepare_teacher
@@ -80,12 +80,12 @@ def generate(config: GenerateConfig) -> None:
     config.finish(images, seconds)
 
 
-def _student(config: GenerateConfig) -> OneStepPipeline:
+def _student(config: GenerateConfig) -> StudentPipeline:
     """The student that the options name, or the built-in one, with the subject adapters and learned words."""
     adapter = config.adapter
     if config.model is None and adapter is None:
         adapter = str(emoji.student_folder())
-    pipeline = OneStepPipeline.from_pretrained(
+    pipeline = StudentPipeline.from_pretrained(
         prepare_teacher(
             config.model or emoji.teacher_folder(),
             config.teacher_config,

@@ -28,7 +28,7 @@ from wadi.onestep import Student
 from wadi.onestep.arguments import whole_number
 from wadi.onestep.loading import load_denoiser, pipeline_folder
 from wadi.onestep.scheduler import last_alpha_squared
-from wadi.onestep.student import check_teacher, student_steps
+from wadi.onestep.student import check_teacher, scheduled_steps
 from wadi.outputs import Output
 from wadi.progress import progress
 
@@ -141,7 +141,7 @@ def extract_adapter(
     config = _adapter_config(teacher, network, r)
     extraction, factors = _extract(network, config, before, after, max_sweeps, device)
     distilled = Student.read(pipeline_folder(student))
-    steps = student_steps(student_scheduler) if distilled is None else distilled.steps
+    steps = scheduled_steps(student_scheduler) if distilled is None else distilled.steps
     record = Student.of(network, scheduler, alpha_T_squared, steps=steps)
     inject_adapter_in_model(config, network)
     _fill(network, factors)

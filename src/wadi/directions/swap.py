@@ -24,7 +24,7 @@ from wadi.directions.weights import (
 )
 from wadi.errors import WadiError
 from wadi.files import read_json, save_tensors, write_json
-from wadi.onestep import Student, one_step_scheduler
+from wadi.onestep import Student, student_scheduler
 from wadi.onestep.loading import pipeline_folder, run_part
 from wadi.onestep.saving import copy_part, forget_origin
 from wadi.onestep.scheduler import ONE_STEP, gives_sigmas
@@ -164,7 +164,7 @@ def _set_steps(source: Path, folder: Path, record: Student | None) -> None:
     # an old file may not name its class
     own = (None, ONE_STEP) if record is None else (record.alpha_T_squared, record.steps)
     even = gives_sigmas(getattr(diffusers, index["_class_name"]))
-    one_step = one_step_scheduler({"_class_name": index["scheduler"][1], **config}, *own, even)
-    one_step.save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", type(one_step).__name__]
+    scheduler = student_scheduler({"_class_name": index["scheduler"][1], **config}, *own, even)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_json(folder / "model_index.json", index)

@@ -18,7 +18,7 @@ from wadi.distill.presets import FITS, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.arguments import own_size
-from wadi.onestep.scheduler import fractions, one_step_scheduler
+from wadi.onestep.scheduler import fractions, student_scheduler
 
 
 def check_preset_name(name: str) -> None:
@@ -49,7 +49,7 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
     if config.model.preset != "none":
         _compare(config, Fit(type(pipeline).__name__, prediction, side))
     # raises what is wrong with any of them
-    one_step_scheduler(pipeline.scheduler, alpha, fractions(config.student.steps))
+    student_scheduler(pipeline.scheduler, alpha, fractions(config.student.steps))
 
 
 def _compare(config: DistillConfig, found: Fit) -> None:

@@ -28,7 +28,7 @@ from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_fig
 from wadi.distill.presets import PRESETS
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
-from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep import StudentPipeline, load_pipeline
 from wadi.onestep.arguments import size_arguments
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.scheduler import last_alpha_squared
@@ -67,7 +67,7 @@ class Comparison:
 
 def before_after(
     teacher: DiffusionPipeline,
-    student: OneStepPipeline,
+    student: StudentPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int = 25,
@@ -79,7 +79,7 @@ def before_after(
     """
     # with the student's alpha_T, as training started: the teacher's own may be zero
     alpha_T_squared = last_alpha_squared(student.pipeline.scheduler) or None
-    in_one_step = OneStepPipeline(teacher, alpha_T_squared, student.resolution)
+    in_one_step = StudentPipeline(teacher, alpha_T_squared, student.resolution)
     many_steps = copy.copy(in_one_step.pipeline)  # the modules are shared
     many_steps.scheduler = _of_many_steps(teacher)
     size = size_arguments(many_steps)
@@ -162,7 +162,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
         raise WadiError(f"{run / 'config.yaml'}: names no validation_prompts, of which the report has images")
     device = chosen_device()
     teacher = load_pipeline(prepare_teacher(*config.model.teacher)).to(device)
-    student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
+    student = StudentPipeline.from_pretrained(run / "pipeline", device=device)
     guidance_scale = config.objective.guidance_scale if guidance_scale is None else guidance_scale
     comparison = before_after(
         teacher,

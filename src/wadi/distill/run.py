@@ -27,7 +27,7 @@ from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
 from wadi.identity import adapter_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.onestep import Student, StudentPipeline, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
 from wadi.onestep.student import FusedLoRA, check_teacher
 from wadi.outputs import Output
@@ -120,7 +120,7 @@ def export(trainer: Trainer, run: Path) -> None:
         network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, *own, steps).write(part(run, "pipeline"))
+        StudentPipeline(pipeline, *own, steps).write(part(run, "pipeline"))
         return
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
@@ -128,7 +128,7 @@ def export(trainer: Trainer, run: Path) -> None:
         record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora, steps)
         record.write(folder)
     if not quantized_in_files(backbone.network):
-        OneStepPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
+        StudentPipeline.from_pretrained(teacher, run / "adapter").write(part(run, "pipeline"))
 
 
 def part(run: Path, name: str) -> Output:

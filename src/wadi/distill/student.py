@@ -12,7 +12,7 @@ from wadi.diffusion import Schedule
 from wadi.distill.config import DistillConfig
 from wadi.distill.draws import Drawn, Draws
 from wadi.distill.scores import Predict
-from wadi.onestep.scheduler import gives_sigmas, one_step_scheduler, step_times, steps_of
+from wadi.onestep.scheduler import gives_sigmas, step_times, steps_of, student_scheduler
 
 
 def student_steps(config: DistillConfig, backbone: Backbone) -> tuple[float, ...]:
@@ -25,7 +25,7 @@ def student_times(config: DistillConfig, backbone: Backbone) -> list[torch.Tenso
     """The times of 1, 2, ... steps, exactly as the stock scheduler has them that the student ships with."""
     teacher, even = backbone.pipeline.scheduler, gives_sigmas(type(backbone.pipeline))
     steps = student_steps(config, backbone)
-    scheduler = one_step_scheduler(teacher, config.student.alpha_T_squared, steps, even)
+    scheduler = student_scheduler(teacher, config.student.alpha_T_squared, steps, even)
     return [step_times(scheduler, count, even) for count in range(1, len(steps) + 1)]
 
 

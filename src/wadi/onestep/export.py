@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from wadi.onestep.adapters import as_list
-from wadi.onestep.pipeline import OneStepPipeline
+from wadi.onestep.pipeline import StudentPipeline
 from wadi.outputs import Output
 
 
@@ -26,7 +26,7 @@ def export_pipeline(
         pipeline = StableDiffusionPipeline.from_pretrained(out_folder)
         pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 
-    In float32 its images equal those of `OneStepPipeline` bit for bit. A half-precision folder must be loaded
+    In float32 its images equal those of `StudentPipeline` bit for bit. A half-precision folder must be loaded
     with its dtype (``torch_dtype=torch.float16``); then the stock scheduler computes x0 in it too.
 
     Args:
@@ -41,4 +41,4 @@ def export_pipeline(
     """
     output = Output(out_folder, "export", inputs=(teacher, *as_list(adapter)), overwrite=overwrite)
     output.check()
-    OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).write(output)
+    StudentPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).write(output)

@@ -34,18 +34,18 @@ from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import (
     gives_sigmas,
-    one_step_scheduler,
     seed_steps,
     stepping_in_float32,
+    student_scheduler,
 )
-from wadi.onestep.student import FusedLoRA, Student, network_of, student_steps
+from wadi.onestep.student import FusedLoRA, Student, network_of, scheduled_steps
 from wadi.outputs import Output
 
 
-class OneStepPipeline:
+class StudentPipeline:
     """A stock diffusers pipeline whose every call is one step: noise in, image out.
 
-        pipeline = OneStepPipeline.from_pretrained("runs/emoji/pipeline")
+        pipeline = StudentPipeline.from_pretrained("runs/emoji/pipeline")
         images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
 
     In float32 the images are, bit for bit, those of the stock pipeline called with as many steps,
@@ -56,10 +56,10 @@ class OneStepPipeline:
     Args:
         pipeline: any loaded text-to-image pipeline with a `unet` or `transformer`. It is left as it is; the
             modules are shared.
-        alpha_T_squared: see `one_step_scheduler`.
+        alpha_T_squared: see `student_scheduler`.
         resolution: usual side of the images in pixels, for a network that makes images of any size; ``None``
             for the stock pipeline's own default.
-        steps: where the student takes the most steps that it can; see `one_step_scheduler`. ``None``
+        steps: where the student takes the most steps that it can; see `student_scheduler`. ``None``
             takes those of the pipeline's scheduler if it is a student's with betas, or else one step.
 
     Attributes:
@@ -76,9 +76,9 @@ class OneStepPipeline:
         resolution: int | None = None,
         steps: Sequence[float] | None = None,
     ) -> None:
-        steps = student_steps(pipeline.scheduler) if steps is None else steps
+        steps = scheduled_steps(pipeline.scheduler) if steps is None else steps
         own = steps, gives_sigmas(type(pipeline))
-        scheduler = one_step_scheduler(pipeline.scheduler, alpha_T_squared, *own)
+        scheduler = student_scheduler(pipeline.scheduler, alpha_T_squared, *own)
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = stepping_in_float32(scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -96,7 +96,7 @@ class OneStepPipeline:
         device: str | torch.device | None = None,
         vae: str | os.PathLike | None = None,
         fast: bool = False,
-    ) -> OneStepPipeline:
+    ) -> StudentPipeline:
         """Load an exported pipeline, or a teacher with a student's adapter merged into it.
 
         Args:
@@ -131,11 +131,11 @@ class OneStepPipeline:
         return made.compile() if fast else made
 
     @classmethod
-    def of(cls, pipeline: DiffusionPipeline, student: Student) -> OneStepPipeline:
+    def of(cls, pipeline: DiffusionPipeline, student: Student) -> StudentPipeline:
         """The pipeline of a student whose weights a stock pipeline holds."""
         return cls(pipeline, student.alpha_T_squared, student.resolution, student.steps)
 
-    def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
+    def compile(self, mode: str | None = None, batch_size: int | None = None) -> StudentPipeline:
         """Make all later calls fast: compiled, captured as one CUDA graph, embeddings of prompts kept.
 
         Images of float32 differ from the plain ones by rounding (at most 1 of 255). The first call of each
@@ -273,7 +273,7 @@ class OneStepPipeline:
             raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
         own = self.steps, gives_sigmas(type(stock))
-        stock.scheduler = one_step_scheduler(self.pipeline.scheduler, None, *own)
+        stock.scheduler = student_scheduler(self.pipeline.scheduler, None, *own)
         if "is_distilled" in stock.config:  # FLUX.2-klein: its default call is then not guided
             stock.register_to_config(is_distilled=True)
         with output.writing() as temporary:
@@ -345,11 +345,11 @@ def load_for_steps(
 
     Raises:
         WadiError: more steps than the student takes, or several with another adapter; and as
-            `load_pipeline` and `OneStepPipeline.from_pretrained`.
+            `load_pipeline` and `StudentPipeline.from_pretrained`.
     """
     adapters = as_list(adapter)
     if num_inference_steps == 1:
-        return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
+        return StudentPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
     pipeline = load_pipeline(model, torch_dtype).to(device)
     student = merge_adapters(pipeline, adapters)
     if student is None and not adapters:
@@ -362,7 +362,7 @@ def load_for_steps(
             f"{adapters[0] if adapters else model}: {_takes(most)}, not {num_inference_steps}; {instead} the "
             "multi-step teacher, or ask for fewer steps"
         )
-    return OneStepPipeline.of(pipeline, student).pipeline
+    return StudentPipeline.of(pipeline, student).pipeline
 
 
 def _takes(most: int) -> str:

@@ -45,7 +45,7 @@ def gives_sigmas(kind: type[DiffusionPipeline]) -> bool:
     return not issubclass(kind, (StableDiffusion3Pipeline, SanaPipeline))
 
 
-def one_step_scheduler(
+def student_scheduler(
     scheduler: SchedulerMixin | Mapping[str, Any],
     alpha_T_squared: float | None = None,
     steps: Sequence[float] = ONE_STEP,
@@ -64,7 +64,7 @@ def one_step_scheduler(
     `FlowMatchEulerDiscreteScheduler` without any shift. Saved in a pipeline folder, they work where wadi is
     not installed.
 
-        scheduler = one_step_scheduler(pipeline.scheduler)
+        scheduler = student_scheduler(pipeline.scheduler)
         scheduler.set_timesteps(1)
         x0 = scheduler.step(unet(z, scheduler.timesteps[0], c).sample, scheduler.timesteps[0], z).prev_sample
 
@@ -101,45 +101,43 @@ def one_step_scheduler(
             )
         return _flow(config.get("num_train_timesteps", 1000), steps, even)
     count = len(steps)
-    one_step = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, predicted, count)
-    own = float(one_step.alphas_cumprod[-1])
-    if len(one_step.alphas_cumprod) % count:
+    made = _lcm({name: config[name] for name in SCHEDULE_FIELDS if name in config}, predicted, count)
+    own = float(made.alphas_cumprod[-1])
+    if len(made.alphas_cumprod) % count:
         raise WadiError(
-            f"--student-steps {count}: the teacher's schedule has {len(one_step.alphas_cumprod)} timesteps, "
+            f"--student-steps {count}: the teacher's schedule has {len(made.alphas_cumprod)} timesteps, "
             f"which is not a multiple of {count}; omit the option"
         )
     if alpha_T_squared is not None and not math.isclose(alpha_T_squared, own, rel_tol=1e-6):
-        betas = _betas_ending_at(alpha_T_squared, one_step, count)
-        one_step = _lcm({"num_train_timesteps": len(betas), "trained_betas": betas}, predicted, count)
-        own = float(one_step.alphas_cumprod[-1])
+        betas = _betas_ending_at(alpha_T_squared, made, count)
+        made = _lcm({"num_train_timesteps": len(betas), "trained_betas": betas}, predicted, count)
+        own = float(made.alphas_cumprod[-1])
     if predicted == "epsilon" and own <= 0:
         raise WadiError(
             "scheduler: alpha_T is zero (zero terminal SNR), so epsilon says nothing about the image at T; "
             "use a v_prediction teacher or set --alpha-T-squared"
         )
-    return one_step
+    return made
 
 
 def last_alpha_squared(scheduler: SchedulerMixin | Mapping[str, Any]) -> float | None:
     """alpha_T^2 of one step of a model with this scheduler; ``None`` for a flow, which has none to choose.
 
     Raises:
-        WadiError: as `one_step_scheduler`.
+        WadiError: as `student_scheduler`.
     """
-    one_step = one_step_scheduler(scheduler)
-    return float(one_step.alphas_cumprod[-1]) if isinstance(one_step, LCMScheduler) else None
+    made = student_scheduler(scheduler)
+    return float(made.alphas_cumprod[-1]) if isinstance(made, LCMScheduler) else None
 
 
-def stepping_in_float32(one_step: SchedulerMixin) -> SchedulerMixin:
-    """A scheduler of `one_step_scheduler` that forms x0 in float32 in any case.
+def stepping_in_float32(made: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler of `student_scheduler` that forms x0 in float32 in any case.
 
     The scheduler of one step of a flow does so itself.
     """
-    if isinstance(one_step, LCMScheduler):
-        return Float32Step.from_config(one_step.config)
-    return (
-        FlowMatchFloat32Step.from_config(one_step.config) if one_step.config.stochastic_sampling else one_step
-    )
+    if isinstance(made, LCMScheduler):
+        return Float32Step.from_config(made.config)
+    return FlowMatchFloat32Step.from_config(made.config) if made.config.stochastic_sampling else made
 
 
 def fractions(count: int) -> tuple[float, ...]:
@@ -158,12 +156,12 @@ def steps_of(
         scheduler: the teacher's scheduler, or its configuration.
         schedule: the teacher's, which knows its shift.
         count: one of `STEP_COUNTS`.
-        even: see `one_step_scheduler`.
+        even: see `student_scheduler`.
     """
     if count == 1 or not isinstance(schedule, RectifiedFlow):
         return fractions(count)
     last = float(schedule.times(torch.tensor(1 / count, dtype=torch.float64)))
-    made = one_step_scheduler(scheduler, None, (*fractions(count)[:-1], last), even)
+    made = student_scheduler(scheduler, None, (*fractions(count)[:-1], last), even)
     return tuple(round(sigma, 6) for sigma in step_times(made, count, even).tolist())
 
 
@@ -171,7 +169,7 @@ def step_times(scheduler: SchedulerMixin, count: int, even: bool = False) -> tor
     """The times (count,) of `count` steps: timesteps, int64, or the sigmas of a flow, float32.
 
     Args:
-        scheduler: from `one_step_scheduler`.
+        scheduler: from `student_scheduler`.
         count: at most the student's.
         even: as it was made with.
     """

@@ -223,8 +223,8 @@ def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in plain_state(network).items()}
 
 
-def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
-    """Whether a scheduler is an `LCMScheduler` of `one_step_scheduler`, or was made of its configuration.
+def is_student(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
+    """Whether a scheduler is an `LCMScheduler` of `student_scheduler`, or was made of its configuration.
 
     The one-step scheduler of a flow cannot be told from a multi-step model's: FLUX.1-schnell has the same.
     Only `student.json` says that a flow is a student.
@@ -233,10 +233,10 @@ def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
     return config.get("timestep_scaling") == TIMESTEP_SCALING
 
 
-def student_steps(scheduler: SchedulerMixin | Mapping[str, Any]) -> tuple[float, ...]:
+def scheduled_steps(scheduler: SchedulerMixin | Mapping[str, Any]) -> tuple[float, ...]:
     """Where a student with betas takes its steps, by its scheduler; one step for any other scheduler."""
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-    return fractions(config["original_inference_steps"]) if is_one_step(scheduler) else ONE_STEP
+    return fractions(config["original_inference_steps"]) if is_student(scheduler) else ONE_STEP
 
 
 def student_of(pipeline: DiffusionPipeline) -> Student | None:
@@ -253,8 +253,8 @@ def student_of(pipeline: DiffusionPipeline) -> Student | None:
                 f"scheduler is for {own}; fetch or export the student again"
             )
         return found
-    if is_one_step(pipeline.scheduler):
-        steps = student_steps(pipeline.scheduler)
+    if is_student(pipeline.scheduler):
+        steps = scheduled_steps(pipeline.scheduler)
         return Student.of(network_of(pipeline), pipeline.scheduler, steps=steps)
     return None
 
@@ -280,7 +280,7 @@ def check_teacher(
     # also where the name is that of a run, or of a model on the hub
     origin = getattr(network, "config", {}).get("_name_or_path")
     folders = [Path(name), *([Path(origin).parent] if origin else [])]
-    if is_one_step(scheduler) or any(Student.read(folder) for folder in folders):
+    if is_student(scheduler) or any(Student.read(folder) for folder in folders):
         raise WadiError(
             f"{name}: is a one-step student already; name the multi-step model that it was distilled from"
         )

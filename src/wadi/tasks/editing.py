@@ -29,11 +29,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline, labelled_grid
+from wadi.onestep import StudentPipeline, labelled_grid
 from wadi.onestep.arguments import image_size, seeded
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.scheduler import step_times
-from wadi.onestep.student import is_one_step
+from wadi.onestep.student import is_student
 
 STRENGTH = 0.7
 """Strength of image to image and inpainting if none is given."""
@@ -286,7 +286,7 @@ def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> Diffu
     own = pipeline.scheduler
     timestep_of(own, sampling.strength)
     steps = sampling.num_inference_steps
-    if steps > 1 and not is_one_step(own) and int(steps * sampling.strength) < 1:
+    if steps > 1 and not is_student(own) and int(steps * sampling.strength) < 1:
         raise WadiError(
             f"strength {sampling.strength:g}: leaves no step of {steps}; use at least {1 / steps:.3g}"
         )
@@ -328,8 +328,8 @@ def _call(
         "output_type": "pt",
     }
     count = sampling.num_inference_steps
-    if is_one_step(stock.scheduler) or count == 1:
-        student = OneStepPipeline(stock)
+    if is_student(stock.scheduler) or count == 1:
+        student = StudentPipeline(stock)
         student.check_steps(count)
         begin = _begin(student.pipeline.scheduler, sampling.strength, count)
         return student(prompts, num_inference_steps=count, **begin, **options).float().cpu()
