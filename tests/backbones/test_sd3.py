@@ -62,7 +62,7 @@ COMMANDS = {
 def test_commands_for_other_models_say_so_in_one_line(command, model, folders, monkeypatch, capsys):
     arguments, message = COMMANDS[command]
     if (command, model) == ("invert", "student"):
-        message = "is a one-step student already"
+        message = "is a student already"
     out = "word" if command == "invert" else "out.png"
     monkeypatch.chdir(folders)
     assert cli.main([command, *arguments.split(), "--model", model, "--out", out]) == 2

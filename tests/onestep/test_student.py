@@ -61,7 +61,7 @@ def test_a_student_is_refused_as_a_teacher_however_it_is_named(exported, named, 
     pipeline = load_pipeline(run / "pipeline")
     network, scheduler = load_denoiser(run / "pipeline")
     for parts in ((pipeline.scheduler, network_of(pipeline)), (scheduler, network)):
-        with pytest.raises(WadiError, match=f"{name}: is a one-step student already"):
+        with pytest.raises(WadiError, match=f"{name}: is a student already"):
             check_teacher(name, *parts)
 
 

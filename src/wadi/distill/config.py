@@ -97,8 +97,7 @@ class StudentOptions(Options):
     """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
 
     steps: Literal[1, 2, 4] = option(1, "student_steps", often=True)
-    """Most steps that the student can take. A student of 4 steps makes images in 1, 2, 3 or 4 steps. It is
-    trained on its own steps: those before the last are taken without gradient."""
+    """Most steps that the student can take; with 4, it makes images in 1, 2, 3 or 4."""
 
     ema_decay: float = option(0.999, at_least=0, below=1)
     """Decay of the moving average of the student's weights, which is what is exported. The decay of update n

@@ -1,4 +1,4 @@
-"""The one-step student: scheduler, pipeline, and export to a folder that any diffusers user can load."""
+"""The student: scheduler, pipeline, and export to a folder that any diffusers user can load."""
 
 from wadi.onestep.average import average_students
 from wadi.onestep.embedding import load_embedding

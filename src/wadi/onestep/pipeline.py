@@ -1,4 +1,4 @@
-"""Any diffusers text-to-image pipeline, in one step."""
+"""Any diffusers text-to-image pipeline, in one step or a few."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from wadi.outputs import Output
 
 
 class StudentPipeline:
-    """A stock diffusers pipeline whose every call is one step: noise in, image out.
+    """A stock diffusers pipeline with a student, which makes images in one step, or in a few.
 
         pipeline = StudentPipeline.from_pretrained("runs/emoji/pipeline")
         images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
@@ -59,8 +59,8 @@ class StudentPipeline:
         alpha_T_squared: see `student_scheduler`.
         resolution: usual side of the images in pixels, for a network that makes images of any size; ``None``
             for the stock pipeline's own default.
-        steps: where the student takes the most steps that it can; see `student_scheduler`. ``None``
-            takes those of the pipeline's scheduler if it is a student's with betas, or else one step.
+        steps: where the student takes the most steps that it can; see `student_scheduler`. ``None`` takes
+            those of the pipeline's scheduler if it is a student's with betas, or else one step.
 
     Attributes:
         pipeline: the stock pipeline, with the student's scheduler in place.
@@ -114,7 +114,7 @@ class StudentPipeline:
             WadiError: something is missing, is not safetensors, or does not fit.
 
         Warns:
-            WadiWarning: neither the pipeline nor an adapter says that it is a one-step student.
+            WadiWarning: neither the pipeline nor an adapter says that it is a student.
         """
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
         student = merge_adapters(pipeline, adapter)
@@ -337,8 +337,8 @@ def load_for_steps(
         model: folder or hub id.
         adapter: folder or hub id of a student's adapter, merged; or of several adapters, of which the first
             is the student's.
-        num_inference_steps: 1 sets the one-step scheduler. More are for a student that takes them, or for a
-            teacher without adapters; a teacher with a subject's alone is loaded by
+        num_inference_steps: 1 sets the scheduler of one step. More are for a student that takes them, or for
+            a teacher without adapters; a teacher with a subject's alone is loaded by
             `wadi.tasks.dreambooth.load_with_adapters`.
         torch_dtype: of all modules; float32 when ``None``.
         device: where it works.

@@ -1,4 +1,4 @@
-"""What a one-step student is: the record `student.json` beside its weights; how students are recognised."""
+"""What a student is: the record `student.json` beside its weights; how students are recognised."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class FusedLoRA:
 
 @dataclass(frozen=True)
 class Student:
-    """The record of a one-step student: `student.json` in its adapter folder or its exported pipeline.
+    """The record of a student: `student.json` in its adapter folder or its exported pipeline.
 
         {"prediction": "epsilon", "steps": [1.0], "alpha_T_squared": null,
          "resolution": null, "base": {"class": "UNet2DConditionModel", "shapes": "<sha256>"}}
@@ -226,7 +226,7 @@ def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 def is_student(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
     """Whether a scheduler is an `LCMScheduler` of `student_scheduler`, or was made of its configuration.
 
-    The one-step scheduler of a flow cannot be told from a multi-step model's: FLUX.1-schnell has the same.
+    The scheduler of a flow's student cannot be told from a multi-step model's: FLUX.1-schnell has the same.
     Only `student.json` says that a flow is a student.
     """
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
@@ -267,7 +267,7 @@ def network_of(pipeline: DiffusionPipeline) -> nn.Module:
 def check_teacher(
     name: str | os.PathLike, scheduler: SchedulerMixin | Mapping[str, Any], network: nn.Module
 ) -> None:
-    """Refuse a one-step student where a multi-step model is needed; tell of models for a few steps.
+    """Refuse a student where a multi-step model is needed; tell of models for a few steps.
 
     Args:
         name: of the model, as the user gave it.
@@ -275,15 +275,13 @@ def check_teacher(
         network: the model's U-Net or transformer.
 
     Raises:
-        WadiError: the model is a one-step student.
+        WadiError: the model is a student.
     """
     # also where the name is that of a run, or of a model on the hub
     origin = getattr(network, "config", {}).get("_name_or_path")
     folders = [Path(name), *([Path(origin).parent] if origin else [])]
     if is_student(scheduler) or any(Student.read(folder) for folder in folders):
-        raise WadiError(
-            f"{name}: is a one-step student already; name the multi-step model that it was distilled from"
-        )
+        raise WadiError(f"{name}: is a student already; name the multi-step model that it was distilled from")
     kind = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
     signs = []
     if kind in FEW_STEP_SCHEDULERS:
