@@ -29,6 +29,7 @@ from wadi.distill.report import (
 )
 from wadi.errors import WadiError
 from wadi.onestep import StudentPipeline, load_pipeline
+from wadi.onestep.scheduler import fractions
 
 PROMPTS = ("a red cat", "1 < 2 & <b>bold</b>")
 FIGURES = [Figure("Alignment", 0.1, 0.78, 0.997, "higher", "Share of sentences that the picture obeys.")]
@@ -248,6 +249,20 @@ def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):
         generator=torch.Generator().manual_seed(5),
     ).images
     assert np.abs(np.asarray(stock, int) - np.asarray(made.teacher[0][1], int)).max() <= 1
+
+
+def test_a_student_of_several_steps_is_shown_in_each(run, teacher_folder):
+    student = StudentPipeline(load_pipeline(teacher_folder), steps=fractions(4))
+    made = before_after(load_pipeline(teacher_folder), student, PROMPTS[:1], (0, 5), steps=2)
+    assert list(made.more_steps) == [2, 4]
+    (alone,) = student(PROMPTS[0], seed=5, num_inference_steps=4)
+    assert np.abs(np.asarray(alone, int) - np.asarray(made.more_steps[4][0][1], int)).max() <= 1
+    DistillConfig.load(run / "config.yaml").replace(student_steps=4).save(run / "config.yaml")
+    html = write_report(run, made).read_text()
+    assert "The student in 2 steps" in html
+    assert "The student in 4 steps" in html
+    assert "do the same in 1 to 4" in html
+    assert "num_inference_steps=4" in html
 
 
 def test_report_of_a_run_folder(run, teacher_folder):

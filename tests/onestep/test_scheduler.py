@@ -6,11 +6,17 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
+from wadi.diffusion import RectifiedFlow, Schedule
 from wadi.errors import WadiError
 from wadi.onestep.scheduler import (
     Float32Step,
+    FlowMatchFloat32Step,
+    fractions,
+    gives_sigmas,
     last_alpha_squared,
+    step_times,
     stepping_in_float32,
+    steps_of,
     student_scheduler,
 )
 
@@ -230,3 +236,112 @@ def test_a_flow_that_predicts_something_else_is_refused(name, predicted):
 def test_other_predictions_are_refused(prediction_type):
     with pytest.raises(WadiError, match=f"prediction_type '{prediction_type}' cannot be distilled"):
         student_scheduler({**SD, "prediction_type": prediction_type})
+
+
+# --- several steps ---
+
+
+@pytest.mark.parametrize(
+    ("most", "times"),
+    [
+        (1, [[999]]),
+        (2, [[999], [999, 499]]),
+        (4, [[999], [999, 499], [999, 749, 499], [999, 749, 499, 249]]),
+    ],
+)
+def test_timesteps_of_several_steps(most, times):
+    scheduler = student_scheduler(SD, steps=fractions(most))
+    assert [step_times(scheduler, count).tolist() for count in range(1, most + 1)] == times
+    with pytest.raises(ValueError, match=r"smaller than|larger than"):
+        scheduler.set_timesteps(most + 1)
+
+
+@pytest.mark.parametrize("alpha_T_squared", [None, 0.0047, 0.001])
+@pytest.mark.parametrize(
+    "config", [SD, PIXART, {**SD, "rescale_betas_zero_snr": True}], ids=["sd", "pixart", "zero"]
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_several_steps_add_noise_as_the_process_does(config, prediction_type, alpha_T_squared, tmp_path):
+    """Every step against the formulas in float64; only the last timestep may have another alpha."""
+    config = {**config, "prediction_type": prediction_type}
+    teacher = Schedule.from_config(config)
+    if prediction_type == "epsilon" and "rescale_betas_zero_snr" in config and alpha_T_squared is None:
+        with pytest.raises(WadiError, match="alpha_T is zero"):
+            student_scheduler(config, None, fractions(4))
+        return
+    student_scheduler(config, alpha_T_squared, fractions(4)).save_pretrained(tmp_path)
+    scheduler = LCMScheduler.from_pretrained(tmp_path)
+    squared = teacher.alphas.double().square()
+    if alpha_T_squared is not None:
+        squared[-1] = alpha_T_squared
+    found = scheduler.alphas_cumprod.double()
+    assert torch.allclose(found, squared, rtol=3e-5, atol=1e-9)
+    scheduler.set_timesteps(4)
+    (x, output), generator, same = noise(), *(torch.Generator().manual_seed(9) for _ in range(2))
+    for t, after in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+        output = output * 0.5 + 0.1
+        made = scheduler.step(output, t, x, generator)
+        x0 = formula(x, output, found[t].item(), prediction_type)
+        assert torch.allclose(made.denoised.double(), x0, rtol=1e-5, atol=1e-5)
+        if after is None:
+            assert torch.equal(made.prev_sample, made.denoised)
+            break
+        fresh = torch.randn(x.shape, generator=same).double()
+        expected = found[after].sqrt() * x0 + (1 - found[after]).sqrt() * fresh
+        assert torch.allclose(made.prev_sample.double(), expected, rtol=1e-5, atol=1e-5)
+        x = made.prev_sample
+
+
+def test_a_schedule_that_cannot_be_shared_equally_is_refused():
+    with pytest.raises(WadiError, match="--student-steps 4: the teacher's schedule has 998 timesteps"):
+        student_scheduler({**SD, "num_train_timesteps": 998}, steps=fractions(4))
+    assert student_scheduler({**SD, "num_train_timesteps": 998}, steps=fractions(2)) is not None
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.6, 3.0, 6.0, 2.7182818])
+@pytest.mark.parametrize("most", [2, 4])
+@pytest.mark.parametrize("even", [True, False])
+def test_sigmas_of_several_steps_of_a_flow(shift, most, even):
+    """The first is exactly 1, the last is where the teacher has the fraction 1 / most, and they fall."""
+    schedule = RectifiedFlow(shift)
+    steps = steps_of(FLOW, schedule, most, even)
+    scheduler = student_scheduler(FLOW, None, steps, even)
+    every = [step_times(scheduler, count, even) for count in range(1, most + 1)]
+    for sigmas in every:
+        assert sigmas[0] == 1
+        assert (sigmas.diff() < 0).all()
+    assert every[-1][-1].item() == pytest.approx(float(schedule.times(torch.tensor(1 / most))), abs=5e-3)
+    if even:  # the teacher's own times
+        own = schedule.times(torch.tensor(fractions(most)))
+        assert torch.allclose(every[-1], own, atol=5e-3)
+    # student.json holds the steps, and they alone give the same scheduler again
+    assert steps == pytest.approx(every[-1].tolist(), abs=1e-6)
+    again = student_scheduler(scheduler, None, steps, even)
+    assert again.config == scheduler.config
+
+
+def test_which_pipelines_tell_their_scheduler_the_sigmas():
+    """Each makes its own choice when it is called: see the tests of whole pipelines."""
+    told = ("FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline", "QwenImagePipeline")
+    assert all(gives_sigmas(getattr(diffusers, name)) for name in told)
+    others = ("StableDiffusion3Pipeline", "SanaPipeline")
+    assert not any(gives_sigmas(getattr(diffusers, name)) for name in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flow_steps_in_float32_with_the_given_noise(dtype):
+    steps = steps_of(FLOW, RectifiedFlow(3.0), 4, True)
+    scheduler = stepping_in_float32(student_scheduler(FLOW, None, steps, True))
+    assert isinstance(scheduler, FlowMatchFloat32Step)
+    scheduler.set_timesteps(sigmas=list(fractions(4)))
+    scheduler.generator, same = torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
+    x, output = noise(dtype)
+    made = scheduler.step(output, scheduler.timesteps[0], x, return_dict=False)[0]
+    sigma = scheduler.sigmas[1]
+    x0 = x.float() - output.float()
+    expected = (1 - sigma) * x0 + sigma * torch.randn(x.shape, generator=same)
+    assert made.dtype == dtype
+    assert torch.equal(made, expected.to(dtype))

@@ -283,7 +283,7 @@ def test_the_command_with_two_controlnets(folders, teacher_folder, tmp_path, cap
         (["--controlnet", "first", "--guidance-scale", "2"], "cannot be guided"),
         (["--controlnet", "first", "--width", "15"], "--width 15: must be a multiple of 8; use 8 or 16"),
         (["--controlnet", "first", "--conditioning-scale", "1", "--conditioning-scale", "1"], "2 given"),
-        (["--controlnet", "first", "--adapter", "x", "--num-inference-steps", "2"], "takes 1 step"),
+        (["--controlnet", "first", "--adapter", "x", "--num-inference-steps", "2"], "x: no such folder"),
         (["--controlnet", "first", "--low", "300"], "thresholds must be in order"),
     ],
 )
