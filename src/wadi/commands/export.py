@@ -35,7 +35,7 @@ def export(
     import torch
 
     from wadi import emoji
-    from wadi.onestep import export_pipeline
+    from wadi.onestep import Student, export_pipeline
     from wadi.outputs import Output
     from wadi.teachers import prepare_teacher
 
@@ -44,4 +44,7 @@ def export(
     named = model or emoji.teacher_folder()
     teacher = prepare_teacher(named, teacher_config, teacher_lora, teacher_lora_scale)
     export_pipeline(teacher, adapters, out, getattr(torch, dtype), overwrite)
-    print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+    student = Student.read(out)
+    most = 1 if student is None else len(student.steps)
+    steps = "1" if most == 1 else f"1 to {most}"
+    print(f"{out}: load it with diffusers, num_inference_steps={steps}, guidance_scale=1.0")

@@ -12,7 +12,7 @@ import tyro
 
 from wadi import emoji
 from wadi.commands.images import ImageOptions
-from wadi.errors import tell
+from wadi.errors import WadiError, tell
 from wadi.onestep import StudentPipeline, refuse_guidance
 from wadi.onestep.embedding import holds_word
 from wadi.tasks.high_resolution import stretched, tell_larger
@@ -64,6 +64,8 @@ def generate(config: GenerateConfig) -> None:
     config.check()
     pipeline, batch_size, images = _student(config), config.batch_size, []
     steps = pipeline.check_steps(config.num_inference_steps)
+    if config.fast and steps > 1:
+        raise WadiError(f"--fast: makes images in 1 step, not {steps}; omit it, or ask for 1 step")
     height, width = config.height, config.width
     options = {"height": height, "width": width, "num_inference_steps": steps}
     tell_larger(pipeline.pipeline, height, width)
