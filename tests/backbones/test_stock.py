@@ -51,7 +51,7 @@ def fresh(backbone, shape):
 
 
 @every
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [2, 4])
 @torch.no_grad()
 def test_a_roll_out_is_the_stock_pipeline_with_the_students_scheduler(case, count):
     """What is trained is what is made, with no other argument than the number of steps."""
