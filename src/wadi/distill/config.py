@@ -94,7 +94,7 @@ class StudentOptions(Options):
     the new rank allows. Layers that the adapter does not have start as the teacher's."""
 
     alpha_T_squared: float | None = option(None, above=0, below=1)  # noqa: N815
-    """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
+    """alpha_T^2 of the student's first step, if it is not the scheduler's (authors' PixArt: 0.0047)."""
 
     steps: Literal[1, 2, 4] = option(1, "student_steps", often=True)
     """Most steps that the student can take; with 4, it makes images in 1, 2, 3 or 4."""

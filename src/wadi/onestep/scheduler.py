@@ -60,17 +60,17 @@ def student_scheduler(
         v_prediction:     x0 = alpha_T z - sigma_T v
         flow_prediction:  x0 = z - v
 
-    The first two are an `LCMScheduler`, which refuses more than one step in `set_timesteps`. The third is a
-    `FlowMatchEulerDiscreteScheduler` without any shift. Saved in a pipeline folder, they work where wadi is
-    not installed.
+    The first two are an `LCMScheduler`, which refuses more steps than the student has in `set_timesteps`. The
+    third is a `FlowMatchEulerDiscreteScheduler`, without any shift for one step. Saved in a pipeline folder,
+    they work where wadi is not installed.
 
         scheduler = student_scheduler(pipeline.scheduler)
         scheduler.set_timesteps(1)
         x0 = scheduler.step(unet(z, scheduler.timesteps[0], c).sample, scheduler.timesteps[0], z).prev_sample
 
     A scheduler of N steps also does fewer. Between two steps it adds fresh noise to x0, as the process does:
-    x_t' = alpha_t' x0 + sigma_t' n. At betas the times of n of N steps are LCM's, evenly spaced. For a flow
-    the last of them is ``steps[-1]``, and how the others lie before it depends on the pipeline: see `even`.
+    x_t' = alpha_t' x0 + sigma_t' n. With betas, the timesteps are those of LCM, evenly spaced. For a flow,
+    the last of N sigmas is ``steps[-1]``, and the spacing of the others depends on the pipeline: see `even`.
 
     Args:
         scheduler: the teacher's scheduler or its config; any diffusers scheduler with a beta schedule or of a
