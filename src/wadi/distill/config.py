@@ -248,7 +248,7 @@ class RunOptions(Options):
     """Updates of the student."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", often=True)
-    """Precision of the frozen base. Adapters, one-step images and losses are always float32."""
+    """Precision of the frozen base. Adapters, images of the student and losses are always float32."""
 
     base_precision: Precision | None = option(None, often=True)  # noqa: RUF009
     """Storage of the base's weights that adapters turn: bf16, int8 (one scale for each row) or nf4 (needs

@@ -1,4 +1,4 @@
-"""`distill`: from a teacher and prompts to a run folder with a one-step student."""
+"""`distill`: from a teacher and prompts to a run folder with a student."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RUN_FILE = "run.json"
 
 
 def distill(config: DistillConfig) -> Path:
-    """Distil a teacher into a one-step student.
+    """Distil a teacher into a student of one step, or of a few.
 
     The run folder holds config.yaml, metrics.jsonl, samples/, checkpoints/, adapter/ (the averaged student,
     PEFT format) and pipeline/ (merged, diffusers format).

@@ -30,7 +30,7 @@ from wadi.prompts import PromptEmbeddings
 
 
 class Trainer:
-    """Distils a backbone into a one-step student.
+    """Distils a backbone into a student of one step, or of a few.
 
         trainer = Trainer(config, backbone, prompts, accelerator)
         for step in range(100):
