@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from wadi._version import __version__
 from wadi.files import write_json
-from wadi.onestep import OneStepPipeline, one_step_scheduler
+from wadi.onestep import StudentPipeline, student_scheduler
 
 STEPS, GUIDANCE_SCALE = 25, 7.5
 PROMPT = "a photograph of an astronaut riding a horse"
@@ -149,7 +149,7 @@ class Fast:
     """wadi's fast path."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, mode: str | None, device: str) -> None:
-        self.pipeline, self.generator = OneStepPipeline(pipeline).compile(mode), torch.Generator(device)
+        self.pipeline, self.generator = StudentPipeline(pipeline).compile(mode), torch.Generator(device)
 
     @property
     def warm_up_seconds(self) -> float:
@@ -256,7 +256,7 @@ def main(arguments: argparse.Namespace) -> dict:
     report = {**machine(arguments, stock), "rows": []}
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
     one_step = StableDiffusionPipeline(
-        **{**stock.components, "scheduler": one_step_scheduler(stock.scheduler)}
+        **{**stock.components, "scheduler": student_scheduler(stock.scheduler)}
     )
     one_step.set_progress_bar_config(disable=True)
     small = StableDiffusionPipeline(**{**one_step.components, "vae": tiny_vae})

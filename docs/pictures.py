@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wadi import emoji
 from wadi.distill.report import before_after
-from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
+from wadi.onestep import StudentPipeline, labelled_grid, load_pipeline
 
 PROMPTS = (
     "a big panda on the left on a red background",
@@ -24,7 +24,7 @@ PROMPTS = (
 def main(name: str, teacher_folder: Path, adapter: Path) -> None:
     """Write docs/images/<name>: the teacher in one step, the student in one, the teacher in 25."""
     teacher = load_pipeline(teacher_folder)
-    student = OneStepPipeline.from_pretrained(teacher_folder, adapter=adapter)
+    student = StudentPipeline.from_pretrained(teacher_folder, adapter=adapter)
     pictures = before_after(teacher, student, PROMPTS, seeds=(1, 2, 3), steps=25, guidance_scale=2.0)
     rows = [
         (prompt, [*before, *after, *reference])

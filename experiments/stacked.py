@@ -180,6 +180,7 @@ def stack_key(config: DistillConfig) -> Hashable | None:
 
 
 NOT_STACKED = (
+    "student_steps",
     "denoising_weight",
     "gradient_accumulation_steps",
     "weighting",
@@ -242,7 +243,7 @@ class Stack:
         self.schedule, self.predict = first.schedule, first.predict
         (self.vsd,) = first.terms  # `stack_key` refuses the others
         self.student, self.fake = stacked(self.trainers, "student"), stacked(self.trainers, "fake")
-        self.generator = Student(first.generator.schedule, first.predict, self.student)
+        self.generator = Student(first.generator.schedule, first.predict, self.student, first.generator.times)
         self.scores = StackedScores(self.trainers, self.fake)
         self.samples = first.config.optimizer.train_batch_size
         self.stream, self.graph = first.stream, None

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from wadi.lorad import LoRaDConfig, LoRaDModel
     from wadi.onestep.adapters import merge_adapters as merge
     from wadi.onestep.export import export_pipeline as export
-    from wadi.onestep.pipeline import OneStepPipeline
+    from wadi.onestep.pipeline import StudentPipeline
 
 __all__ = [
     "DistillConfig",
     "LoRaDConfig",
     "LoRaDModel",
-    "OneStepPipeline",
+    "StudentPipeline",
     "WadiError",
     "__version__",
     "distill",
@@ -36,7 +36,7 @@ _PLACES = {
     "DistillConfig": "wadi.distill.config:DistillConfig",
     "LoRaDConfig": "wadi.lorad:LoRaDConfig",
     "LoRaDModel": "wadi.lorad:LoRaDModel",
-    "OneStepPipeline": "wadi.onestep.pipeline:OneStepPipeline",
+    "StudentPipeline": "wadi.onestep.pipeline:StudentPipeline",
     "export": "wadi.onestep.export:export_pipeline",
     "load_backbone": "wadi.backbones:load_backbone",
     "merge": "wadi.onestep.adapters:merge_adapters",

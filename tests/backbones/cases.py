@@ -13,7 +13,7 @@ from wadi.backbones import BACKBONES, Backbone, KleinBackbone, QwenImageBackbone
 from wadi.backbones.flux import FluxBackbone, pack, unpack
 from wadi.diffusion import RectifiedFlow
 from wadi.onestep.loading import guidance_arguments, stock_arguments
-from wadi.onestep.scheduler import one_step_scheduler
+from wadi.onestep.scheduler import student_scheduler
 
 SIDE = 32
 """Pixels a side, for networks that may have any."""
@@ -93,7 +93,7 @@ def as_shipped(backbone: Backbone):
     """Give the stock pipeline the scheduler that its one-step student ships with."""
     flow = isinstance(backbone.schedule(), RectifiedFlow)
     scheduler = backbone.pipeline.scheduler
-    own = FlowMatchEulerDiscreteScheduler(shift=1.0) if flow else one_step_scheduler(scheduler)
+    own = FlowMatchEulerDiscreteScheduler(shift=1.0) if flow else student_scheduler(scheduler)
     backbone.pipeline.scheduler = own
     return own
 

@@ -18,7 +18,7 @@ from wadi.distill import DistillConfig, distill
 from wadi.distill.report import report
 from wadi.errors import WadiError, WadiWarning
 from wadi.files import load_tensors
-from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.onestep import Student, StudentPipeline, load_pipeline
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.pipeline import load_for_steps
 
@@ -100,7 +100,7 @@ def test_student_is_the_stock_pipelines_bit_for_bit(case, tmp_path):
     """From the run's pipeline, from teacher and adapter, exported again, and by the command."""
     pipeline = stock(case.run / "pipeline")
     expected = in_one_step(pipeline)
-    student = OneStepPipeline.from_pretrained(case.teacher, case.run / "adapter")
+    student = StudentPipeline.from_pretrained(case.teacher, case.run / "adapter")
     assert np.array_equal(student("a red cat", seed=3, output_type="np"), expected)
     height, width = expected.shape[1:3]
     wide = {"height": height, "width": 2 * width}
@@ -124,7 +124,7 @@ def test_student_is_the_stock_pipelines_bit_for_bit(case, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_x0_once(case, dtype):
     """Latents are those of the formula in float32 from what the network gave, rounded last."""
-    student = OneStepPipeline.from_pretrained(case.run / "pipeline", torch_dtype=dtype)
+    student = StudentPipeline.from_pretrained(case.run / "pipeline", torch_dtype=dtype)
     given, step = [], student.pipeline.scheduler.step
 
     def keep(output, t, sample, *args, **kwargs):
@@ -172,24 +172,24 @@ def test_a_student_is_no_teacher_and_takes_one_step(case, tmp_path, capsys):
             tmp_path / "x",
         ]
         assert cli.main([*map(str, command)]) == 2
-        assert "is a one-step student already; name the multi-step model" in capsys.readouterr().err
-        with pytest.raises(WadiError, match="is a one-step student and takes 1 step, not 4"):
+        assert "is a student already; name the multi-step model" in capsys.readouterr().err
+        with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4"):
             load_for_steps(model, None, 4)
-        with pytest.raises(WadiError, match="is a one-step student already"):
-            OneStepPipeline.from_pretrained(model, case.run / "adapter")
+        with pytest.raises(WadiError, match="is a student already"):
+            StudentPipeline.from_pretrained(model, case.run / "adapter")
     with pytest.warns(WadiWarning, match="nothing says that this is a one-step model"):
-        OneStepPipeline.from_pretrained(case.teacher)
+        StudentPipeline.from_pretrained(case.teacher)
 
 
 def test_the_fast_path_is_refused_in_one_line(case):
-    pipeline = OneStepPipeline.from_pretrained(case.run / "pipeline")
+    pipeline = StudentPipeline.from_pretrained(case.run / "pipeline")
     with pytest.raises(WadiError, match=r"fast: takes a StableDiffusionPipeline, not a .*; omit it"):
         pipeline.compile()
 
 
 def test_the_network_is_asked_once(case):
     """Without guidance, one image is one sample of one call."""
-    student, asked = OneStepPipeline.from_pretrained(case.run / "pipeline"), []
+    student, asked = StudentPipeline.from_pretrained(case.run / "pipeline"), []
     network = getattr(student.pipeline, "unet", None) or student.pipeline.transformer
     network.register_forward_pre_hook(
         lambda module, args, kwargs: asked.append(len(args[0] if args else kwargs["hidden_states"])),
@@ -210,7 +210,7 @@ def test_other_flows_train_and_ship_what_stock_diffusers_draws(kind, tmp_path):
     side = {"resolution": SIDE} if kind in ANY_SIZE else {}
     run = distill(options.replace(max_train_steps=2, validation_steps=2, validation_seeds=(0,), **side))
     assert Student.read(run / "pipeline").resolution == side.get("resolution")
-    ours = OneStepPipeline.from_pretrained(tmp_path / "teacher", run / "adapter")("a red cat", seed=3)[0]
+    ours = StudentPipeline.from_pretrained(tmp_path / "teacher", run / "adapter")("a red cat", seed=3)[0]
     pipeline = stock(run / "pipeline")
     theirs = pipeline(
         prompt="a red cat",

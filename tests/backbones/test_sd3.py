@@ -12,7 +12,7 @@ from tests.tiny import tiny_pipeline, tiny_sd3
 from wadi import cli
 from wadi.backbones import SD3Backbone, load_backbone, load_prompt_encoder
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.loading import load_pipeline
 
 
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     """A teacher, its student, an image, a mask, a folder of images, and a ControlNet of Stable Diffusion."""
     folder = tmp_path_factory.mktemp("sd3")
     tiny_sd3().save_pretrained(folder / "teacher")
-    OneStepPipeline(tiny_sd3()).save_pretrained(folder / "student")
+    StudentPipeline(tiny_sd3()).save_pretrained(folder / "student")
     ControlNetModel.from_unet(tiny_pipeline().unet).save_pretrained(folder / "controlnet")
     (folder / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -62,7 +62,7 @@ COMMANDS = {
 def test_commands_for_other_models_say_so_in_one_line(command, model, folders, monkeypatch, capsys):
     arguments, message = COMMANDS[command]
     if (command, model) == ("invert", "student"):
-        message = "is a one-step student already"
+        message = "is a student already"
     out = "word" if command == "invert" else "out.png"
     monkeypatch.chdir(folders)
     assert cli.main([command, *arguments.split(), "--model", model, "--out", out]) == 2
@@ -78,15 +78,15 @@ def test_a_subject_is_learned_and_goes_on_the_student(folders, tmp_path, monkeyp
     command = ["dreambooth", "images", *options.split(), "--device", "cpu", "--learning-rate", "0.1"]
     command += ["--pretrained-model-name-or-path", "teacher", "--output-dir", str(tmp_path / "run")]
     assert cli.main(command) == 0
-    plain = OneStepPipeline.from_pretrained("student")("a zwx", seed=0, output_type="np")
-    with_subject = OneStepPipeline.from_pretrained("student", tmp_path / "run" / "adapter")
+    plain = StudentPipeline.from_pretrained("student")("a zwx", seed=0, output_type="np")
+    with_subject = StudentPipeline.from_pretrained("student", tmp_path / "run" / "adapter")
     assert not np.array_equal(with_subject("a zwx", seed=0, output_type="np"), plain)
 
 
 @pytest.mark.parametrize("side", ["height", "width"])
 def test_sides_end_where_the_network_has_no_places(side):
     """16 patches of 2 latents of 2 pixels."""
-    pipeline = OneStepPipeline(tiny_sd3())
+    pipeline = StudentPipeline(tiny_sd3())
     assert (
         pipeline("a cat", seed=0, output_type="pt", **{side: 64}).shape[-1 if side == "width" else -2] == 64
     )

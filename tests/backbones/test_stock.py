@@ -7,15 +7,18 @@ import torch
 from accelerate import Accelerator
 
 from tests.backbones.cases import CASES, PROMPTS, as_shipped, close, make, noise, of, stock
-from wadi.backbones import student_config
+from wadi.backbones import KleinBackbone, QwenImageBackbone, student_config
 from wadi.backbones.condition import concatenate, pick, repeat
+from wadi.backbones.flux import FluxBackbone, pack, unpack
 from wadi.diffusion import RectifiedFlow
 from wadi.distill.checks import check_network
 from wadi.distill.config import DistillConfig
 from wadi.distill.roles import build_roles, enable_gradient_checkpointing, trainable
-from wadi.distill.scores import Scores
+from wadi.distill.scores import Scores, predictor
+from wadi.distill.student import Student, student_steps, student_times
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError
+from wadi.onestep.scheduler import gives_sigmas, student_scheduler
 from wadi.prompts import encode_prompts
 from wadi.prompts.cache import EmbeddingCache
 
@@ -36,6 +39,35 @@ def predicted(backbone, x, t, condition, scale):
     network, shape = backbone.network, backbone.latent_shape
     scores = Scores(config, schedule, predict, network, network, backbone.null(), shape, guide)
     return scores.teacher(x, t, condition)
+
+
+def fresh(backbone, shape):
+    """Noise as the stock scheduler draws it between two steps, where it has the latents as tokens too."""
+    if isinstance(backbone, (FluxBackbone, QwenImageBackbone)):
+        return unpack(torch.randn(pack(torch.empty(shape)).shape), *shape[2:])
+    if isinstance(backbone, KleinBackbone):
+        return torch.randn(shape[0], shape[2] * shape[3], shape[1]).transpose(1, 2).reshape(shape)
+    return torch.randn(shape)
+
+
+@every
+@pytest.mark.parametrize("count", [2, 4])
+@torch.no_grad()
+def test_a_roll_out_is_the_stock_pipeline_with_the_students_scheduler(case, count):
+    """What is trained is what is made, with no other argument than the number of steps."""
+    backbone, config = make(case), DistillConfig.of(student_steps=4)
+    schedule = backbone.schedule()
+    own = Student(schedule, predictor(backbone, schedule), backbone.network, student_times(config, backbone))
+    z, condition = noise(backbone), backbone.encode(PROMPTS)
+    torch.manual_seed(7)
+    drawn = [fresh(backbone, z.shape) for _ in range(count - 1)]
+    between = torch.stack([z, *drawn], dim=1)[:, 1:]
+    expected = own.sample(z, condition, own.rollout(count, between))
+    pipeline, steps = backbone.pipeline, student_steps(config, backbone)
+    pipeline.scheduler = student_scheduler(pipeline.scheduler, None, steps, gives_sigmas(type(pipeline)))
+    torch.manual_seed(7)
+    found = stock(backbone, z=z, num_inference_steps=count, output_type="latent")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @flows

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.test_cli import run
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 
 def test_directions_of_the_student_and_a_swap(student, teacher_folder, tmp_path, capsys):
@@ -15,6 +15,6 @@ def test_directions_of_the_student_and_a_swap(student, teacher_folder, tmp_path,
     assert run("directions", "swap", *pair, "--take", "norms", "--out", tmp_path / "swapped") == 0
     sources = (tmp_path / "swapped", student / "pipeline")  # an adapter that turns kept the norms
     images = [
-        OneStepPipeline.from_pretrained(source)("a cat", seed=3, output_type="np") for source in sources
+        StudentPipeline.from_pretrained(source)("a cat", seed=3, output_type="np") for source in sources
     ]
     assert np.abs(images[0] - images[1]).max() < 1e-4

@@ -16,7 +16,7 @@ from wadi.emoji.dreambooth import with_built_in, word_of
 from wadi.emoji.subject import examples_folder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 QUICK = ["--max-train-steps", "2", "--train-batch-size", "1", "--num-class-images", "2", "--device", "cpu"]
 QUICK += ["--num-inference-steps", "2", "--samples", "4", "--rank", "2", "--learning-rate", "0.01"]
@@ -56,14 +56,14 @@ def test_the_subject_is_stacked_on_the_built_in_student(run, tmp_path, capsys):
     subject = ["--subject-adapter", str(run / "adapter")]
     assert main(["generate", "a zwx", *subject, "--seed", "3", "--out", str(out), "--device", "cpu"]) == 0
     adapters = [emoji.student_folder(), run / "adapter"]
-    stacked = OneStepPipeline.from_pretrained(emoji.teacher_folder(), adapters)
-    alone = OneStepPipeline.from_pretrained(emoji.teacher_folder(), adapters[0])
+    stacked = StudentPipeline.from_pretrained(emoji.teacher_folder(), adapters)
+    alone = StudentPipeline.from_pretrained(emoji.teacher_folder(), adapters[0])
     shown = np.asarray(Image.open(out))
     assert np.array_equal(shown, np.asarray(stacked("a zwx", seed=3)[0]))
     assert not np.array_equal(shown, np.asarray(alone("a zwx", seed=3)[0]))
     whole = ["--dtype", "float32"]  # the teacher's files are in half precision
     assert main(["export", str(adapters[0]), *subject, *whole, "--out", str(tmp_path / "exported")]) == 0
-    exported = OneStepPipeline.from_pretrained(tmp_path / "exported")
+    exported = StudentPipeline.from_pretrained(tmp_path / "exported")
     assert np.array_equal(shown, np.asarray(exported("a zwx", seed=3)[0]))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.test_cli import run
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 
 def test_export_replaces_its_own_folder_and_nothing_else(student, teacher_folder, tmp_path, capsys):
@@ -19,7 +19,7 @@ def test_export_replaces_its_own_folder_and_nothing_else(student, teacher_folder
     assert run("export", student / "adapter", "--model", tmp_path / "out", *arguments[4:], "--overwrite") == 2
     assert "which is read" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    pipeline = OneStepPipeline.from_pretrained(tmp_path / "out")
+    pipeline = StudentPipeline.from_pretrained(tmp_path / "out")
     with pytest.raises(WadiError, match="which is read"):
         pipeline.save_pretrained(tmp_path / "out", overwrite=True)
     pipeline.save_pretrained(tmp_path / "copy")

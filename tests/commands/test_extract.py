@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.test_cli import run
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 
 def test_extract_and_import_give_the_student_back(student, teacher_folder, tmp_path, capsys):
@@ -20,7 +20,7 @@ def test_extract_and_import_give_the_student_back(student, teacher_folder, tmp_p
     assert "one step: the network predicts epsilon, alpha_T^2 = 0.00466\n" in said
     sources = ((student / "pipeline",), (tmp_path / "imported",), (teacher_folder, tmp_path / "found"))
     images = [
-        OneStepPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np") for source in sources
+        StudentPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np") for source in sources
     ]
     assert np.array_equal(images[0], images[1])
     assert np.abs(images[0] - images[2]).max() < 1e-3

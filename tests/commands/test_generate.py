@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from tests.test_cli import run
-from wadi.onestep import OneStepPipeline, image_grid
+from wadi.onestep import StudentPipeline, image_grid
 
 
 def test_a_run_folder_stands_for_its_adapter(student, teacher_folder, tmp_path, capsys):
@@ -17,7 +17,7 @@ def test_a_run_folder_stands_for_its_adapter(student, teacher_folder, tmp_path, 
 
 
 def test_generate_writes_what_the_pipeline_makes(student, teacher_folder, tmp_path, capsys):
-    pipeline = OneStepPipeline.from_pretrained(student / "pipeline")
+    pipeline = StudentPipeline.from_pretrained(student / "pipeline")
     images = pipeline("a red cat", seed=3, num_images_per_prompt=3)
     model = ["--model", student / "pipeline", "--device", "cpu", "--seed", 3]
     assert run("generate", "a red cat", *model, "-n", 3, "--out", tmp_path / "grid.png") == 0

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import mark_student, tiny_pixart
 from wadi import WadiError
 from wadi.backbones import student_config
-from wadi.directions import extract_adapter
+from wadi.directions import extract_adapter, swap_rows
 from wadi.directions.extract import table
 from wadi.lorad import load_adapter, save_adapter
-from wadi.onestep import OneStepPipeline, Student, export_pipeline
+from wadi.onestep import Student, StudentPipeline, export_pipeline
+from wadi.onestep.scheduler import fractions
 
 RANK = 3
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -53,7 +54,7 @@ def student(teacher_folder, adapter):
 
 
 def merged(teacher, adapter):
-    return OneStepPipeline.from_pretrained(teacher, adapter).pipeline.unet.state_dict()
+    return StudentPipeline.from_pretrained(teacher, adapter).pipeline.unet.state_dict()
 
 
 def update_error(teacher, adapter, student):
@@ -75,7 +76,7 @@ def test_a_lorad_student_is_found_at_its_own_rank(teacher_folder, adapter, stude
     assert max(layer.norm_change for layer in extraction.layers) < 1e-6
     assert Student.read(tmp_path / "found").alpha_T_squared == pytest.approx(0.0047)
     images = [
-        OneStepPipeline.from_pretrained(teacher_folder, folder)(PROMPT, seed=3, output_type="np")
+        StudentPipeline.from_pretrained(teacher_folder, folder)(PROMPT, seed=3, output_type="np")
         for folder in (adapter, tmp_path / "found")
     ]
     assert np.abs(images[0] - images[1]).max() < 1e-3
@@ -148,6 +149,23 @@ def test_nothing_changed_is_told_as_such(teacher_folder, tmp_path):
     assert Student.read(tmp_path / "found").alpha_T_squared is None
     ours = merged(teacher_folder, tmp_path / "found")
     assert all(torch.equal(ours[key], tensor) for key, tensor in load_file(teacher_folder / UNET).items())
+
+
+def test_the_steps_of_a_student_go_with_it(teacher_folder, adapter, tmp_path):
+    """To the adapter that is extracted, and to the pipeline of a swap; with its record or without."""
+    steps, pipeline = fractions(4), StableDiffusionPipeline.from_pretrained(teacher_folder)
+    pipeline.unet.load_state_dict(merged(teacher_folder, adapter))
+    StudentPipeline(pipeline, steps=steps).save_pretrained(tmp_path / "student")
+    extract_adapter(teacher_folder, tmp_path / "student", tmp_path / "found", RANK, max_sweeps=0)
+    swap_rows(teacher_folder, tmp_path / "student", "norms", tmp_path / "swapped")
+    assert all(Student.read(tmp_path / name).steps == steps for name in ("found", "swapped"))
+    swap_rows(teacher_folder, tmp_path / "found", "norms", tmp_path / "again", base=teacher_folder)
+    for name in ("swapped", "again"):
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / name)
+        assert pipeline.scheduler.config.original_inference_steps == 4
+    (tmp_path / "student" / "student.json").unlink()
+    extract_adapter(teacher_folder, tmp_path / "student", tmp_path / "more", RANK, max_sweeps=0)
+    assert Student.read(tmp_path / "more").steps == steps
 
 
 def test_pixart_with_the_students_own_alpha(tmp_path):

@@ -11,7 +11,7 @@ from tests.directions.cases import WEIGHTS, fine_tuned_pipeline
 from tests.tiny import tiny_pipeline
 from wadi import WadiError, emoji
 from wadi.directions import compare_models, swap_rows
-from wadi.onestep import OneStepPipeline, Student
+from wadi.onestep import Student, StudentPipeline
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_norms_of_the_emoji_student_are_its_teacher_s(tmp_path):
         swap_rows(teacher, student, take, tmp_path / take)
         layers = compare_models(tmp_path / take, same, base=teacher).layers
         assert max(layer.size for layer in layers) < 1e-6
-    assert OneStepPipeline.from_pretrained(tmp_path / "norms")("a panda", seed=0)[0].size == (64, 64)
+    assert StudentPipeline.from_pretrained(tmp_path / "norms")("a panda", seed=0)[0].size == (64, 64)
     assert LCMScheduler.load_config(tmp_path / "norms" / "scheduler")["_class_name"] == "LCMScheduler"
 
 

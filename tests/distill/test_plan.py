@@ -119,6 +119,10 @@ def test_memory_and_work_follow_the_options(teacher_folder):
     assert spread["frozen base"] == one.rehearsal.held["frozen base"] // 4
     assert 0 < spread.pop("gathered blocks") < one.rehearsal.held["frozen base"]
     assert spread.keys() == one.rehearsal.held.keys()
+    # the longest roll-out: three more steps without gradient
+    four = of(train_batch_size=2, student_steps=4)
+    assert four.operations > 1.1 * one.operations
+    assert one.rehearsal.student <= four.rehearsal.student < 1.2 * one.rehearsal.student
     student, fake = one.rehearsal.student_work.operations, one.rehearsal.fake_work.operations
     longer = replace(one, config=one.config.replace(gradient_accumulation_steps=3, fake_updates=2))
     assert longer.operations == 3 * (student + 2 * fake)

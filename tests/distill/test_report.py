@@ -28,7 +28,8 @@ from wadi.distill.report import (
     write_report,
 )
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep import StudentPipeline, load_pipeline
+from wadi.onestep.scheduler import fractions
 
 PROMPTS = ("a red cat", "1 < 2 & <b>bold</b>")
 FIGURES = [Figure("Alignment", 0.1, 0.78, 0.997, "higher", "Share of sentences that the picture obeys.")]
@@ -182,10 +183,10 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
         changes["student_adapter"] = "old & <new>"
     config.replace(pretrained_model_name_or_path=str(teacher), **changes).save(run / "config.yaml")
     run = run.rename(tmp_path / 'my run\'s "first"')
-    OneStepPipeline.from_pretrained(teacher).save_pretrained(run / "pipeline")
+    StudentPipeline.from_pretrained(teacher).save_pretrained(run / "pipeline")
     monkeypatch.chdir(tmp_path)
     html = report(run.name, steps=2).read_text()
-    student = OneStepPipeline.from_pretrained(run / "pipeline")
+    student = StudentPipeline.from_pretrained(run / "pipeline")
     (expected,) = student(prompts[0], seed=0)
     assert ("from the adapter <code>old &amp; &lt;new&gt;" in html) == (method == "lorad")
 
@@ -229,7 +230,7 @@ def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
 
 
 def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):
-    teacher, student = load_pipeline(teacher_folder), OneStepPipeline.from_pretrained(teacher_folder)
+    teacher, student = load_pipeline(teacher_folder), StudentPipeline.from_pretrained(teacher_folder)
     scheduler = teacher.scheduler
     made = before_after(teacher, student, PROMPTS[:1], (0, 5), steps=2, guidance_scale=1.5)
     assert teacher.scheduler is scheduler
@@ -250,10 +251,24 @@ def test_the_three_kinds_of_pictures_share_their_noise(teacher_folder):
     assert np.abs(np.asarray(stock, int) - np.asarray(made.teacher[0][1], int)).max() <= 1
 
 
+def test_a_student_of_several_steps_is_shown_in_each(run, teacher_folder):
+    student = StudentPipeline(load_pipeline(teacher_folder), steps=fractions(4))
+    made = before_after(load_pipeline(teacher_folder), student, PROMPTS[:1], (0, 5), steps=2)
+    assert list(made.more_steps) == [2, 4]
+    (alone,) = student(PROMPTS[0], seed=5, num_inference_steps=4)
+    assert np.abs(np.asarray(alone, int) - np.asarray(made.more_steps[4][0][1], int)).max() <= 1
+    DistillConfig.load(run / "config.yaml").replace(student_steps=4).save(run / "config.yaml")
+    html = write_report(run, made).read_text()
+    assert "The student in 2 steps" in html
+    assert "The student in 4 steps" in html
+    assert "do the same in 1 to 4" in html
+    assert "num_inference_steps=4" in html
+
+
 def test_report_of_a_run_folder(run, teacher_folder):
     with pytest.raises(WadiError, match="no pipeline/"):
         report(run)
-    OneStepPipeline.from_pretrained(teacher_folder).save_pretrained(run / "pipeline")
+    StudentPipeline.from_pretrained(teacher_folder).save_pretrained(run / "pipeline")
     config = DistillConfig.load(run / "config.yaml")
     config = config.replace(validation_steps=0, validation_seeds=())  # the default's then
     config.save(run / "config.yaml")
@@ -272,7 +287,7 @@ def test_a_teacher_whose_last_timestep_is_pure_noise(teacher_folder):
         teacher.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     assert teacher.scheduler.alphas_cumprod[-1] == 0
-    student = OneStepPipeline(teacher, alpha_T_squared=0.0047)
+    student = StudentPipeline(teacher, alpha_T_squared=0.0047)
     comparison = before_after(teacher, student, ["a cat"], [0], steps=4, guidance_scale=2.0)
     for (images,) in (comparison.before, comparison.after, comparison.teacher):
         assert np.ptp(np.asarray(images[0])) > 0  # NaN would be black

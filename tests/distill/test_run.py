@@ -19,7 +19,7 @@ from wadi.distill.loop import append_metrics
 from wadi.distill.run import resolve
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig, save_adapter
-from wadi.onestep import OneStepPipeline, Student
+from wadi.onestep import Student, StudentPipeline
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha
     assert Student.read(run / "adapter").alpha_T_squared == alpha_T_squared
 
     stock = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)
-    ours = OneStepPipeline.from_pretrained(options.model.pretrained_model_name_or_path, run / "adapter")
+    ours = StudentPipeline.from_pretrained(options.model.pretrained_model_name_or_path, run / "adapter")
     arguments = {"generator": torch.Generator().manual_seed(3), "output_type": "np"}
     pictures = stock(PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, **arguments).images
     assert (pictures == ours(PROMPTS[0], seed=3, output_type="np")).all()
-    teacher = OneStepPipeline.from_pretrained(options.model.pretrained_model_name_or_path)
+    teacher = StudentPipeline.from_pretrained(options.model.pretrained_model_name_or_path)
     assert not (pictures == teacher(PROMPTS[0], seed=3, output_type="np")).all()
 
 
@@ -87,7 +87,7 @@ def test_sample_grid_is_what_generate_draws(options, monkeypatch):
         lambda rows, headings: drawn.append(rows) or Image.new("RGB", (1, 1)),
     )
     run = distill(options)
-    pipeline = OneStepPipeline.from_pretrained(run / "pipeline")
+    pipeline = StudentPipeline.from_pretrained(run / "pipeline")
     for prompt, pictures in drawn[-1]:
         ours, theirs = (np.asarray(picture, int) for picture in (pictures[0], pipeline(prompt, seed=3)[0]))
         assert abs(ours - theirs).max() <= 1  # rounding of the merged weights
@@ -239,7 +239,7 @@ def test_student_goes_on_with_another_rank(options, tmp_path):
     assert {len(B) for name, B in tensors.items() if name.endswith("lorad_B")} == {5}
     sources = ((options.model.pretrained_model_name_or_path, second / "adapter"), (second / "pipeline",))
     own, merged, before = (
-        OneStepPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np")
+        StudentPipeline.from_pretrained(*source)("a red cat", seed=3, output_type="np")
         for source in (*sources, (first / "pipeline",))
     )
     np.testing.assert_allclose(own, merged, atol=1e-4)

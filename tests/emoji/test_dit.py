@@ -17,7 +17,7 @@ from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_gen
 from wadi.emoji.tokenizer import build_t5_tokenizer, tokenize
 from wadi.errors import WadiError
 from wadi.files import save_tensors
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 CAPTIONS = ["a cat", "a big dog on the left", "", "a cat and a dog"]
 NO_SIZE = {"resolution": None, "aspect_ratio": None}
@@ -209,7 +209,7 @@ def test_from_training_to_a_picture_in_one_step(dit_folder, tmp_path):
         output_type="np",
     ).images
     assert picture.shape == (1, 64, 64, 3)
-    ours = OneStepPipeline.from_pretrained(dit_folder, run / "adapter")
+    ours = StudentPipeline.from_pretrained(dit_folder, run / "adapter")
     assert np.array_equal(picture, ours("a cat", seed=3, output_type="np"))
     student, teacher = (
         pipeline_generator(evaluated_pipeline(EvaluateConfig(dit_folder, adapter, device="cpu")), 1, 1.0)

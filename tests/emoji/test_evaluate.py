@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from tests.emoji.cases import synthetic_atlas
 from wadi import cli
 from wadi.emoji import evaluate as module
+from wadi.emoji import student_folder
 from wadi.emoji.captions import RELATIONS, is_held_out, parse_caption, sample_captions, stated
 from wadi.emoji.evaluate import (
     EvaluateConfig,
@@ -169,8 +169,9 @@ def test_too_few_pictures_are_refused():
 
 
 def test_a_student_takes_one_step():
+    options = {"num_inference_steps": 25, "num_samples": 256, "device": "cpu"}
     with pytest.raises(WadiError, match="takes 1 step, not 25"):
-        evaluate(EvaluateConfig(adapter=Path("student"), num_inference_steps=25))
+        evaluate(EvaluateConfig(adapter=student_folder(), **options))
 
 
 def test_a_folder_that_is_not_a_pipeline_is_told(tmp_path):

@@ -20,7 +20,7 @@ from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_gen
 from wadi.emoji.flow import Flow, encode_text, new_flow_transformer
 from wadi.errors import WadiError
 from wadi.files import save_tensors
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 CAPTIONS = ["a cat", "a big dog on the left", "", "a cat and a dog"]
 
@@ -251,7 +251,7 @@ def test_from_training_to_an_image_in_one_step(flow_folder, tmp_path):
         output_type="np",
     ).images
     assert image.shape == (1, 64, 64, 3)
-    ours = OneStepPipeline.from_pretrained(flow_folder, run / "adapter")
+    ours = StudentPipeline.from_pretrained(flow_folder, run / "adapter")
     expected = ours("a cat", seed=3, output_type="np")
     # two loads of the same weights can lie at other addresses, where matrix products round otherwise
     np.testing.assert_allclose(image, expected, atol=1e-5)

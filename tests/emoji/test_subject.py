@@ -28,7 +28,7 @@ from wadi.emoji.subject import (
 )
 from wadi.emoji.train_judge import blemish
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 SQUARE = torch.full((4, ATLAS_SIZE, ATLAS_SIZE), 255, dtype=torch.uint8)
 
@@ -215,7 +215,7 @@ def test_the_subject_is_accepted(recogniser):
 )
 def test_what_the_student_makes_of_other_words_is_refused(recogniser, texts, limit):
     assert not set(texts) & set(unseen_captions(10))
-    student = OneStepPipeline.from_pretrained(teacher_folder(), student_folder())
+    student = StudentPipeline.from_pretrained(teacher_folder(), student_folder())
     made = student(texts, seed=900, output_type="pt").float()
     assert recogniser(made).double().mean() <= limit
 

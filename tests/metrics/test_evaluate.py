@@ -263,7 +263,6 @@ def test_two_processes_make_the_pictures_of_one(config, tmp_path):
         ({"spread_prompts": 7}, "--spread-prompts 7"),
         ({"num_samples": 9}, "8 captions, fewer than --num-samples 9"),
         ({"reference": "nowhere"}, "--reference nowhere: no such"),
-        ({"adapter": "x", "num_inference_steps": 4}, "takes one step"),
         ({"clip_model": "nowhere/at-all"}, "--clip-model nowhere/at-all"),
         ({"spread_samples": 1}, "--spread-samples"),
     ],

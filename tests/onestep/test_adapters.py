@@ -15,7 +15,7 @@ from wadi import LoRaDConfig, cli
 from wadi.backbones import student_config
 from wadi.distill import DistillConfig, distill
 from wadi.errors import WadiError, WadiWarning
-from wadi.onestep import OneStepPipeline, Student, export_pipeline
+from wadi.onestep import Student, StudentPipeline, export_pipeline
 from wadi.onestep.adapters import merge_adapters
 from wadi.onestep.pipeline import load_for_steps
 from wadi.onestep.student import check_teacher
@@ -108,7 +108,7 @@ def test_without_a_record_every_tensor_must_find_its_place(tmp_path, kind, base)
 
 def test_a_student_of_another_prediction_is_refused(v_teacher_folder, adapter):
     with pytest.raises(WadiError, match=r"predicts epsilon, and .* predicts v_prediction"):
-        OneStepPipeline.from_pretrained(v_teacher_folder, adapter)
+        StudentPipeline.from_pretrained(v_teacher_folder, adapter)
 
 
 # --- numbers that are not finite ---
@@ -119,7 +119,7 @@ def test_a_student_of_another_prediction_is_refused(v_teacher_folder, adapter):
 def test_an_adapter_that_is_not_finite_is_named(tmp_path, teacher_folder, kind, value):
     spoil(write_adapter(tmp_path / "bad", kind), value)
     with pytest.raises(WadiError, match=rf"bad/{WEIGHTS}: 1 of \d+ tensors .* \(3 of its numbers\)"):
-        OneStepPipeline.from_pretrained(teacher_folder, tmp_path / "bad")
+        StudentPipeline.from_pretrained(teacher_folder, tmp_path / "bad")
 
 
 def test_every_command_that_reads_an_adapter_refuses_it(tmp_path, teacher_folder, adapter, capsys):
@@ -163,18 +163,18 @@ def test_a_student_is_not_turned_twice(teacher_folder, adapter, exported, tmp_pa
             index = json.loads((folder / "model_index.json").read_text())
             index["scheduler"][1] = "DDIMScheduler"
             (folder / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(WadiError, match="is a one-step student already; omit one of"):
-            OneStepPipeline.from_pretrained(folder, adapter)
-        with pytest.raises(WadiError, match="is a one-step student and takes 1 step, not 4"):
+        with pytest.raises(WadiError, match="is a student already; omit one of"):
+            StudentPipeline.from_pretrained(folder, adapter)
+        with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4"):
             load_for_steps(folder, None, 4)
-    with pytest.raises(WadiError, match="is a one-step student already; omit one of"):
-        OneStepPipeline.from_pretrained(teacher_folder, [adapter, adapter])
+    with pytest.raises(WadiError, match="is a student already; omit one of"):
+        StudentPipeline.from_pretrained(teacher_folder, [adapter, adapter])
 
 
 def test_a_subject_goes_on_students_of_both_forms(teacher_folder, adapter, subject, exported):
-    stacked = OneStepPipeline.from_pretrained(teacher_folder, [adapter, subject]).pipeline.unet
-    later = OneStepPipeline.from_pretrained(exported, subject).pipeline.unet
-    before = OneStepPipeline.from_pretrained(exported).pipeline.unet.state_dict()
+    stacked = StudentPipeline.from_pretrained(teacher_folder, [adapter, subject]).pipeline.unet
+    later = StudentPipeline.from_pretrained(exported, subject).pipeline.unet
+    before = StudentPipeline.from_pretrained(exported).pipeline.unet.state_dict()
     for name, tensor in stacked.state_dict().items():
         torch.testing.assert_close(later.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
     assert any(not torch.equal(before[name], tensor) for name, tensor in later.state_dict().items())
@@ -184,10 +184,10 @@ def test_only_what_is_not_known_to_be_a_student_is_told(teacher_folder, adapter,
     for model, adapters in ((teacher_folder, adapter), (exported, None), (exported, subject)):
         with warnings.catch_warnings():
             warnings.simplefilter("error", WadiWarning)
-            OneStepPipeline.from_pretrained(model, adapters)
+            StudentPipeline.from_pretrained(model, adapters)
     for adapters in (None, subject):
         with pytest.warns(WadiWarning, match="nothing says that this is a one-step model") as told:
-            OneStepPipeline.from_pretrained(teacher_folder, adapters)
+            StudentPipeline.from_pretrained(teacher_folder, adapters)
         assert len([one for one in told if one.category is WadiWarning]) == 1
 
 
@@ -248,7 +248,8 @@ def test_the_record_is_what_was_written(tmp_path, alpha_T_squared):
     "change",
     [
         {"prediction": "sample"},
-        {"steps": [1.0, 0.5]},
+        {"steps": [1.0, 0.6]},
+        {"steps": [1.0, 0.75, 0.5]},
         {"alpha_T_squared": 2.0},
         {"alpha_T_squared": "0.1"},
         {"base": {"class": "UNet2DConditionModel"}},
@@ -260,7 +261,7 @@ def test_a_broken_record_is_one_line(tmp_path, teacher_folder, change):
     value = json.loads((folder / "student.json").read_text())
     (folder / "student.json").write_text(json.dumps(value | change))
     with pytest.raises(WadiError, match=r"student\.json: ") as error:
-        OneStepPipeline.from_pretrained(teacher_folder, folder)
+        StudentPipeline.from_pretrained(teacher_folder, folder)
     assert "\n" not in str(error.value)
 
 
@@ -269,7 +270,7 @@ def test_a_record_that_is_no_object_is_one_line(tmp_path, teacher_folder, text):
     folder = write_adapter(tmp_path / "adapter")
     (folder / "student.json").write_text(text)
     with pytest.raises(WadiError, match=r"student\.json: "):
-        OneStepPipeline.from_pretrained(teacher_folder, folder)
+        StudentPipeline.from_pretrained(teacher_folder, folder)
 
 
 def test_what_a_run_writes_says_what_it_is(teacher_folder, tmp_path):

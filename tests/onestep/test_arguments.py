@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.tiny import tiny_pipeline
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.arguments import check_seed, generators_of, image_size, own_size, size_step
 
 
@@ -43,7 +43,7 @@ def transformer(sample_size=16, patch_size=2):
 
 @pytest.fixture(scope="module")
 def student():
-    return OneStepPipeline(tiny_pipeline())
+    return StudentPipeline(tiny_pipeline())
 
 
 @pytest.mark.parametrize("pipeline", [tiny_pipeline(), oblong(), transformer()], ids=["SD", "oblong", "DiT"])
@@ -58,7 +58,7 @@ def test_a_side_that_is_not_given_is_the_models_own(pipeline):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, oblong], ids=["square", "oblong"])
 def test_images_have_the_size_that_was_asked_for(pipeline, fast):
-    student = OneStepPipeline(pipeline())
+    student = StudentPipeline(pipeline())
     if fast:
         student.compile()
     height, width = own_size(student.pipeline)
@@ -85,7 +85,7 @@ def test_a_size_that_is_not_possible_is_one_line(student, name, side, message):
     for call in (image_size, lambda _, **sides: student("a cat", **sides)):
         with pytest.raises(WadiError, match=f"--{name} {message}"):
             call(student.pipeline, **{name: side})
-    fast = OneStepPipeline(student.pipeline).compile()
+    fast = StudentPipeline(student.pipeline).compile()
     with pytest.raises(WadiError, match=f"--{name} {message}"):
         fast.fast.warm_up(1, **{name: side})
 
@@ -105,7 +105,7 @@ def test_image_to_image_takes_the_size_of_its_image(student):
         **{name: part for name, part in student.pipeline.components.items() if name in parts},
         requires_safety_checker=False,
     )
-    other = OneStepPipeline(stock)
+    other = StudentPipeline(stock)
     image = Image.new("RGB", (24, 8), "red")
     (made,) = other("a cat", seed=0, image=image, strength=1.0)
     assert made.size == image.size
@@ -148,7 +148,7 @@ def test_seeds_of_any_whole_number_are_the_same_noise(student):
 )
 @pytest.mark.parametrize("fast", [False, True])
 def test_an_argument_that_is_not_possible_is_one_line(student, arguments, message, fast):
-    called = OneStepPipeline(student.pipeline)
+    called = StudentPipeline(student.pipeline)
     if fast:
         called.compile()
     with pytest.raises(WadiError, match=message) as error:

@@ -9,7 +9,7 @@ from tests.tiny import mark_student, tiny_pipeline
 from wadi import cli
 from wadi.backbones import student_config
 from wadi.lorad import save_adapter
-from wadi.onestep import OneStepPipeline, Student
+from wadi.onestep import Student, StudentPipeline
 
 
 def write_student(folder, seed, r=2):
@@ -42,7 +42,7 @@ def test_the_average_loads_as_a_student(students, teacher_folder, tmp_path):
         expected = 0.75 * first[key].double() + 0.25 * second[key].double()
         assert torch.equal(value, expected.half())
     picture, own = (
-        OneStepPipeline.from_pretrained(teacher_folder, folder)("a red cat", seed=3, output_type="np")
+        StudentPipeline.from_pretrained(teacher_folder, folder)("a red cat", seed=3, output_type="np")
         for folder in (tmp_path / "mean", students[0])
     )
     assert picture.shape == own.shape

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_pipeline
 from wadi.cli import main
 from wadi.errors import WadiError, WadiWarning
-from wadi.onestep import OneStepPipeline, load_embedding
+from wadi.onestep import StudentPipeline, load_embedding
 from wadi.onestep.embedding import NAMELESS, as_learned, holds_word
 
 WIDTH = 16
@@ -21,7 +21,7 @@ def vectors(count=1, seed=0, width=WIDTH):
 
 
 def encoded(pipeline, prompt):
-    """What the stock pipeline makes of a prompt, as `OneStepPipeline` hands it over."""
+    """What the stock pipeline makes of a prompt, as `StudentPipeline` hands it over."""
     return pipeline.encode_prompt(as_learned(pipeline, [prompt]), "cpu", 1, False)[0]
 
 
@@ -73,12 +73,12 @@ def test_the_same_image_from_both_kinds_of_file(tmp_path):
     save_file({"myword": vectors(2)}, tmp_path / "other.safetensors")
     images = []
     for name in ("myword", "other"):
-        student = OneStepPipeline(tiny_pipeline())
+        student = StudentPipeline(tiny_pipeline())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WadiWarning)
             assert student.load_embedding(tmp_path / f"{name}.safetensors") == "myword"
         images.append(student("a MYWORD", seed=0, output_type="np"))
-    plain = OneStepPipeline(tiny_pipeline())("a MYWORD", seed=0, output_type="np")
+    plain = StudentPipeline(tiny_pipeline())("a MYWORD", seed=0, output_type="np")
     assert (images[0] == images[1]).all()
     assert (images[0] != plain).any()
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.tiny import tiny_pipeline
 from wadi import LoRaDConfig, WadiError, cli
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.fast import MAX_SHAPES, to_bytes
 
 PROMPTS = ["a red cat", "a blue dog"]
@@ -25,19 +25,19 @@ def differences(some, others):
 
 def pair(folder, dtype=torch.float32, device="cpu", **options):
     """The plain and the fast pipeline."""
-    plain = OneStepPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
-    fast = OneStepPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
+    plain = StudentPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
+    fast = StudentPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
     return plain, fast.compile(**options)
 
 
 @pytest.fixture(scope="module")
 def plain(teacher_folder):
-    return OneStepPipeline.from_pretrained(teacher_folder)
+    return StudentPipeline.from_pretrained(teacher_folder)
 
 
 @pytest.fixture(scope="module")
 def fast(teacher_folder):
-    return OneStepPipeline.from_pretrained(teacher_folder, fast=True)
+    return StudentPipeline.from_pretrained(teacher_folder, fast=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +88,16 @@ def test_x0_is_the_formula_in_float64(prediction_type):
         expected = (z.double() - sigma * prediction) / alpha
     else:
         expected = alpha * z.double() - sigma * prediction
-    x0 = OneStepPipeline(stock, 0.0047).compile()(PROMPTS[0], seed=7, output_type="latent")
+    x0 = StudentPipeline(stock, 0.0047).compile()(PROMPTS[0], seed=7, output_type="latent")
     assert (x0 - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(teacher_folder, plain, dtype):
     """As near to float32 as the plain pipeline's half precision is allowed to be."""
-    fast = OneStepPipeline.from_pretrained(teacher_folder, torch_dtype=dtype, fast=True)
+    fast = StudentPipeline.from_pretrained(teacher_folder, torch_dtype=dtype, fast=True)
     expected = plain(PROMPTS, seed=3, output_type="np")
-    half = OneStepPipeline.from_pretrained(teacher_folder, torch_dtype=dtype)(
+    half = StudentPipeline.from_pretrained(teacher_folder, torch_dtype=dtype)(
         PROMPTS, seed=3, output_type="np"
     )
     found = fast(PROMPTS, seed=3, output_type="np")
@@ -106,7 +106,7 @@ def test_half_precision(teacher_folder, plain, dtype):
 
 
 def test_batches_are_one_shape_and_the_last_is_padded(teacher_folder, plain):
-    fast = OneStepPipeline.from_pretrained(teacher_folder).compile(batch_size=4)
+    fast = StudentPipeline.from_pretrained(teacher_folder).compile(batch_size=4)
     expected = plain(PROMPTS, seed=3, num_images_per_prompt=3)
     fast.fast.mode = "default"  # fixed shapes, without the compiler
     assert differences(expected, fast(PROMPTS, seed=3, num_images_per_prompt=3)) <= 1
@@ -116,7 +116,7 @@ def test_batches_are_one_shape_and_the_last_is_padded(teacher_folder, plain):
 
 
 def test_only_so_many_graphs_are_kept(teacher_folder):
-    fast = OneStepPipeline.from_pretrained(teacher_folder, fast=True)
+    fast = StudentPipeline.from_pretrained(teacher_folder, fast=True)
     for count in range(1, MAX_SHAPES + 3):
         fast(PROMPTS[0], seed=0, num_images_per_prompt=count, output_type="latent")
     assert len(fast.fast.warmup_seconds) == MAX_SHAPES + 2
@@ -124,7 +124,7 @@ def test_only_so_many_graphs_are_kept(teacher_folder):
 
 
 def test_a_prompt_is_encoded_once(teacher_folder, plain, monkeypatch):
-    fast = OneStepPipeline.from_pretrained(teacher_folder, fast=True)
+    fast = StudentPipeline.from_pretrained(teacher_folder, fast=True)
     encoded = []
     encoder = fast.pipeline.text_encoder
     encoder.register_forward_pre_hook(lambda _, args, kwargs: encoded.append(len(args[0])), with_kwargs=True)
@@ -152,7 +152,7 @@ def test_one_graph_no_break(teacher_folder, plain, monkeypatch):
         return compile_(function, backend="eager", fullgraph=True, dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", trace)
-    fast = OneStepPipeline.from_pretrained(teacher_folder).compile("max-autotune-no-cudagraphs")
+    fast = StudentPipeline.from_pretrained(teacher_folder).compile("max-autotune-no-cudagraphs")
     assert differences(plain(PROMPTS, seed=3), fast(PROMPTS, seed=3)) <= 1
     assert modes == ["max-autotune-no-cudagraphs"] * 2
 
@@ -164,7 +164,7 @@ def test_a_compiler_that_fails_is_one_line(teacher_folder, monkeypatch):
         raise RuntimeError("no C++ compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compile_(f, backend=no_compiler))
-    fast = OneStepPipeline.from_pretrained(teacher_folder).compile("default")
+    fast = StudentPipeline.from_pretrained(teacher_folder).compile("default")
     with pytest.raises(WadiError, match="mode='eager'") as caught:
         fast(PROMPTS, seed=3)
     assert "\n" not in str(caught.value)
@@ -177,7 +177,7 @@ def test_bytes_are_those_of_diffusers():
 
 
 def test_what_the_safety_checker_flags_is_black(teacher_folder):
-    fast = OneStepPipeline.from_pretrained(teacher_folder, fast=True)
+    fast = StudentPipeline.from_pretrained(teacher_folder, fast=True)
     expected = fast(PROMPTS, seed=3, output_type="np")
 
     class Features:
@@ -205,7 +205,7 @@ def test_another_autoencoder(teacher_folder, tiny_vae, plain):
         image = vae.decode(x0 / 0.5).sample
     expected = (image.double() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
     for fast in (False, True):
-        pipeline = OneStepPipeline.from_pretrained(teacher_folder, vae=tiny_vae, fast=fast)
+        pipeline = StudentPipeline.from_pretrained(teacher_folder, vae=tiny_vae, fast=fast)
         assert np.abs(np.stack(pipeline(PROMPTS, seed=3)) - expected).max() <= 0.51
 
 
@@ -224,7 +224,7 @@ def test_autoencoders_that_do_not_fit(teacher_folder, tiny_vae, tmp_path):
         (teacher_folder / "unet", "is UNet2DConditionModel"),
     ]:
         with pytest.raises(WadiError, match=message) as caught:
-            OneStepPipeline.from_pretrained(teacher_folder, vae=name)
+            StudentPipeline.from_pretrained(teacher_folder, vae=name)
         assert str(name) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -257,15 +257,15 @@ def test_refusals(fast, arguments, message):
 def test_what_cannot_be_compiled(teacher_folder, fast, tmp_path):
     stock = StableDiffusionPipeline.from_pretrained(teacher_folder)
     with pytest.raises(WadiError, match="reduce-overhead"):
-        OneStepPipeline(stock).compile(mode="reduce-overhead")
+        StudentPipeline(stock).compile(mode="reduce-overhead")
     with pytest.raises(WadiError, match="batch_size"):
-        OneStepPipeline(stock).compile(batch_size=0)
+        StudentPipeline(stock).compile(batch_size=0)
     with pytest.raises(WadiError, match="save it before"):
         fast.save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
     get_peft_model(stock.unet, LoRaDConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(WadiError, match="not merged"):
-        OneStepPipeline(stock).compile()
+        StudentPipeline(stock).compile()
 
 
 def test_command_line(teacher_folder, tiny_vae, tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_graph_gives_the_plain_pictures(teacher_folder, full_float32, dtype, mod
 
 @pytest.mark.gpu
 def test_the_host_waits_for_nothing(teacher_folder):
-    fast = OneStepPipeline.from_pretrained(teacher_folder, device="cuda").compile("eager")
+    fast = StudentPipeline.from_pretrained(teacher_folder, device="cuda").compile("eager")
     fast(PROMPTS, seed=3, output_type="pt")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

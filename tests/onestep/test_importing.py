@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_pipeline, tiny_pixart
 from wadi import WadiError
 from wadi.lorad.rotation import Factors, rotated_weight
-from wadi.onestep import OneStepPipeline, Student, import_weights
+from wadi.onestep import Student, StudentPipeline, import_weights
 
 PROMPT = "a red cat"
 
@@ -196,7 +196,7 @@ def test_angles_become_an_adapter(teacher_folder, tmp_path):
     torch.save({f"module.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "angles.pt")
     import_weights(tmp_path / "angles.pt", teacher_folder, tmp_path / "out")
     assert Student.read(tmp_path / "out").alpha_T_squared == 0.0047
-    merged = OneStepPipeline.from_pretrained(teacher_folder, tmp_path / "out").pipeline.unet.state_dict()
+    merged = StudentPipeline.from_pretrained(teacher_folder, tmp_path / "out").pipeline.unet.state_dict()
     for key, weight in unet.state_dict().items():
         name = key.removesuffix(".weight")
         if name in ranks and key.endswith(".weight"):

@@ -16,7 +16,7 @@ from tests.tiny import tiny_pipeline
 from wadi.backbones import load_backbone, load_prompt_encoder
 from wadi.device import chosen_device
 from wadi.errors import WadiError, WadiWarning
-from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep import StudentPipeline, load_pipeline
 from wadi.onestep.loading import guidance_arguments, load_denoiser, load_vae
 from wadi.tasks import load_controlnet
 
@@ -252,7 +252,7 @@ def test_the_encoders_positions_bound_prompts(model, length):
     bound = length if length == 20 else 32
     assert load_pipeline(model).tokenizer.model_max_length == bound
     assert encode(model)["encoder_hidden_states"].shape[1] == bound
-    student = OneStepPipeline.from_pretrained(model)
+    student = StudentPipeline.from_pretrained(model)
     student("a cat", seed=0)
     with pytest.raises(WadiError, match=f"the model takes {bound}"):
         student("a cat " * 20)
@@ -269,7 +269,7 @@ def test_what_making_an_image_does_not_need_is_not_loaded(model, tmp_path):
         if checker is not None:
             (model / "safety_checker").mkdir()
             (model / "safety_checker" / checker).write_bytes(b"not looked at")
-        student = OneStepPipeline.from_pretrained(model)
+        student = StudentPipeline.from_pretrained(model)
         student.save_pretrained(tmp_path / f"out-{number}")
         stock = StableDiffusionPipeline.from_pretrained(tmp_path / f"out-{number}")
         assert stock.safety_checker is None
@@ -410,7 +410,7 @@ def test_a_run_stands_for_its_pipeline(whole, tmp_path):
 
 def test_images_that_are_not_square(model):
     edit(model / "unet/config.json", sample_size=[8, 16])
-    assert OneStepPipeline.from_pretrained(model)("a cat", seed=0)[0].size == (32, 16)
+    assert StudentPipeline.from_pretrained(model)("a cat", seed=0)[0].size == (32, 16)
     assert load_backbone(model).latent_shape == (4, 8, 16)
 
 

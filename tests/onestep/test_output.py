@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.tiny import tiny_pipeline
 from wadi.errors import WadiWarning
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.output import tell_odd_images
 
 NOISE = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
@@ -63,7 +63,7 @@ class Flagging(torch.nn.Module):
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_a_flagged_image_is_told_by_the_pipeline(fast, output_type):
     pipeline = tiny_pipeline()
-    student = OneStepPipeline(pipeline)
+    student = StudentPipeline(pipeline)
     extractor = lambda images, return_tensors: _features(len(images))  # noqa: E731
     student.pipeline.safety_checker, student.pipeline.feature_extractor = Flagging(), extractor
     if fast:
@@ -84,7 +84,7 @@ def test_a_decoder_that_overflows_is_told(fast, output_type):
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
-    student = OneStepPipeline(pipeline)
+    student = StudentPipeline(pipeline)
     if fast:
         student.compile()
     with warnings.catch_warnings(record=True) as found:

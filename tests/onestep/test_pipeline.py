@@ -17,7 +17,7 @@ from PIL import Image
 from tests.tiny import mark_student, tiny_pixart
 from wadi import LoRaDConfig, WadiError
 from wadi.onestep import (
-    OneStepPipeline,
+    StudentPipeline,
     export_pipeline,
     image_grid,
     labelled_grid,
@@ -52,7 +52,7 @@ def adapter(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(teacher, adapter):
-    return OneStepPipeline.from_pretrained(teacher, adapter)
+    return StudentPipeline.from_pretrained(teacher, adapter)
 
 
 def generators(seed, count):
@@ -91,7 +91,7 @@ def test_exported_folder_is_stock_and_knows_no_path(teacher, adapter, student, t
     assert not [path for path, text in texts.items() if "wadi" in text or str(teacher) in text]
     assert not list((tmp_path / "pipeline").rglob("*.bin"))
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
-    reloaded = OneStepPipeline.from_pretrained(tmp_path / "pipeline")
+    reloaded = StudentPipeline.from_pretrained(tmp_path / "pipeline")
     images = [pipeline(PROMPT, seed=0, output_type="np") for pipeline in (student, reloaded)]
     assert np.array_equal(*images)
 
@@ -108,7 +108,7 @@ def test_is_the_formula_on_the_merged_unet(student):
 
 
 def test_adapter_changes_the_picture_and_is_merged(teacher, student):
-    before = OneStepPipeline.from_pretrained(teacher)(PROMPT, seed=3, output_type="np")
+    before = StudentPipeline.from_pretrained(teacher)(PROMPT, seed=3, output_type="np")
     after = student(PROMPT, seed=3, output_type="np")
     assert np.abs(before - after).max() > 0.05
     assert not [name for name, _ in student.pipeline.unet.named_parameters() if "lorad" in name]
@@ -131,7 +131,7 @@ def test_same_generators_same_picture(student):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_and_exports(teacher, adapter, student, dtype, tmp_path):
-    half = OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype)
+    half = StudentPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype)
     expected = student(PROMPT, seed=3, output_type="np")
     assert np.abs(half(PROMPT, seed=3, output_type="np") - expected).max() < 20 * torch.finfo(dtype).eps
     export_pipeline(teacher, adapter, tmp_path / "pipeline", dtype=dtype)
@@ -145,7 +145,7 @@ def test_half_precision_files_are_loaded_in_float32(teacher, tmp_path):
     StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float16).save_pretrained(
         tmp_path / "half"
     )
-    pipeline = OneStepPipeline.from_pretrained(tmp_path / "half").pipeline
+    pipeline = StudentPipeline.from_pretrained(tmp_path / "half").pipeline
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
 
 
@@ -159,7 +159,7 @@ def test_an_export_has_the_dtypes_of_the_teachers_files(teacher, adapter, tmp_pa
     parts = load_pipeline(tmp_path / "pipeline", "auto").components
     dtypes = {"unet": torch.bfloat16, "text_encoder": torch.float16, "vae": torch.float32}
     assert {name: parts[name].dtype for name in dtypes} == dtypes
-    whole = OneStepPipeline.from_pretrained(tmp_path / "mixed", adapter).pipeline.unet.state_dict()
+    whole = StudentPipeline.from_pretrained(tmp_path / "mixed", adapter).pipeline.unet.state_dict()
     merged = parts["unet"].state_dict()
     assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in whole.items())
 
@@ -167,7 +167,7 @@ def test_an_export_has_the_dtypes_of_the_teachers_files(teacher, adapter, tmp_pa
 def test_wrapping_leaves_the_teacher_as_it_is(teacher):
     stock = StableDiffusionPipeline.from_pretrained(teacher)
     scheduler = stock.scheduler
-    wrapped = OneStepPipeline(stock, 0.0047)
+    wrapped = StudentPipeline(stock, 0.0047)
     assert stock.scheduler is scheduler
     assert wrapped.pipeline.unet is stock.unet
     assert isinstance(wrapped.pipeline.scheduler, LCMScheduler)
@@ -217,7 +217,7 @@ def test_missing_and_broken_inputs_are_one_line(teacher, adapter, tmp_path):
     ]
     for folder, adapter_folder, message in cases:
         with pytest.raises(WadiError, match=message) as caught:
-            OneStepPipeline.from_pretrained(folder, adapter_folder)
+            StudentPipeline.from_pretrained(folder, adapter_folder)
         assert "\n" not in str(caught.value)
 
 
@@ -231,7 +231,7 @@ def _drop_one_weight(folder):
 
 def test_pixart_runs_in_one_step_too():
     """The transformer's learned sigma is cut off, and x0 is the formula with the student's own alpha_T."""
-    pipeline = OneStepPipeline(tiny_pixart(), 0.0047)
+    pipeline = StudentPipeline(tiny_pixart(), 0.0047)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     embeds, mask, *_ = pipeline.pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
     transformer = pipeline.pipeline.transformer

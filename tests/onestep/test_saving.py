@@ -12,7 +12,7 @@ from transformers import T5Tokenizer
 
 from tests.tiny import tiny_tokenizer
 from wadi.directions.swap import swap_rows
-from wadi.onestep import OneStepPipeline, load_embedding, load_pipeline
+from wadi.onestep import StudentPipeline, load_embedding, load_pipeline
 from wadi.onestep.saving import copy_part, save_pipeline
 from wadi.onestep.student import STUDENT_FILE
 from wadi.outputs import MARKER
@@ -49,7 +49,7 @@ def files(folder):
 
 
 def exported(teacher, out, dtype=None):
-    OneStepPipeline.from_pretrained(teacher, torch_dtype=dtype).save_pretrained(out)
+    StudentPipeline.from_pretrained(teacher, torch_dtype=dtype).save_pretrained(out)
     return out
 
 
@@ -81,7 +81,7 @@ def test_another_dtype_keeps_the_names_of_the_weights(teacher, tmp_path, dtype):
 
 
 def test_images_are_those_of_the_pipeline(teacher, tmp_path):
-    pipeline = OneStepPipeline.from_pretrained(teacher)
+    pipeline = StudentPipeline.from_pretrained(teacher)
     pipeline.save_pretrained(tmp_path / "out")
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "out").to("cpu")
     stock.set_progress_bar_config(disable=True)

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchL
 
 from tests.tiny import mark_student, tiny_pipeline, tiny_sd3
 from wadi.errors import WadiError, WadiWarning
-from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.onestep import Student, StudentPipeline, load_pipeline
 from wadi.onestep.loading import load_denoiser
-from wadi.onestep.student import check_teacher, is_one_step, network_of, student_of
+from wadi.onestep.student import check_teacher, is_student, network_of, student_of
 
 KINDS = {
     "epsilon": tiny_pipeline,
@@ -25,7 +25,7 @@ every = pytest.mark.parametrize("prediction", KINDS)
 def exported(request, tmp_path_factory):
     """A student's pipeline as `wadi export` writes it, and what it predicts."""
     folder = tmp_path_factory.mktemp("student") / "pipeline"
-    OneStepPipeline(KINDS[request.param]()).save_pretrained(folder)
+    StudentPipeline(KINDS[request.param]()).save_pretrained(folder)
     return folder, request.param
 
 
@@ -61,7 +61,7 @@ def test_a_student_is_refused_as_a_teacher_however_it_is_named(exported, named, 
     pipeline = load_pipeline(run / "pipeline")
     network, scheduler = load_denoiser(run / "pipeline")
     for parts in ((pipeline.scheduler, network_of(pipeline)), (scheduler, network)):
-        with pytest.raises(WadiError, match=f"{name}: is a one-step student already"):
+        with pytest.raises(WadiError, match=f"{name}: is a student already"):
             check_teacher(name, *parts)
 
 
@@ -70,7 +70,7 @@ def test_a_record_for_another_prediction_than_the_schedulers_is_told(exported, t
     other = next(name for name in KINDS if name != exported[1])
     change(folder, prediction=other)
     with pytest.raises(WadiError, match=f"says that the student predicts {other}, and its scheduler is for"):
-        OneStepPipeline.from_pretrained(folder)
+        StudentPipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "flow", None, 1])
@@ -80,7 +80,7 @@ def test_an_unknown_prediction_is_told(exported, prediction, tmp_path):
     with pytest.raises(
         WadiError, match=r"student\.json: prediction is .* one of epsilon, v_prediction, flow_"
     ):
-        OneStepPipeline.from_pretrained(folder)
+        StudentPipeline.from_pretrained(folder)
 
 
 def test_a_flow_has_no_alpha(tmp_path):
@@ -89,7 +89,7 @@ def test_a_flow_has_no_alpha(tmp_path):
     with pytest.raises(WadiError, match=r"student\.json: alpha_T_squared must be null for a student that"):
         Student.read(tmp_path)
     with pytest.raises(WadiError, match=r"--alpha-T-squared 0\.0047: the model is a rectified flow"):
-        OneStepPipeline(tiny_sd3(), 0.0047)
+        StudentPipeline(tiny_sd3(), 0.0047)
 
 
 @every
@@ -115,7 +115,7 @@ def test_the_scheduler_of_a_flow_tells_nothing():
     """FLUX.1-schnell, which takes four steps, comes with the same one."""
     pipeline = tiny_sd3()
     for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0)):
-        assert not is_one_step(scheduler)
+        assert not is_student(scheduler)
         check_teacher("schnell", scheduler, network_of(pipeline))
     with pytest.warns(WadiWarning, match="distilled to a few steps already .its scheduler is FlowMatchLCM"):
         check_teacher("turbo", FlowMatchLCMScheduler(), network_of(pipeline))

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.tiny import mark_student, tiny_pipeline, tiny_pixart, tiny_sdxl
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json
-from wadi.onestep import OneStepPipeline, export_pipeline
+from wadi.onestep import StudentPipeline, export_pipeline
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks.dreambooth import class_prompts, dreambooth, load_with_adapters
 from wadi.tasks.dreambooth_config import DreamBoothConfig
@@ -224,10 +224,10 @@ def test_angles_of_student_and_subject_add(teacher_folder, tmp_path):
     student = adapter(teacher_folder, tmp_path / "student", "lorad", 1)
     subject = adapter(teacher_folder, tmp_path / "subject", "lorad", 2)
     mark_student(student, alpha_T_squared=0.0047)
-    stacked = OneStepPipeline.from_pretrained(teacher_folder, [student, subject])
-    turned = OneStepPipeline.from_pretrained(teacher_folder, [subject, student])
+    stacked = StudentPipeline.from_pretrained(teacher_folder, [student, subject])
+    turned = StudentPipeline.from_pretrained(teacher_folder, [subject, student])
     export_pipeline(teacher_folder, student, tmp_path / "exported")
-    later = OneStepPipeline.from_pretrained(tmp_path / "exported", subject)
+    later = StudentPipeline.from_pretrained(tmp_path / "exported", subject)
     # independently: both adapters active at once in PEFT, their angles summed before anything turns
     unet = StableDiffusionPipeline.from_pretrained(teacher_folder).unet
     both = PeftModel.from_pretrained(unet, student, "student")
@@ -238,7 +238,7 @@ def test_angles_of_student_and_subject_add(teacher_folder, tmp_path):
         for name, tensor in state(pipeline).items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
         assert abs(float(pipeline.pipeline.scheduler.alphas_cumprod[-1]) - 0.0047) < 1e-6
-    alone = state(OneStepPipeline.from_pretrained(teacher_folder, student))
+    alone = state(StudentPipeline.from_pretrained(teacher_folder, student))
     assert any(not torch.allclose(alone[name], expected[name], atol=1e-2) for name in expected)
 
 
@@ -259,7 +259,7 @@ def test_lora_and_lorad_are_merged_in_the_order_given(teacher_folder, tmp_path):
         return pairs.flatten(1)
 
     for order, expected in (([student, subject], turn(W) + change), ([subject, student], turn(W + change))):
-        found = state(OneStepPipeline.from_pretrained(teacher_folder, order))[f"{name}.weight"]
+        found = state(StudentPipeline.from_pretrained(teacher_folder, order))[f"{name}.weight"]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,8 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
+from wadi.onestep.scheduler import fractions, step_times
 from wadi.tasks import editing
 from wadi.tasks.editing import Sampling, image_to_image, inpaint, seam, timestep_of
 
@@ -23,7 +24,7 @@ def folder(request, teacher_folder, v_teacher_folder):
 
 @pytest.fixture(scope="module")
 def student(folder):
-    return OneStepPipeline.from_pretrained(folder).pipeline
+    return StudentPipeline.from_pretrained(folder).pipeline
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,36 @@ def test_several_steps_are_the_stock_pipeline(teacher, images):
     assert torch.equal(painted[..., :8], images[..., :8])
 
 
+@pytest.mark.parametrize(
+    ("strength", "count", "first"),
+    [(1.0, 4, 999), (0.7, 4, 749), (0.5, 4, 499), (0.1, 4, 249), (0.7, 2, 499), (0.8, 2, 999), (0.6, 3, 499)],
+)
+@torch.no_grad()
+def test_a_student_of_several_steps_begins_at_the_nearest(teacher, images, strength, count, first):
+    """And it takes those that follow, as the stock pipeline does; known pixels are kept."""
+    student = StudentPipeline(teacher, steps=fractions(4)).pipeline
+    asked = []
+    hook = student.unet.register_forward_pre_hook(lambda module, inputs: asked.append(int(inputs[1])))
+    sampling = Sampling(strength, num_inference_steps=count)
+    made = image_to_image(student, PROMPTS, images, sampling, generators(3, 4))
+    every = step_times(student.scheduler, count).tolist()
+    begin = every.index(first)
+    assert asked == every[begin:]
+    stock = StableDiffusionImg2ImgPipeline(**student.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": count, "guidance_scale": 1.0, "output_type": "pt"}
+    options |= {"image": images, "strength": (count - begin) / count, "generator": generators(3, 4)}
+    assert torch.equal(made, stock(PROMPTS, **options).images)
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[..., 8:] = 1
+    painted = inpaint(student, PROMPTS, images, masks, sampling, generators(3, 4))
+    assert torch.equal(painted[..., :8], images[..., :8])
+    assert (painted - images)[..., 8:].abs().max() > 0.05
+    hook.remove()
+    with pytest.raises(WadiError, match="num_inference_steps 5: this student takes 1 to 4 steps"):
+        image_to_image(student, PROMPTS, images, Sampling(num_inference_steps=5), generators(3, 4))
+
+
 def test_timesteps(student):
     scheduler = student.scheduler
     assert [timestep_of(scheduler, s) for s in (1.0, 0.6, 0.001, 1e-6)] == [999, 599, 0, 0]
@@ -144,8 +175,8 @@ def test_timesteps(student):
         (Sampling(0.0), "strength: must be more than 0 and at most 1, but is 0"),
         (Sampling(1.5), "strength: must be"),
         (Sampling(float("nan")), "strength: must be"),
-        (Sampling(guidance_scale=2.0), "guidance_scale 2: a one-step student cannot be guided"),
-        (Sampling(negative_prompt="a dog"), "negative_prompt: a one-step student cannot be guided away"),
+        (Sampling(guidance_scale=2.0), "guidance_scale 2: a student cannot be guided"),
+        (Sampling(negative_prompt="a dog"), "negative_prompt: a student cannot be guided away"),
         (Sampling(num_inference_steps=4), "num_inference_steps 4: a one-step student takes 1 step"),
     ],
 )
@@ -167,7 +198,7 @@ def test_strength_that_leaves_no_step(teacher, images):
 
 
 def test_student_with_an_alpha_T_of_its_own(teacher, images):
-    student = OneStepPipeline(teacher, alpha_T_squared=0.01).pipeline
+    student = StudentPipeline(teacher, alpha_T_squared=0.01).pipeline
     with pytest.raises(WadiError, match=r"strength 0.6: this student has an alpha_T of its own"):
         image_to_image(student, PROMPTS, images, Sampling(0.6), generators(3, 4))
     assert image_to_image(student, PROMPTS, images, Sampling(1.0), generators(3, 4)).isfinite().all()

@@ -11,7 +11,7 @@ from wadi.emoji import assets_folder, student_folder, teacher_folder
 from wadi.emoji.captions import sample_captions, stated
 from wadi.emoji.judge import Judge, attributes_right
 from wadi.errors import WadiError, WadiWarning
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.pipeline import load_for_steps
 from wadi.tasks import growth, redilated
 from wadi.tasks.high_resolution import inner_convolutions, tell_larger
@@ -202,7 +202,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.count("will be grainy") == 1
     pictures = {name: Image.open(f"{name}.png") for name in "abc"}
     assert pictures["a"].size == (128, 96)
-    pipeline = OneStepPipeline.from_pretrained(teacher_folder(), student_folder())
+    pipeline = StudentPipeline.from_pretrained(teacher_folder(), student_folder())
     with redilated(pipeline.pipeline.unet, (1.5, 2.0)):
         expected = pipeline("a big panda", seed=3, height=96, width=128)[0]
     assert pictures["a"].tobytes() == expected.tobytes()

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.tiny import tiny_pipeline
 from wadi import WadiError
 from wadi.emoji.tokenizer import MAX_LENGTH, build_tokenizer
-from wadi.onestep import OneStepPipeline, load_embedding, load_pipeline
+from wadi.onestep import StudentPipeline, load_embedding, load_pipeline
 from wadi.tasks import inversion as module
 from wadi.tasks import inversion_word as words
 from wadi.tasks.exemplars import Exemplars
@@ -241,7 +241,7 @@ def test_diffusers_and_the_one_step_pipeline_read_the_file(tmp_path, vectors):
     assert learned.save(tmp_path / "word") == tmp_path / "word" / EMBEDDING_FILE
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     stock.load_textual_inversion(str(tmp_path / "word"))
-    student = OneStepPipeline.from_pretrained(tmp_path / "model")
+    student = StudentPipeline.from_pretrained(tmp_path / "model")
     assert student.load_embedding(tmp_path / "word" / EMBEDDING_FILE) == "<r>"
     prompt, seen = "a cat <r> a dog", []
     for pipe in (stock, student.pipeline):

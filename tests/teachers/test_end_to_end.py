@@ -18,7 +18,7 @@ from wadi import cli
 from wadi.distill import DistillConfig, distill
 from wadi.errors import WadiError, WadiWarning
 from wadi.identity import files_digest
-from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.onestep import Student, StudentPipeline, load_pipeline
 from wadi.teachers import prepare_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is converted once:wadi.errors.WadiWarning")
@@ -58,7 +58,7 @@ def test_the_student_is_merged_onto_the_teacher_with_its_lora(options, run):
     assert Student.read(run / "pipeline").lora == lora
     with warnings.catch_warnings():
         warnings.simplefilter("error", WadiWarning)
-        merged = OneStepPipeline.from_pretrained(prepare_teacher(*options.model.teacher), run / "adapter")
+        merged = StudentPipeline.from_pretrained(prepare_teacher(*options.model.teacher), run / "adapter")
     stock = StableDiffusionPipeline.from_pretrained(run / "pipeline")
     assert np.array_equal(image(stock), merged(PROMPTS[0], seed=3, output_type="np"))
     text = load_pipeline(prepare_teacher(*options.model.teacher)).text_encoder.state_dict()
@@ -77,7 +77,7 @@ def test_a_merge_without_the_lora_is_told(changes, said, options, run):
     with pytest.warns(
         WadiWarning, match=rf"adapter: the student was distilled .* at scale 0\.5, but .*{said}"
     ):
-        OneStepPipeline.from_pretrained(teacher, run / "adapter")
+        StudentPipeline.from_pretrained(teacher, run / "adapter")
 
 
 def test_a_lora_where_the_student_had_none_is_told(options, teacher_folder, tmp_path):
@@ -85,7 +85,7 @@ def test_a_lora_where_the_student_had_none_is_told(options, teacher_folder, tmp_
     assert "lora" not in json.loads((plain / "adapter" / "student.json").read_text())["base"]
     teacher = prepare_teacher(teacher_folder, lora=options.model.teacher_lora)
     with pytest.warns(WadiWarning, match="was distilled from a teacher with no LoRA, but .* has the LoRA"):
-        OneStepPipeline.from_pretrained(teacher, plain / "adapter")
+        StudentPipeline.from_pretrained(teacher, plain / "adapter")
 
 
 def test_a_run_resumes_with_moved_files_and_refuses_others(options, run, tmp_path):

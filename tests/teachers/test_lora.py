@@ -157,5 +157,5 @@ def test_pixart_and_students_take_no_lora(folders, tmp_path):
         prepare_teacher(tmp_path / "pixart", lora=lora)
     shutil.copytree(folders["sd"], tmp_path / "student")
     mark_student(tmp_path / "student")
-    with pytest.raises(WadiError, match="is a one-step student already"):
+    with pytest.raises(WadiError, match="is a student already"):
         prepare_teacher(tmp_path / "student", lora=lora)

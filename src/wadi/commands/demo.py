@@ -12,7 +12,7 @@ from wadi.distill.report import before_after, write_report
 from wadi.distill.run import distill
 from wadi.emoji.demo import GUIDANCE_SCALE, PROMPTS, SEEDS, STEPS, measure
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep import StudentPipeline, load_pipeline
 
 
 @dataclass
@@ -52,7 +52,7 @@ def demo(config: DemoConfig) -> None:
     )
     device = chosen_device()
     teacher = load_pipeline(emoji.teacher_folder()).to(device)
-    student = OneStepPipeline.from_pretrained(run / "pipeline", device=device)
+    student = StudentPipeline.from_pretrained(run / "pipeline", device=device)
     figures = measure(teacher, student, config.samples, config.teacher_samples)
     path = write_report(run, before_after(teacher, student, PROMPTS, SEEDS, STEPS, GUIDANCE_SCALE), figures)
     for figure in figures:

@@ -1,4 +1,4 @@
-"""`wadi distill`: turn a diffusion model into a one-step generator."""
+"""`wadi distill`: turn a diffusion model into a generator of one step or a few."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HELP = {
     "output_dir": "Run folder; new or empty, unless a run is resumed.",
 }
 """What the command line says otherwise than `DistillConfig` does."""
-_DESCRIPTION = """Turn a diffusion model into a one-step generator.
+_DESCRIPTION = """Turn a diffusion model into a generator of one step, or of a few.
 
 --prompts is required, except with the emoji presets. --teacher is required with --preset none, emoji-dit and
 emoji-flow; the presets of published models name theirs on the hub.

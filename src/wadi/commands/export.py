@@ -32,11 +32,14 @@ def export(
     import torch
 
     from wadi import emoji
-    from wadi.onestep import export_pipeline
+    from wadi.onestep import Student, export_pipeline
     from wadi.outputs import Output
 
     adapters = [adapter, *subject_adapter]
     Output(out, "export", (model, *teacher_file.inputs), overwrite).check()
     teacher = teacher_file.folder(model or emoji.teacher_folder())
     export_pipeline(teacher, adapters, out, getattr(torch, dtype or "", "auto"), overwrite)
-    print(f"{out}: load it with diffusers, num_inference_steps=1, guidance_scale=1.0")
+    student = Student.read(out)
+    most = 1 if student is None else len(student.steps)
+    steps = "1" if most == 1 else f"1 to {most}"
+    print(f"{out}: load it with diffusers, num_inference_steps={steps}, guidance_scale=1.0")

@@ -1,4 +1,4 @@
-"""`wadi generate`: make images in one step."""
+"""`wadi generate`: make images with a student."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import tyro
 
 from wadi import emoji
 from wadi.commands.images import ImageOptions
-from wadi.errors import tell
-from wadi.onestep import OneStepPipeline, refuse_guidance
+from wadi.errors import WadiError, tell
+from wadi.onestep import StudentPipeline, refuse_guidance
 from wadi.onestep.embedding import holds_word
 from wadi.tasks.high_resolution import stretched, tell_larger
 
@@ -31,9 +31,9 @@ class GenerateConfig(ImageOptions):
     out: Path = Path("wadi.png")
     """A .png or .jpg file, where several images form a grid; or a folder, with one file for each image."""
     num_inference_steps: int = 1
-    """Must be 1: a one-step student knows no other number."""
+    """Number of steps, at most those that the student was distilled for (--student-steps)."""
     guidance_scale: float = 1.0
-    """Must be 1: distillation has built the guidance into a one-step student."""
+    """Must be 1: distillation has built the guidance into a student."""
     negative_prompt: str | None = None
     """Must be omitted, for the same reason."""
     subject_adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -51,11 +51,16 @@ class GenerateConfig(ImageOptions):
 
 
 def generate(config: GenerateConfig) -> None:
-    """Make images of a prompt in one step. Without --model and --adapter, the built-in student makes them."""
-    refuse_guidance(config.num_inference_steps, config.guidance_scale, config.negative_prompt)
+    """Make images of a prompt in one step or a few. Without --model and --adapter, the built-in student makes
+    them."""
+    refuse_guidance(config.guidance_scale, config.negative_prompt)
     config.check()
     pipeline, batch_size, images = _student(config), config.batch_size, []
+    steps = pipeline.check_steps(config.num_inference_steps)
+    if config.fast and steps > 1:
+        raise WadiError(f"--fast: makes images in 1 step, not {steps}; omit it, or ask for 1 step")
     height, width = config.height, config.width
+    options = {"height": height, "width": width, "num_inference_steps": steps}
     tell_larger(pipeline.pipeline, height, width)
     with stretched(pipeline.pipeline, height, width) if config.redilate else contextlib.nullcontext():
         if config.fast:
@@ -65,17 +70,17 @@ def generate(config: GenerateConfig) -> None:
         start = time.perf_counter()
         for first in range(0, config.num_images, batch_size):
             count, own = min(batch_size, config.num_images - first), config.seed + first
-            images += pipeline(config.prompt, own, num_images_per_prompt=count, height=height, width=width)
+            images += pipeline(config.prompt, own, num_images_per_prompt=count, **options)
         seconds = time.perf_counter() - start
     config.finish(images, seconds)
 
 
-def _student(config: GenerateConfig) -> OneStepPipeline:
+def _student(config: GenerateConfig) -> StudentPipeline:
     """The student that the options name, or the built-in one, with the subject adapters and learned words."""
     adapter = config.adapter
     if config.model is None and adapter is None:
         adapter = str(emoji.student_folder())
-    pipeline = OneStepPipeline.from_pretrained(
+    pipeline = StudentPipeline.from_pretrained(
         config.teacher_file.folder(config.model or emoji.teacher_folder()),
         adapter=[*([] if adapter is None else [adapter]), *config.subject_adapter],
         torch_dtype=config.torch_dtype,

@@ -44,8 +44,8 @@ class ImageOptions:
     """Folder or hub id of a student's adapter."""
     teacher_file: TeacherFile = field(default_factory=TeacherFile)
     num_inference_steps: int = 1
-    """Number of steps. More than 1 is for a multi-step model, to compare; without --model that is the teacher
-    that comes with wadi."""
+    """Number of steps. More than 1 is for a student that takes them, or for a multi-step model, to compare;
+    without --model and --adapter that is the teacher that comes with wadi."""
     guidance_scale: float = 1.0
     """Guidance scale of a multi-step model, which is 2 for the built-in teacher. One step is not guided."""
     negative_prompt: str | None = None
@@ -110,13 +110,13 @@ class ImageOptions:
         check_seed(self.seed, self.num_images, "--seed")
         self.output.check()
         if self.num_inference_steps == 1:
-            refuse_guidance(1, self.guidance_scale, self.negative_prompt)
+            refuse_guidance(self.guidance_scale, self.negative_prompt)
 
     def load(self) -> DiffusionPipeline:
         """Load the named model, or what comes with wadi: the student for one step, the teacher for several.
 
         Raises:
-            WadiError: several steps with a student's adapter, or the model cannot be loaded.
+            WadiError: more steps than the student takes, or the model cannot be loaded.
         """
         adapter = self.adapter
         if self.model is None and adapter is None and self.num_inference_steps == 1:

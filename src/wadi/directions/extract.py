@@ -26,9 +26,9 @@ from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.rotation import Factors, angles
 from wadi.onestep import Student
 from wadi.onestep.arguments import whole_number
-from wadi.onestep.loading import load_denoiser
+from wadi.onestep.loading import load_denoiser, pipeline_folder
 from wadi.onestep.scheduler import last_alpha_squared
-from wadi.onestep.student import check_teacher
+from wadi.onestep.student import check_teacher, scheduled_steps
 from wadi.outputs import Output
 from wadi.progress import progress
 
@@ -140,7 +140,9 @@ def extract_adapter(
     alpha_T_squared = _own_alpha_T_squared(teacher, scheduler, student, student_scheduler)
     config = _adapter_config(teacher, network, r)
     extraction, factors = _extract(network, config, before, after, max_sweeps, device)
-    record = Student.of(network, scheduler, alpha_T_squared)
+    distilled = Student.read(pipeline_folder(student))
+    steps = scheduled_steps(student_scheduler) if distilled is None else distilled.steps
+    record = Student.of(network, scheduler, alpha_T_squared, steps=steps)
     inject_adapter_in_model(config, network)
     _fill(network, factors)
     with output.writing() as folder:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import diffusers
 import torch
 
 from wadi.directions.change import with_norms_of
@@ -23,9 +24,10 @@ from wadi.directions.weights import (
 )
 from wadi.errors import WadiError
 from wadi.files import read_json, save_tensors, write_json
-from wadi.onestep import Student, one_step_scheduler
+from wadi.onestep import Student, student_scheduler
 from wadi.onestep.loading import pipeline_folder, run_part
 from wadi.onestep.saving import copy_part, forget_origin
+from wadi.onestep.scheduler import ONE_STEP, gives_sigmas
 from wadi.onestep.supported import UNUSED, parts
 from wadi.outputs import Output
 from wadi.progress import progress
@@ -79,7 +81,7 @@ def swap_rows(
         _copy_pipeline(source, folder, part)
         if isinstance(after, AdaptedWeights):
             record = Student.read(after.folder)
-            _set_one_step(source, folder, None if record is None else record.alpha_T_squared)
+            _set_steps(source, folder, record)
         else:
             record = Student.read(source)
         if record is not None:
@@ -153,14 +155,16 @@ def _copy_pipeline(source: Path, folder: Path, part: str) -> None:
     forget_origin(folder)
 
 
-def _set_one_step(source: Path, folder: Path, alpha_T_squared: float | None) -> None:
+def _set_steps(source: Path, folder: Path, record: Student | None) -> None:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise WadiError(f"{file}: is missing; name a whole pipeline as the teacher")
     config = read_json(file)
     index = read_json(folder / "model_index.json")
     # an old file may not name its class
-    one_step = one_step_scheduler({"_class_name": index["scheduler"][1], **config}, alpha_T_squared)
-    one_step.save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", type(one_step).__name__]
+    own = (None, ONE_STEP) if record is None else (record.alpha_T_squared, record.steps)
+    even = gives_sigmas(getattr(diffusers, index["_class_name"]))
+    scheduler = student_scheduler({"_class_name": index["scheduler"][1], **config}, *own, even)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_json(folder / "model_index.json", index)

@@ -18,7 +18,7 @@ from wadi.distill.presets import FITS, Fit
 from wadi.errors import WadiError, tell
 from wadi.lorad import LoRaDConfig
 from wadi.onestep.arguments import own_size
-from wadi.onestep.scheduler import one_step_scheduler
+from wadi.onestep.scheduler import fractions, student_scheduler
 
 
 def check_preset_name(name: str) -> None:
@@ -48,7 +48,8 @@ def check_preset(config: DistillConfig, pipeline: DiffusionPipeline) -> None:
     side = config.model.resolution or max(own_size(pipeline))
     if config.model.preset != "none":
         _compare(config, Fit(type(pipeline).__name__, prediction, side))
-    one_step_scheduler(pipeline.scheduler, alpha)  # raises what is wrong with either
+    # raises what is wrong with any of them
+    student_scheduler(pipeline.scheduler, alpha, fractions(config.student.steps))
 
 
 def _compare(config: DistillConfig, found: Fit) -> None:

@@ -94,7 +94,10 @@ class StudentOptions(Options):
     the new rank allows. Layers that the adapter does not have start as the teacher's."""
 
     alpha_T_squared: float | None = option(None, above=0, below=1)  # noqa: N815
-    """alpha_T^2 of the student's one step, where it is not the scheduler's own (authors' PixArt: 0.0047)."""
+    """alpha_T^2 of the student's first step, if it is not the scheduler's (authors' PixArt: 0.0047)."""
+
+    steps: Literal[1, 2, 4] = option(1, "student_steps", often=True)
+    """Most steps that the student can take; with 4, it makes images in 1, 2, 3 or 4."""
 
     ema_decay: float = option(0.999, at_least=0, below=1)
     """Decay of the moving average of the student's weights, which is what is exported. The decay of update n
@@ -245,7 +248,7 @@ class RunOptions(Options):
     """Updates of the student."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", often=True)
-    """Precision of the frozen base. Adapters, one-step images and losses are always float32."""
+    """Precision of the frozen base. Adapters, images of the student and losses are always float32."""
 
     base_precision: Precision | None = option(None, often=True)  # noqa: RUF009
     """Storage of the base's weights that adapters turn: bf16, int8 (one scale for each row) or nf4 (needs

@@ -57,6 +57,10 @@ class Draws:
         generator = self._generator(name, torch.device("cpu"))
         return self._share(torch.randint(count, (n * self.processes,), generator=generator), n)
 
+    def choice(self, name: str, count: int) -> int:
+        """One number from 0 to count - 1, which the host knows. All processes get the same."""
+        return int(torch.randint(count, (), generator=self._generator(name, torch.device("cpu"))))
+
     def prompts(self, n: int, count: int) -> torch.Tensor:
         """Numbers (n,) of the prompts of a step, of a set of `count`."""
         return self.indices("prompts", n, count)
@@ -83,6 +87,7 @@ class StepInputs:
 
     Attributes:
         z: (n, C, H, W) float32, the student's noise.
+        rollout: the steps that the student takes from it; see `Student.draw`.
         condition: of n prompts, embeddings in the compute dtype.
         place: where the student's images are judged; see `Scores.draw`.
         terms: what each term draws, in their order.
@@ -90,12 +95,18 @@ class StepInputs:
     """
 
     z: torch.Tensor
+    rollout: Drawn
     condition: Condition
     place: Drawn
     terms: tuple[Drawn, ...]
     fake: tuple[Drawn, ...]
 
+    @property
+    def steps(self) -> int:
+        """How many steps the student takes."""
+        return self.rollout["t"].shape[1] if self.rollout else 1
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor, in a fixed order."""
-        groups = ({"z": self.z}, self.condition, self.place, *self.terms, *self.fake)
+        groups = ({"z": self.z}, self.rollout, self.condition, self.place, *self.terms, *self.fake)
         return [tensor for group in groups for tensor in group.values()]

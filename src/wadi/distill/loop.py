@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from wadi.backbones.condition import pick, repeat
+from wadi.distill.config import DistillConfig
 from wadi.distill.processes import any_process, together
 from wadi.distill.regions import eager
 from wadi.distill.trainer import Trainer
@@ -19,6 +20,7 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors, replacing_file
 from wadi.interrupt import catch_interrupt
 from wadi.onestep import labelled_grid
+from wadi.onestep.scheduler import STEP_COUNTS
 from wadi.progress import progress
 
 
@@ -116,6 +118,8 @@ def _check_finite(trainer: Trainer, losses: dict[str, float], run: int) -> None:
 def validate(trainer: Trainer) -> None:
     """Write samples/step-N.png: a row per validation prompt, a column per seed, by the averaged student.
 
+    A student of several steps has a row for each of the numbers of steps 1, 2 and 4 that it takes.
+
     Raises:
         WadiError: the file cannot be written.
         SystemExit: code 2, in the processes that do not write it.
@@ -134,16 +138,28 @@ def _samples(trainer: Trainer) -> list[torch.Tensor]:
     """The images x0 of each validation prompt, by the averaged student."""
     config, conditions = trainer.config, trainer.prompts.validation
     seeds, shape = config.run.validation_seeds, trainer.backbone.latent_shape
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    steps, n = trainer.config.student.steps, len(seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # as a pipeline draws it: each step's noise after that of the step before
+    drawn = [torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(steps)]
+    noise = torch.stack(drawn, dim=1).to(trainer.device)
     # another number of samples would need another compilation
     uncompiled = eager() if config.run.compile else contextlib.nullcontext()
     with trainer.on_stream(), trainer.ema_weights(), torch.no_grad(), uncompiled:
-        z = noise.to(trainer.device)
+        rollouts = [trainer.generator.rollout(count, noise[:, 1:count]) for count in _step_counts(config)]
         rows = [pick(conditions, slice(i, i + 1)) for i in range(len(config.run.validation_prompts))]
         return [
-            trainer.generate(z, repeat({k: v.to(trainer.device) for k, v in row.items()}, len(z)))
+            trainer.generate(
+                noise[:, 0], repeat({k: v.to(trainer.device) for k, v in row.items()}, n), rollout
+            )
             for row in rows
+            for rollout in rollouts
         ]
+
+
+def _step_counts(config: DistillConfig) -> list[int]:
+    """The numbers of steps in which sample grids show the student."""
+    return [count for count in STEP_COUNTS if count <= config.student.steps]
 
 
 def _write_samples(trainer: Trainer, latents: list[torch.Tensor]) -> None:
@@ -152,8 +168,13 @@ def _write_samples(trainer: Trainer, latents: list[torch.Tensor]) -> None:
         images = trainer.backbone.decode(torch.cat(latents))
     path = Path(config.run.output_dir) / "samples" / f"step-{trainer.global_step:06d}.png"
     with replacing_file(path) as temporary:
-        texts, seeds = config.run.validation_prompts, config.run.validation_seeds
-        n = len(seeds)
+        seeds, n = config.run.validation_seeds, len(config.run.validation_seeds)
+        counts = _step_counts(config)
+        texts = [
+            text if len(counts) == 1 else f"{text}: {count} step{'s' * (count > 1)}"
+            for text in config.run.validation_prompts
+            for count in counts
+        ]
         rows = [(text, images[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
         labelled_grid(rows, [f"seed {seed}" for seed in seeds]).save(temporary, format="PNG")
 

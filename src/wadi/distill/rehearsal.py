@@ -245,6 +245,9 @@ class _Shapes:
     def times(self, name: str, n: int, schedule: Schedule, low: float, high: float) -> torch.Tensor:
         return schedule.times(torch.empty(n, device=META))
 
+    def choice(self, name: str, count: int) -> int:
+        return count - 1  # the longest roll-out of a student
+
     def chance(self, name: str, probability: float) -> torch.Tensor:
         return torch.empty((), dtype=torch.bool, device=META)
 
@@ -289,7 +292,8 @@ def rehearse(
         del x0, losses, inputs
         with ledger.part() as validation, torch.no_grad(), trainer.ema_weights():
             z = torch.empty(seeds, *backbone.latent_shape, device=META)
-            trainer.generate(z, longest_condition(backbone, encoders, seeds))
+            rollout = trainer.generator.draw(_Shapes(), seeds, backbone.latent_shape)
+            trainer.generate(z, longest_condition(backbone, encoders, seeds), rollout)
     parameters = {
         "network": sum(p.numel() for p in backbone.network.parameters()),
         "student": sum(p.numel() for p in trainer.student_parameters.values()),
@@ -347,8 +351,10 @@ def _spread(base: int, backbone: Backbone, processes: int) -> dict[str, int]:
 def _inputs(trainer: Trainer, n: int, condition: Condition) -> StepInputs:
     draws = _Shapes()
     place: Drawn = trainer.scores.draw(draws, n)
+    shape = trainer.backbone.latent_shape
     return StepInputs(
-        z=draws.normal("z", n, trainer.backbone.latent_shape),
+        z=draws.normal("z", n, shape),
+        rollout=trainer.generator.draw(draws, n, shape),
         condition=condition,
         place=place,
         terms=tuple(term.draw(draws, n) for term in trainer.terms),

@@ -28,10 +28,10 @@ from wadi.distill.figures import CLEARLY, Figure, headline, is_number, pixel_fig
 from wadi.distill.presets import PRESETS
 from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
-from wadi.onestep import OneStepPipeline, load_pipeline
+from wadi.onestep import StudentPipeline, load_pipeline
 from wadi.onestep.arguments import size_arguments
 from wadi.onestep.loading import guidance_arguments, stock_arguments
-from wadi.onestep.scheduler import last_alpha_squared
+from wadi.onestep.scheduler import STEP_COUNTS, last_alpha_squared
 from wadi.progress import progress
 from wadi.teachers import prepare_teacher
 
@@ -63,11 +63,13 @@ class Comparison:
     """Class of diffusers that loads the student."""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What a call of that class needs for one image as it is asked for, without guidance."""
+    more_steps: Mapping[int, Sequence[Sequence[Image.Image]]] = dataclasses.field(default_factory=dict)
+    """The student's images in 2 and 4 steps, by the number of steps, if it takes so many."""
 
 
 def before_after(
     teacher: DiffusionPipeline,
-    student: OneStepPipeline,
+    student: StudentPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int = 25,
@@ -75,11 +77,12 @@ def before_after(
 ) -> Comparison:
     """Make the images of the report: teacher in 1 step, student in 1 step, teacher in `steps` steps.
 
-    All three start from the same noise. `teacher` is left as it is.
+    A student of several steps also makes them in 2 and 4 steps. All start from the same noise. `teacher` is
+    left as it is.
     """
     # with the student's alpha_T, as training started: the teacher's own may be zero
     alpha_T_squared = last_alpha_squared(student.pipeline.scheduler) or None
-    in_one_step = OneStepPipeline(teacher, alpha_T_squared, student.resolution)
+    in_one_step = StudentPipeline(teacher, alpha_T_squared, student.resolution)
     many_steps = copy.copy(in_one_step.pipeline)  # the modules are shared
     many_steps.scheduler = _of_many_steps(teacher)
     size = size_arguments(many_steps)
@@ -91,18 +94,20 @@ def before_after(
     def in_many_steps(prompt: str, **own: Any) -> list[Image.Image]:
         return many_steps(prompt=prompt, num_inference_steps=steps, **options, **own).images
 
-    def rows(make: Callable[..., list[Image.Image]]) -> tuple[list[list[Image.Image]], float]:
+    def rows(make: Callable[..., list[Image.Image]], **own: Any) -> tuple[list[list[Image.Image]], float]:
         """Images of every prompt, and the seconds of one."""
         start, images = time.perf_counter(), []
         for prompt in prompts:
-            images.append(make(prompt, generator=generators(), num_images_per_prompt=len(seeds)))
+            images.append(make(prompt, generator=generators(), num_images_per_prompt=len(seeds), **own))
             bar.update()
         return images, (time.perf_counter() - start) / (len(prompts) * len(seeds))
 
-    with progress(total=3 * len(prompts), desc="images of the report", unit="prompt") as bar:
+    counts = [count for count in STEP_COUNTS if 1 < count <= len(student.steps)]
+    with progress(total=(3 + len(counts)) * len(prompts), desc="images of the report", unit="prompt") as bar:
         before, _ = rows(in_one_step)
         student(prompts[0], generator=generators(), num_images_per_prompt=len(seeds))  # warms up
         after, student_seconds = rows(student)
+        more_steps = {count: rows(student, num_inference_steps=count)[0] for count in counts}
         reference, teacher_seconds = rows(in_many_steps)
     return Comparison(
         prompts=prompts,
@@ -117,6 +122,7 @@ def before_after(
         sampler=type(many_steps.scheduler).__name__,
         pipeline_class=type(student.pipeline).__name__,
         arguments=guidance_arguments(student.pipeline) | stock_arguments(student.pipeline) | size,
+        more_steps=more_steps,
     )
 
 
@@ -163,7 +169,7 @@ def report(run_folder: str | Path, steps: int = 25, guidance_scale: float | None
     device = torch.device(chosen_device())
     dtype = config.run.dtype if device.type == "cuda" else torch.float32
     teacher = load_pipeline(prepare_teacher(*config.model.teacher), dtype)
-    student = OneStepPipeline.from_pretrained(run / "pipeline", torch_dtype=dtype)
+    student = StudentPipeline.from_pretrained(run / "pipeline", torch_dtype=dtype)
     guidance_scale = config.objective.guidance_scale if guidance_scale is None else guidance_scale
     seeds = config.run.validation_seeds or DistillConfig().run.validation_seeds
     images = teacher, student, config.run.validation_prompts, seeds, steps, guidance_scale

@@ -1,4 +1,4 @@
-"""`distill`: from a teacher and prompts to a run folder with a one-step student."""
+"""`distill`: from a teacher and prompts to a run folder with a student."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from wadi.distill.plan import announce, peak_line, print_plan
 from wadi.distill.processes import hosts_group, make_accelerator, together
 from wadi.distill.prompts import prepare_prompts, tell_time
 from wadi.distill.roles import view
+from wadi.distill.student import student_steps
 from wadi.distill.trackers import start_trackers
 from wadi.distill.trainer import Trainer
 from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
 from wadi.identity import adapter_digest, refuse_other_inputs, texts_digest
 from wadi.lorad.io import save_adapter
-from wadi.onestep import OneStepPipeline, Student, load_pipeline
+from wadi.onestep import Student, StudentPipeline, load_pipeline
 from wadi.onestep.adapters import adapter_folder, student_with
 from wadi.onestep.student import FusedLoRA, check_teacher
 from wadi.outputs import Output
@@ -40,7 +41,7 @@ RUN_FILE = "run.json"
 
 
 def distill(config: DistillConfig) -> Path:
-    """Distil a teacher into a one-step student.
+    """Distil a teacher into a student of one step, or of a few.
 
     The run folder holds config.yaml, metrics.jsonl, samples/, checkpoints/, adapter/ (the averaged student,
     PEFT format) and pipeline/ (merged, diffusers format).
@@ -116,13 +117,14 @@ def export(trainer: Trainer, run: Path) -> None:
     backbone, student = trainer.backbone, trainer.student
     options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     teacher = backbone.text.folder or name
+    steps = student_steps(trainer.config, backbone)
     own = options.alpha_T_squared, trainer.config.model.resolution
     if options.method != "lorad":
         pipeline = load_pipeline(teacher, "auto")
         network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
-        OneStepPipeline(pipeline, *own).write(part(run, "pipeline"))
+        StudentPipeline(pipeline, *own, steps).write(part(run, "pipeline"))
         return
     if trainer.config.run.shard_base:  # the adapter's names and shapes, of which the average has the values
         shapes = student_config(backbone.network, options.rank)
@@ -130,10 +132,10 @@ def export(trainer: Trainer, run: Path) -> None:
     with part(run, "adapter").writing() as folder:
         save_adapter(student, folder, state_dict=trainer.ema_state(), base_model=name)
         lora = FusedLoRA.in_folder(backbone.text.folder)
-        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora)
+        record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora, steps)
         record.write(folder)
     if not quantized_in_files(backbone.network):
-        pipeline = OneStepPipeline.from_pretrained(teacher, run / "adapter", torch_dtype="auto")
+        pipeline = StudentPipeline.from_pretrained(teacher, run / "adapter", torch_dtype="auto")
         pipeline.write(part(run, "pipeline"))
 
 

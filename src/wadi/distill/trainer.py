@@ -22,7 +22,7 @@ from wadi.distill.processes import hosts_group, spread, together
 from wadi.distill.regions import compiling
 from wadi.distill.roles import adapted_roles, trainable
 from wadi.distill.scores import Scores, predictor
-from wadi.distill.student import Student
+from wadi.distill.student import Student, student_times
 from wadi.distill.terms import Batch, terms_of
 from wadi.distill.update import Average, Update, count_skipped, learning_rate_factor
 from wadi.errors import WadiError
@@ -30,7 +30,7 @@ from wadi.prompts import PromptEmbeddings
 
 
 class Trainer:
-    """Distils a backbone into a one-step student.
+    """Distils a backbone into a student of one step, or of a few.
 
         trainer = Trainer(config, backbone, prompts, accelerator)
         for step in range(100):
@@ -78,7 +78,8 @@ class Trainer:
         self.global_step, self.seconds = 0, 0.0
         self.samples = config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps
         self.batch = self.samples * accelerator.num_processes
-        self.stream, self.graph = None, None
+        # one graph for each number of steps that the student may take
+        self.stream, self.graphs = None, {}
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -90,7 +91,8 @@ class Trainer:
         config, accelerator, schedule = self.config, self.accelerator, self.schedule
         shape = self.backbone.latent_shape
         own_end = self.backbone.schedule().ending_at(config.student.alpha_T_squared).to(self.device)
-        self.generator = Student(own_end, self.predict, self.student)
+        times = student_times(config, self.backbone)
+        self.generator = Student(own_end, self.predict, self.student, [t.to(self.device) for t in times])
         networks = self.teacher, self.fake
         guide = None if self.backbone.takes_guidance else self.backbone.guided
         self.scores = Scores(config, schedule, self.predict, *networks, self.null, shape, guide)
@@ -118,15 +120,20 @@ class Trainer:
             self.set_step(step)
             if not self.config.run.cuda_graphs:
                 return self.iteration(inputs)
-            if self.graph is None:
-                self._static = copy.deepcopy(inputs)
-                self.graph, self._losses = graph.record(
-                    lambda: self.iteration(self._static), self.state_tensors(), self.stream
-                )
-            for buffer, value in zip(self._static.tensors(), inputs.tensors(), strict=True):
-                buffer.copy_(value)
-            self.graph.replay()
-            return self._losses
+            return self._replay(inputs)
+
+    def _replay(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
+        """Replay the graph of an iteration with inputs of these shapes; the first time, record it."""
+        if inputs.steps not in self.graphs:
+            static = copy.deepcopy(inputs)
+            pool = next((recorded.pool() for _, recorded, _ in self.graphs.values()), None)
+            work = graph.record(lambda: self.iteration(static), self.state_tensors(), self.stream, pool)
+            self.graphs[inputs.steps] = static, *work
+        static, recorded, losses = self.graphs[inputs.steps]
+        for buffer, value in zip(static.tensors(), inputs.tensors(), strict=True):
+            buffer.copy_(value)
+        recorded.replay()
+        return losses
 
     def draw(self, step: int) -> StepInputs:
         """Draw this process's share of a step's random numbers, which depend on seed and step alone."""
@@ -135,6 +142,7 @@ class Trainer:
         draws = Draws(self.config.run.seed, step, self.device, *shared)
         return StepInputs(
             z=draws.normal("z", n, self.backbone.latent_shape),
+            rollout=self.generator.draw(draws.of("rollout"), n, self.backbone.latent_shape),
             condition=self._draw_prompts(draws, n),
             place=self.scores.draw(draws.of("scores"), n),
             terms=tuple(term.draw(draws.of(term.name), n) for term in self.terms),
@@ -180,7 +188,7 @@ class Trainer:
         samples, losses = [], []
         for micro in self.student_update.micro_batches():
             condition = pick(inputs.condition, micro)
-            x0 = self.generator.sample(inputs.z[micro], condition)
+            x0 = self.generator.sample(inputs.z[micro], condition, pick(inputs.rollout, micro))
             place = self.scores.at(x0, pick(inputs.place, micro), condition)
             batch = Batch(x0, condition, place, self.scores)
             terms = {
@@ -201,9 +209,9 @@ class Trainer:
         norm = self.fake_update.apply()
         return _total(losses) | {"fake_grad_norm": norm}
 
-    def generate(self, z: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The student's images x0 (N, C, H, W) float32 from z ~ N(0, I) and the condition of N prompts."""
-        return self.generator.sample(z, condition)
+    def generate(self, z: torch.Tensor, condition: Condition, rollout: Drawn | None = None) -> torch.Tensor:
+        """The student's images x0 (N, C, H, W) float32; see `Student.sample`."""
+        return self.generator.sample(z, condition, rollout)
 
     # --- the device ---
 
@@ -217,9 +225,9 @@ class Trainer:
             self.stream.synchronize()
 
     def close(self) -> None:
-        """Drop the recorded graph: it holds the communicator of the processes, which must end after it."""
+        """Drop the recorded graphs: they hold the communicator of the processes, which must end after them."""
         self.synchronize()
-        self.graph = None
+        self.graphs.clear()
 
     # --- the average and checkpoints ---
 

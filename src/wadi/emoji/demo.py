@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from wadi.distill.figures import Figure
 from wadi.emoji import GUIDANCE_SCALE, STEPS
 from wadi.emoji.evaluate import evaluation_captions, generate_in_batches, judge_images, pipeline_generator
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 
 PROMPTS = (
     "a big panda on a red background",
@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2, 3)
 
 
 def measure(
-    teacher: DiffusionPipeline, student: OneStepPipeline, samples: int, teacher_samples: int
+    teacher: DiffusionPipeline, student: StudentPipeline, samples: int, teacher_samples: int
 ) -> list[Figure]:
     """Let the judge read images of the test captions.
 
@@ -31,9 +31,9 @@ def measure(
         samples: number of images in one step, of teacher and student each.
         teacher_samples: number of images of the teacher in 25 steps.
     """
-    many_steps = OneStepPipeline(teacher).pipeline  # a copy that shares the modules
+    many_steps = StudentPipeline(teacher).pipeline  # a copy that shares the modules
     many_steps.scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing")
-    before = _judged(OneStepPipeline(teacher).pipeline, samples, 1, 1.0)
+    before = _judged(StudentPipeline(teacher).pipeline, samples, 1, 1.0)
     after = _judged(student.pipeline, samples, 1, 1.0)
     best = _judged(many_steps, teacher_samples, STEPS, GUIDANCE_SCALE)
     return [

@@ -26,6 +26,7 @@ from wadi.metrics import (
 )
 from wadi.onestep.loading import stock_arguments
 from wadi.onestep.pipeline import load_for_steps
+from wadi.onestep.scheduler import seed_steps
 from wadi.outputs import Output
 from wadi.progress import progress
 
@@ -42,7 +43,7 @@ class EvaluateConfig:
     adapter: Path | None = None
     """Folder of a student's LoRaD adapter, which is merged into the pipeline."""
     num_inference_steps: int = 1
-    """Number of denoising steps; for 1 the one-step scheduler is used."""
+    """Number of denoising steps. With 1, and with a student, the student's scheduler is used."""
     guidance_scale: float = 1.0
     """Guidance scale of a multi-step pipeline."""
     num_samples: int = 10_000
@@ -202,11 +203,13 @@ def pipeline_generator(
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        seed_steps(pipeline, generators)
         images = pipeline(
             prompts,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=generators,
             output_type="pt",
             **stock_arguments(pipeline),
         ).images

@@ -39,7 +39,7 @@ class EvaluateConfig:
     choice_seed: int = 0
     """Seed of the choice among the captions."""
     num_inference_steps: int = 1
-    """Number of denoising steps; for 1 the one-step scheduler is used."""
+    """Number of denoising steps. With 1, and with a student, the student's scheduler is used."""
     guidance_scale: float = 1.0
     """Guidance scale of a multi-step pipeline."""
     seed: int = 0
@@ -96,10 +96,6 @@ class EvaluateConfig:
         check_seed(self.seed, self.num_samples + self.spread_prompts * self.spread_samples, "--seed")
         whole_number("--choice-seed", self.choice_seed, 0, SEEDS)
         whole_number("--spread-prompts", self.spread_prompts, 0, self.num_samples + 1)
-        if self.adapter is not None and self.num_inference_steps != 1:
-            raise WadiError(
-                f"--num-inference-steps {self.num_inference_steps}: the student of --adapter takes one step"
-            )
         if self.features not in SPACES:
             raise WadiError(f"--features {self.features}: must be one of {', '.join(SPACES)}")
         if self.reference is None and self.clip_model is None and not self.spread_prompts:

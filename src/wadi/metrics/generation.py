@@ -21,6 +21,7 @@ from wadi.onestep.arguments import size_arguments
 from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.pipeline import load_for_steps
+from wadi.onestep.scheduler import seed_steps
 from wadi.progress import progress
 
 SETTINGS_FILE, PICTURES = "settings.json", "pictures"
@@ -105,10 +106,12 @@ def generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState)
     with bar, torch.no_grad():
         for first in range(0, len(missing), config.batch_size):
             part = missing[first : first + config.batch_size]
+            generators = [torch.Generator().manual_seed(task.seed) for task in part]
+            seed_steps(pipeline, generators)
             made = pipeline(
                 prompt=[task.caption for task in part],
                 num_inference_steps=config.num_inference_steps,
-                generator=[torch.Generator().manual_seed(task.seed) for task in part],
+                generator=generators,
                 **stock_arguments(pipeline),
                 **size_arguments(pipeline),
                 **guidance_arguments(pipeline, config.guidance_scale),

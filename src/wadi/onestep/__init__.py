@@ -1,4 +1,4 @@
-"""The one-step student: scheduler, pipeline, and export to a folder that any diffusers user can load."""
+"""The student: scheduler, pipeline, and export to a folder that any diffusers user can load."""
 
 from wadi.onestep.average import average_students
 from wadi.onestep.embedding import load_embedding
@@ -7,14 +7,14 @@ from wadi.onestep.fast import FastPath
 from wadi.onestep.grids import check_image_path, image_grid, labelled_grid, save_image
 from wadi.onestep.importing import import_weights
 from wadi.onestep.loading import load_pipeline
-from wadi.onestep.pipeline import OneStepPipeline, refuse_guidance
-from wadi.onestep.scheduler import one_step_scheduler
+from wadi.onestep.pipeline import StudentPipeline, refuse_guidance
+from wadi.onestep.scheduler import student_scheduler
 from wadi.onestep.student import Student
 
 __all__ = [
     "FastPath",
-    "OneStepPipeline",
     "Student",
+    "StudentPipeline",
     "average_students",
     "check_image_path",
     "export_pipeline",
@@ -23,7 +23,7 @@ __all__ = [
     "labelled_grid",
     "load_embedding",
     "load_pipeline",
-    "one_step_scheduler",
     "refuse_guidance",
     "save_image",
+    "student_scheduler",
 ]

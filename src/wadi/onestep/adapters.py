@@ -68,8 +68,7 @@ def student_with(pipeline: DiffusionPipeline, folders: Sequence[Path]) -> Studen
             continue
         if student is not None:
             raise WadiError(
-                f"{folder}: is a student's adapter, but {whose} is a one-step student already; omit one of "
-                "the two"
+                f"{folder}: is a student's adapter, but {whose} is a student already; omit one of the two"
             )
         own.check_fits(folder, network_of(pipeline), pipeline.scheduler, whose)
         own.tell_other_lora(folder, pipeline.name_or_path)

@@ -32,7 +32,7 @@ def average_students(
 
     Raises:
         WadiError: an adapter cannot be read, is a subject's, or differs from the first in base model, layers,
-            ranks or alpha_T^2; the weights do not fit; or the folder may not or cannot be written.
+            ranks, alpha_T^2 or steps; the weights do not fit; or the folder may not or cannot be written.
     """
     output = Output(out_folder, "average", inputs=adapters, overwrite=overwrite)
     output.check()
@@ -47,7 +47,7 @@ def average_students(
         if student != students[0]:
             raise WadiError(
                 f"{folder}: is not a student like {folders[0]} (it has another base model, prediction, "
-                f"alpha_T^2, resolution or fused LoRA, or no {STUDENT_FILE}); name students of one "
+                f"alpha_T^2, steps, resolution or fused LoRA, or no {STUDENT_FILE}); name students of one "
                 "teacher"
             )
     with output.writing() as folder:

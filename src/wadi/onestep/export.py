@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from wadi.onestep.adapters import as_list
 from wadi.onestep.components import Dtype
-from wadi.onestep.pipeline import OneStepPipeline
+from wadi.onestep.pipeline import StudentPipeline
 from wadi.outputs import Output
 
 
@@ -25,8 +25,10 @@ def export_pipeline(
         pipeline = StableDiffusionPipeline.from_pretrained(out_folder)
         pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 
-    In float32 its images equal those of `OneStepPipeline` bit for bit. Merging computes in float32; weights
-    that are written in half precision are rounded once. Load such a folder with its dtype
+    A student of several steps takes more: ``num_inference_steps=4``. In float32 its images equal those of
+    `StudentPipeline` bit for bit, except that most pipelines of flows draw the noise between two steps from
+    torch's global generator. Merging computes in float32; weights that are written in half precision are
+    rounded once. Load such a folder with its dtype
     (``torch_dtype=torch.float16``); then the stock scheduler computes x0 in it too.
 
     Args:
@@ -41,4 +43,4 @@ def export_pipeline(
     """
     output = Output(out_folder, "export", inputs=(teacher, *as_list(adapter)), overwrite=overwrite)
     output.check()
-    OneStepPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).write(output)
+    StudentPipeline.from_pretrained(teacher, adapter, torch_dtype=dtype).write(output)

@@ -24,8 +24,8 @@ from wadi.errors import WadiError
 from wadi.files import load_tensors
 from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep.loading import load_denoiser, load_pipeline
-from wadi.onestep.pipeline import OneStepPipeline
-from wadi.onestep.scheduler import one_step_scheduler
+from wadi.onestep.pipeline import StudentPipeline
+from wadi.onestep.scheduler import student_scheduler
 from wadi.onestep.student import Student, check_teacher, network_of
 from wadi.outputs import Output
 from wadi.torch_files import read_torch_file
@@ -67,7 +67,7 @@ def import_weights(
     """Write published weights as a folder, or nothing on failure. Every key and every shape is checked.
 
     A whole network becomes a merged pipeline as `export_pipeline` writes it. Angles become an adapter folder
-    for `OneStepPipeline.from_pretrained` or `wadi generate --adapter`.
+    for `StudentPipeline.from_pretrained` or `wadi generate --adapter`.
 
     Args:
         weights: a safetensors file, or a file of `torch.save`, which is read without unpickling it.
@@ -98,7 +98,7 @@ def import_weights(
     _check_keys(released.tensors, expected, weights, f"the {released.kind} of {model}")
     network.load_state_dict(released.tensors)
     _check_finite(network.state_dict(), weights, f" in {network.dtype}")
-    OneStepPipeline(pipeline, alpha_T_squared).write(output)
+    StudentPipeline(pipeline, alpha_T_squared).write(output)
     return released
 
 
@@ -213,7 +213,7 @@ def _import_angles(
         expected[f"{name}.theta_a"] = torch.Size((out_features, ranks[name]))
         expected[f"{name}.theta_b"] = torch.Size((ranks[name], fan_in // 2))
     _check_keys(released.tensors, expected, weights, f"the layers of {model}")
-    one_step_scheduler(scheduler, alpha_T_squared)  # raises if the scheduler or alpha_T^2 is wrong
+    student_scheduler(scheduler, alpha_T_squared)  # raises if the scheduler or alpha_T^2 is wrong
     r = max(ranks.values())
     config = LoRaDConfig(
         r=r,

@@ -1,4 +1,4 @@
-"""Any diffusers text-to-image pipeline, in one step."""
+"""Any diffusers text-to-image pipeline, in one step or a few."""
 
 from __future__ import annotations
 
@@ -33,31 +33,40 @@ from wadi.onestep.loading import (
 )
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
-from wadi.onestep.scheduler import one_step_scheduler, stepping_in_float32
-from wadi.onestep.student import FusedLoRA, Student, network_of, student_of
+from wadi.onestep.scheduler import (
+    gives_sigmas,
+    seed_steps,
+    stepping_in_float32,
+    student_scheduler,
+)
+from wadi.onestep.student import FusedLoRA, Student, network_of, scheduled_steps
 from wadi.outputs import Output
 
 
-class OneStepPipeline:
-    """A stock diffusers pipeline whose every call is one step: noise in, image out.
+class StudentPipeline:
+    """A stock diffusers pipeline with a student, which makes images in one step, or in a few.
 
-        pipeline = OneStepPipeline.from_pretrained("runs/emoji/pipeline")
+        pipeline = StudentPipeline.from_pretrained("runs/emoji/pipeline")
         images = pipeline("a big panda on a red background", seed=3, num_images_per_prompt=8)
 
-    In float32 the images are, bit for bit, those of the stock pipeline called with ``num_inference_steps=1,
-    guidance_scale=1.0`` (or its own way to say so, `guidance_arguments`) and the same generators. In half
-    precision x0 is still formed in float32.
+    In float32 the images are, bit for bit, those of the stock pipeline called with as many steps,
+    ``guidance_scale=1.0`` (or its own way to say so, `guidance_arguments`) and the same generators. One thing
+    differs: most stock pipelines of flows draw the noise between two steps from torch's global generator, and
+    here it comes from the generators of the images. In half precision x0 is still formed in float32.
 
     Args:
         pipeline: any loaded text-to-image pipeline with a `unet` or `transformer`. It is left as it is; the
             modules are shared.
-        alpha_T_squared: see `one_step_scheduler`.
+        alpha_T_squared: see `student_scheduler`.
         resolution: usual side of the images in pixels, for a network that makes images of any size; ``None``
             for the stock pipeline's own default.
+        steps: where the student takes the most steps that it can; see `student_scheduler`. ``None`` takes
+            those of the pipeline's scheduler if it is a student's with betas, or else one step.
 
     Attributes:
-        pipeline: the stock pipeline, with the one-step scheduler in place.
+        pipeline: the stock pipeline, with the student's scheduler in place.
         alpha_T_squared, resolution: as given.
+        steps: as given, or as found.
         fast: the fast path after `compile`, else ``None``.
     """
 
@@ -66,14 +75,17 @@ class OneStepPipeline:
         pipeline: DiffusionPipeline,
         alpha_T_squared: float | None = None,
         resolution: int | None = None,
+        steps: Sequence[float] | None = None,
     ) -> None:
-        scheduler = one_step_scheduler(pipeline.scheduler, alpha_T_squared)
+        steps = scheduled_steps(pipeline.scheduler) if steps is None else steps
+        own = steps, gives_sigmas(type(pipeline))
+        scheduler = student_scheduler(pipeline.scheduler, alpha_T_squared, *own)
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = stepping_in_float32(scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         if resolution is not None:
             self.pipeline.default_sample_size = resolution // pipeline.vae_scale_factor
-        self.alpha_T_squared, self.resolution = alpha_T_squared, resolution
+        self.alpha_T_squared, self.resolution, self.steps = alpha_T_squared, resolution, tuple(steps)
         self.fast: FastPath | None = None
 
     @classmethod
@@ -85,7 +97,7 @@ class OneStepPipeline:
         device: str | torch.device | None = None,
         vae: str | os.PathLike | None = None,
         fast: bool = False,
-    ) -> OneStepPipeline:
+    ) -> StudentPipeline:
         """Load an exported pipeline, or a teacher with a student's adapter merged into it.
 
         Args:
@@ -103,7 +115,7 @@ class OneStepPipeline:
             WadiError: something is missing, is not safetensors, or does not fit.
 
         Warns:
-            WadiWarning: neither the pipeline nor an adapter says that it is a one-step student.
+            WadiWarning: neither the pipeline nor an adapter says that it is a student.
         """
         pipeline = load_pipeline(pretrained_model_name_or_path, torch_dtype)
         student = merge_adapters(pipeline, adapter)
@@ -116,11 +128,15 @@ class OneStepPipeline:
             pipeline.vae = load_vae(os.fspath(vae), pipeline, pipeline.vae.dtype)
         if device is not None:
             pipeline.to(device)
-        own = (None, None) if student is None else (student.alpha_T_squared, student.resolution)
-        one_step = cls(pipeline, *own)
-        return one_step.compile() if fast else one_step
+        made = cls(pipeline) if student is None else cls.of(pipeline, student)
+        return made.compile() if fast else made
 
-    def compile(self, mode: str | None = None, batch_size: int | None = None) -> OneStepPipeline:
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline, student: Student) -> StudentPipeline:
+        """The pipeline of a student whose weights a stock pipeline holds."""
+        return cls(pipeline, student.alpha_T_squared, student.resolution, student.steps)
+
+    def compile(self, mode: str | None = None, batch_size: int | None = None) -> StudentPipeline:
         """Make all later calls fast: compiled, captured as one CUDA graph, embeddings of prompts kept.
 
         Images of float32 differ from the plain ones by rounding (at most 1 of 255). The first call of each
@@ -151,6 +167,7 @@ class OneStepPipeline:
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
+        num_inference_steps: int = 1,
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         **kwargs: Any,
@@ -169,7 +186,8 @@ class OneStepPipeline:
             height: pixels; the model's own when ``None``, also where `width` is given. See `image_size`.
             width: likewise.
             output_type: "pil", "np" (N, height, width, 3 in [0, 1]), "pt" (N, 3, height, width) or "latent".
-            guidance_scale: only 1.0: a one-step student has its guidance built in.
+            num_inference_steps: from 1 to the most that the student was distilled for.
+            guidance_scale: only 1.0: a student has its guidance built in.
             negative_prompt: only ``None``, for the same reason.
             **kwargs: passed to the pipeline (a ControlNet's image, ...); none after `compile`.
 
@@ -180,7 +198,8 @@ class OneStepPipeline:
             WadiError: guidance or more steps are asked for, a prompt is longer than the tokenizer takes or no
                 text, or a size, a seed or a number is not possible.
         """
-        refuse_guidance(kwargs.pop("num_inference_steps", 1), guidance_scale, negative_prompt)
+        steps = self.check_steps(num_inference_steps)
+        refuse_guidance(guidance_scale, negative_prompt)
         prompts = as_learned(self.pipeline, prompt_list(prompt))
         images = len(prompts) * whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         sides = size_arguments(self.pipeline, height, width, from_image="image" in kwargs)
@@ -189,13 +208,18 @@ class OneStepPipeline:
         self._check_lengths(prompts if self.fast is None else self.fast.new_prompts(prompts))
         options = stock_arguments(self.pipeline) | kwargs
         if self.fast is not None:
+            if steps > 1:
+                raise WadiError(
+                    f"num_inference_steps {steps}: the fast path does one step; do without compile()"
+                )
             if options:
                 raise WadiError(f"{', '.join(options)}: not known to the fast path; do without compile()")
             repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
             return self.fast(repeated, generator, **sides, output_type=output_type)
+        seed_steps(self.pipeline, generator)
         output = self.pipeline(
             prompt=prompts,
-            num_inference_steps=1,
+            num_inference_steps=steps,
             num_images_per_prompt=int(num_images_per_prompt),
             generator=generator,
             output_type=output_type,
@@ -206,6 +230,15 @@ class OneStepPipeline:
         if output_type != "latent":
             tell_odd_output(output)
         return output.images
+
+    def check_steps(self, num_inference_steps: int) -> int:
+        """Return the number of steps, or raise a WadiError if the student cannot take so many."""
+        steps, most = whole_number("num_inference_steps", num_inference_steps, 1), len(self.steps)
+        if steps > most:
+            raise WadiError(
+                f"num_inference_steps {steps}: {_takes(most)}; ask for fewer, or use the multi-step teacher"
+            )
+        return steps
 
     def load_embedding(self, path: str | os.PathLike) -> str:
         """Teach the pipeline a word that was learned by textual inversion; returns it. See `load_embedding`.
@@ -240,14 +273,15 @@ class OneStepPipeline:
         if self.fast is not None:
             raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
         stock = copy.copy(self.pipeline)
-        stock.scheduler = one_step_scheduler(self.pipeline.scheduler)
+        own = self.steps, gives_sigmas(type(stock))
+        stock.scheduler = student_scheduler(self.pipeline.scheduler, None, *own)
         if "is_distilled" in stock.config:  # FLUX.2-klein: its default call is then not guided
             stock.register_to_config(is_distilled=True)
         with output.writing() as temporary:
             save_pipeline(stock, temporary)
             lora = FusedLoRA.in_folder(stock.name_or_path)
-            own = self.alpha_T_squared, self.resolution
-            Student.of(network_of(stock), stock.scheduler, *own, lora).write(temporary)
+            own = self.alpha_T_squared, self.resolution, lora, self.steps
+            Student.of(network_of(stock), stock.scheduler, *own).write(temporary)
 
     def _check_lengths(self, prompts: list[str]) -> None:
         """The stock pipelines cut long prompts and go on; here that is a mistake to tell."""
@@ -265,38 +299,28 @@ class OneStepPipeline:
                 )
 
 
-def refuse_guidance(
-    num_inference_steps: int = 1,
-    guidance_scale: float = 1.0,
-    negative_prompt: str | Sequence[str] | None = None,
-) -> None:
-    """Tell, in a sentence, that a one-step student cannot do what guidance and more steps are for.
+def refuse_guidance(guidance_scale: float = 1.0, negative_prompt: str | Sequence[str] | None = None) -> None:
+    """Tell, in a sentence, that a student cannot do what guidance is for.
 
     Its guidance was built in by distillation: it never saw an empty or a negative prompt beside its own, and
     what its two predictions differ by points nowhere (docs/uses/editing.md has what comes of forcing it).
 
     Args:
-        num_inference_steps: only 1.
         guidance_scale: only 1.0.
         negative_prompt: only ``None``.
 
     Raises:
         WadiError: another value; it names the option, why, and what to do instead.
     """
-    if num_inference_steps != 1:
-        raise WadiError(
-            f"num_inference_steps {num_inference_steps}: a one-step student takes 1 step, and knows no "
-            "others; omit it, or use the multi-step teacher"
-        )
     if finite_number("guidance_scale", guidance_scale) != 1.0:
         raise WadiError(
-            f"guidance_scale {guidance_scale:g}: a one-step student cannot be guided, guidance was built in "
+            f"guidance_scale {guidance_scale:g}: a student cannot be guided, guidance was built in "
             "by distillation; omit it (1.0), distil with another --guidance-scale, or use the "
             "multi-step teacher"
         )
     if negative_prompt is not None:
         raise WadiError(
-            "negative_prompt: a one-step student cannot be guided away from anything, guidance was built "
+            "negative_prompt: a student cannot be guided away from anything, guidance was built "
             "in by distillation; say in the prompt what shall be there instead, or use the multi-step teacher"
         )
 
@@ -308,36 +332,42 @@ def load_for_steps(
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> DiffusionPipeline:
-    """The stock pipeline for so many steps: the student's for one, the teacher's for several.
+    """The stock pipeline for so many steps: a student's for one and for as many as it takes, or a teacher's.
 
     Args:
         model: folder or hub id.
         adapter: folder or hub id of a student's adapter, merged; or of several adapters, of which the first
             is the student's.
-        num_inference_steps: 1 sets the one-step scheduler. More are for a model without adapters; one with
-            a subject's alone is loaded by `wadi.tasks.dreambooth.load_with_adapters`.
+        num_inference_steps: 1 sets the scheduler of one step. More are for a student that takes them, or for
+            a teacher without adapters; a teacher with a subject's alone is loaded by
+            `wadi.tasks.dreambooth.load_with_adapters`.
         torch_dtype: of all modules; float32 when ``None``.
         device: where it works.
 
     Raises:
-        WadiError: a student or an adapter, and several steps; and as `load_pipeline` and
-            `OneStepPipeline.from_pretrained`.
+        WadiError: more steps than the student takes, or several with another adapter; and as
+            `load_pipeline` and `StudentPipeline.from_pretrained`.
     """
-    if (adapters := as_list(adapter)) and num_inference_steps != 1:
-        raise WadiError(
-            f"{adapters[0]}: a one-step student takes 1 step, not {num_inference_steps}; omit the adapter "
-            "for the multi-step teacher, or ask for 1 step"
-        )
+    adapters = as_list(adapter)
     if num_inference_steps == 1:
-        return OneStepPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
-    pipeline = load_pipeline(model, torch_dtype)
-    if student_of(pipeline) is not None:
+        return StudentPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
+    pipeline = load_pipeline(model, torch_dtype).to(device)
+    student = merge_adapters(pipeline, adapters)
+    if student is None and not adapters:
+        whole_number("--num-inference-steps", num_inference_steps, 1, _timesteps(pipeline) + 1)
+        return pipeline
+    most = 1 if student is None else len(student.steps)
+    if num_inference_steps > most:
+        instead = "omit the adapter for" if adapters else "name"
         raise WadiError(
-            f"{model}: is a one-step student and takes 1 step, not {num_inference_steps}; name the "
-            "multi-step teacher, or ask for 1 step"
+            f"{adapters[0] if adapters else model}: {_takes(most)}, not {num_inference_steps}; {instead} the "
+            "multi-step teacher, or ask for fewer steps"
         )
-    whole_number("--num-inference-steps", num_inference_steps, 1, _timesteps(pipeline) + 1)
-    return pipeline.to(device)
+    return StudentPipeline.of(pipeline, student).pipeline
+
+
+def _takes(most: int) -> str:
+    return "a one-step student takes 1 step" if most == 1 else f"this student takes 1 to {most} steps"
 
 
 def _timesteps(pipeline: DiffusionPipeline) -> int:

@@ -1,4 +1,4 @@
-"""What a one-step student is: the record `student.json` beside its weights; how students are recognised."""
+"""What a student is: the record `student.json` beside its weights; how students are recognised."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from wadi.diffusion.schedule import PREDICTIONS, prediction_type
 from wadi.errors import WadiError, tell
 from wadi.files import read_json, write_json
 from wadi.lorad.small import plain_state
+from wadi.onestep.scheduler import ONE_STEP, STEP_COUNTS, TIMESTEP_SCALING, fractions
 
 STUDENT_FILE = "student.json"
 TEACHER_FILE = "teacher.json"
@@ -73,7 +75,7 @@ class FusedLoRA:
 
 @dataclass(frozen=True)
 class Student:
-    """The record of a one-step student: `student.json` in its adapter folder or its exported pipeline.
+    """The record of a student: `student.json` in its adapter folder or its exported pipeline.
 
         {"prediction": "epsilon", "steps": [1.0], "alpha_T_squared": null,
          "resolution": null, "base": {"class": "UNet2DConditionModel", "shapes": "<sha256>"}}
@@ -82,9 +84,10 @@ class Student:
         prediction: what the network predicts, one of `STUDENT_PREDICTIONS`.
         base_class: class of the network that was distilled.
         base_shapes: `shapes_fingerprint` of the network's saved tensors, without adapters.
-        alpha_T_squared: of the one step, in (0, 1); ``None`` for the value of the base's own noise schedule,
-            and for every flow.
-        steps: where the network is called, as fractions of T: once, at T.
+        alpha_T_squared: of the first step, in (0, 1); ``None`` for the value of the base's own noise
+            schedule, and for every flow.
+        steps: where the network is called if it takes the most steps that it can, the first at pure noise:
+            fractions of the timesteps, or a flow's sigmas; see `steps_of`.
         resolution: pixels a side of the images that it was trained on; ``None`` for the base's own size.
         lora: the LoRA that was fused into the base, if any. `base` in the file then has an entry for it.
     """
@@ -93,7 +96,7 @@ class Student:
     base_class: str
     base_shapes: str
     alpha_T_squared: float | None = None  # noqa: N815
-    steps: tuple[float, ...] = (1.0,)
+    steps: tuple[float, ...] = ONE_STEP
     resolution: int | None = None
     lora: FusedLoRA | None = None
 
@@ -105,6 +108,7 @@ class Student:
         alpha_T_squared: float | None = None,
         resolution: int | None = None,
         lora: FusedLoRA | None = None,
+        steps: Sequence[float] = ONE_STEP,
     ) -> Student:
         """Describe the student of a base.
 
@@ -114,10 +118,10 @@ class Student:
             alpha_T_squared: of the student, where it is not the schedule's own.
             resolution: of its images in pixels, where it is not the base's own.
             lora: the LoRA that is fused into the base, if any.
+            steps: where its steps are.
         """
         base = type(network).__name__, shapes_fingerprint(_shapes(network))
-        own = {"resolution": resolution, "lora": lora}
-        return cls(prediction_type(scheduler), *base, alpha_T_squared, **own)
+        return cls(prediction_type(scheduler), *base, alpha_T_squared, tuple(steps), resolution, lora)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `student.json` into a folder.
@@ -137,7 +141,7 @@ class Student:
         """Read the record in a folder; ``None`` where there is none.
 
         Raises:
-            WadiError: the file is broken, or describes a student of several steps.
+            WadiError: the file is broken, or describes steps that wadi does not run.
         """
         path = Path(folder) / STUDENT_FILE
         if not path.is_file():
@@ -219,14 +223,20 @@ def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in plain_state(network).items()}
 
 
-def is_one_step(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
-    """Whether a scheduler is an `LCMScheduler` of `one_step_scheduler`, or was made of its configuration.
+def is_student(scheduler: SchedulerMixin | Mapping[str, Any]) -> bool:
+    """Whether a scheduler is an `LCMScheduler` of `student_scheduler`, or was made of its configuration.
 
-    The one-step scheduler of a flow cannot be told from a multi-step model's: FLUX.1-schnell has the same.
+    The scheduler of a flow's student cannot be told from a multi-step model's: FLUX.1-schnell has the same.
     Only `student.json` says that a flow is a student.
     """
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-    return config.get("original_inference_steps") == 1
+    return config.get("timestep_scaling") == TIMESTEP_SCALING
+
+
+def scheduled_steps(scheduler: SchedulerMixin | Mapping[str, Any]) -> tuple[float, ...]:
+    """Where a student with betas takes its steps, by its scheduler; one step for any other scheduler."""
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    return fractions(config["original_inference_steps"]) if is_student(scheduler) else ONE_STEP
 
 
 def student_of(pipeline: DiffusionPipeline) -> Student | None:
@@ -243,8 +253,9 @@ def student_of(pipeline: DiffusionPipeline) -> Student | None:
                 f"scheduler is for {own}; fetch or export the student again"
             )
         return found
-    if is_one_step(pipeline.scheduler):
-        return Student.of(network_of(pipeline), pipeline.scheduler)
+    if is_student(pipeline.scheduler):
+        steps = scheduled_steps(pipeline.scheduler)
+        return Student.of(network_of(pipeline), pipeline.scheduler, steps=steps)
     return None
 
 
@@ -256,7 +267,7 @@ def network_of(pipeline: DiffusionPipeline) -> nn.Module:
 def check_teacher(
     name: str | os.PathLike, scheduler: SchedulerMixin | Mapping[str, Any], network: nn.Module
 ) -> None:
-    """Refuse a one-step student where a multi-step model is needed; tell of models for a few steps.
+    """Refuse a student where a multi-step model is needed; tell of models for a few steps.
 
     Args:
         name: of the model, as the user gave it.
@@ -264,15 +275,13 @@ def check_teacher(
         network: the model's U-Net or transformer.
 
     Raises:
-        WadiError: the model is a one-step student.
+        WadiError: the model is a student.
     """
     # also where the name is that of a run, or of a model on the hub
     origin = getattr(network, "config", {}).get("_name_or_path")
     folders = [Path(name), *([Path(origin).parent] if origin else [])]
-    if is_one_step(scheduler) or any(Student.read(folder) for folder in folders):
-        raise WadiError(
-            f"{name}: is a one-step student already; name the multi-step model that it was distilled from"
-        )
+    if is_student(scheduler) or any(Student.read(folder) for folder in folders):
+        raise WadiError(f"{name}: is a student already; name the multi-step model that it was distilled from")
     kind = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
     signs = []
     if kind in FEW_STEP_SCHEDULERS:
@@ -286,14 +295,27 @@ def check_teacher(
         )
 
 
+def _are_steps(value: Any, predicted: str) -> bool:
+    """Whether these are the steps of a student; only those of a flow lie where its schedule has them."""
+    if not isinstance(value, list) or len(value) not in STEP_COUNTS:
+        return False
+    if predicted != "flow_prediction":
+        return value == list(fractions(len(value)))
+    numbers = all(type(step) in (int, float) for step in value)
+    return numbers and value[0] == 1 and all(a > b > 0 for a, b in pairwise(value))
+
+
 def _problem(value: Any) -> str | None:
     """What is wrong with the content of `student.json`, or None."""
     if not isinstance(value, dict):
         return "does not hold an object"
     if (predicted := value.get("prediction")) not in STUDENT_PREDICTIONS:
         return f"prediction is {predicted!r} and must be one of {', '.join(STUDENT_PREDICTIONS)}"
-    if value.get("steps") != [1.0]:
-        return f"steps are {value.get('steps')}, and wadi runs students of one step, [1.0]"
+    if not _are_steps(value.get("steps"), predicted):
+        return (
+            f"steps are {value.get('steps')}, and wadi runs students of 1, 2 or 4 steps, of which the first "
+            "is at 1.0"
+        )
     alpha = value.get("alpha_T_squared", 0)
     if alpha is not None and not (isinstance(alpha, float) and 0 < alpha < 1):
         return "alpha_T_squared must be null or a number between 0 and 1"

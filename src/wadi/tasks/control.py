@@ -26,11 +26,12 @@ from diffusers import (
 from PIL import Image
 
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline
+from wadi.onestep import StudentPipeline
 from wadi.onestep.arguments import seeded
 from wadi.onestep.components import load_module
 from wadi.onestep.loading import part_folder
 from wadi.onestep.output import tell_odd_output
+from wadi.onestep.student import is_student
 from wadi.tasks import editing
 from wadi.tasks.exemplars import cropped
 
@@ -164,7 +165,7 @@ def with_controlnets(
 ) -> StableDiffusionControlNetPipeline:
     """Put ControlNets on a pipeline: diffusers' ControlNet pipeline with the same parts and scheduler.
 
-        student = OneStepPipeline.from_pretrained("runs/mine/pipeline")
+        student = StudentPipeline.from_pretrained("runs/mine/pipeline")
         student.pipeline = with_controlnets(student.pipeline, [load_controlnet(name, student.pipeline)])
         result = student("a lighthouse", seed=0, image=edge_map(image))[0]
 
@@ -212,7 +213,8 @@ def steer(
         sampling: steps and guidance.
 
     Raises:
-        WadiError: guidance in one step, an impossible seed, or a prompt that is too long.
+        WadiError: guidance of a student, more steps than it takes, an impossible seed, or a prompt that is
+            too long.
     """
     alone = not isinstance(pipeline.controlnet, MultiControlNetModel)
     options = {
@@ -225,8 +227,8 @@ def steer(
     for first in range(0, num_images, batch_size):
         count, own = min(batch_size, num_images - first), seed + first
         options["num_images_per_prompt"] = count
-        if steps == 1:
-            images += OneStepPipeline(pipeline)(prompt, own, **options)
+        if steps == 1 or is_student(pipeline.scheduler):
+            images += StudentPipeline(pipeline)(prompt, own, num_inference_steps=steps, **options)
             continue
         made = pipeline(prompt, num_inference_steps=steps, generator=seeded(own, count), **options)
         tell_odd_output(made, [f"image of seed {own + i}" for i in range(count)])

@@ -29,7 +29,7 @@ from wadi.errors import WadiError
 from wadi.files import read_json, replacing_file, write_json
 from wadi.identity import files_digest, model_digest, refuse_other_inputs
 from wadi.images import open_image
-from wadi.onestep import OneStepPipeline, labelled_grid, load_pipeline
+from wadi.onestep import StudentPipeline, labelled_grid, load_pipeline
 from wadi.onestep.adapters import adapter_folder, merge_adapters, student_with
 from wadi.onestep.arguments import seeded, size_arguments
 from wadi.onestep.loading import guidance_arguments, prompt_reader, stock_arguments
@@ -181,7 +181,7 @@ def before_after(config: DreamBoothConfig, prompts: Sequence[str]) -> Image.Imag
         headings += [f"{when}, {config.num_inference_steps} steps", ""]
     for when, adapters in trained.items() if config.student_adapter is not None else ():
         adapters = [config.student_adapter, *adapters]
-        student = OneStepPipeline.from_pretrained(model, adapters, dtype, config.device)
+        student = StudentPipeline.from_pretrained(model, adapters, dtype, config.device)
         columns.append([student(p, seed=config.seed, num_images_per_prompt=2) for p in prompts])
         headings += [f"student {when}, 1 step", ""]
     return labelled_grid(

@@ -1,11 +1,14 @@
-"""Images made of images in one step: image to image, and inpainting.
+"""Images made of images in one step, or a few: image to image, and inpainting.
 
-A student was distilled at the last timestep T alone, from pure noise. Here it is asked at an earlier timestep
-t (SDEdit, arXiv 2108.01073, with a single step): the image is noised to x_t = alpha_t x + sigma_t n, and the
-result is x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t. Nothing was trained for it; docs/uses/editing.md
-shows how well it works. The pipelines are diffusers' own. They are given the timestep as `timesteps`, because
-their `strength` chooses among the steps of a schedule, and a schedule of one step has none left for a
-strength below 1.
+A student of one step was distilled at the last timestep T alone, from pure noise. Here it is asked at an
+earlier timestep t (SDEdit, arXiv 2108.01073, with a single step): the image is noised to x_t = alpha_t x +
+sigma_t n, and the result is x0 = (x_t - sigma_t eps(x_t, t, c)) / alpha_t. Nothing was trained for it;
+docs/uses/editing.md shows how well it works. The pipelines are diffusers' own. They are given the timestep as
+`timesteps`, because their `strength` chooses among the steps of a schedule, and a schedule of one step has
+none left for a strength below 1.
+
+A student of several steps was trained at each of them. It begins at the one that is nearest to the strength,
+and takes those that follow.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from wadi.errors import WadiError
-from wadi.onestep import OneStepPipeline, labelled_grid, refuse_guidance
+from wadi.onestep import StudentPipeline, labelled_grid
 from wadi.onestep.arguments import image_size, seeded
 from wadi.onestep.output import tell_odd_output
-from wadi.onestep.student import is_one_step
+from wadi.onestep.scheduler import step_times
+from wadi.onestep.student import is_student
 
 STRENGTH = 0.7
 """Strength of image to image and inpainting if none is given."""
@@ -45,7 +49,8 @@ class Sampling:
     Attributes:
         strength: how much noise an image gets, in (0, 1], as a share of the training's timesteps; with 1
             almost nothing is left of the image. It is not used for images made of a prompt alone.
-        num_inference_steps: 1 for a student. A multi-step model does the share `strength` of these steps.
+        num_inference_steps: of a student, 1 or as many as it takes; of those it does the ones from the
+            strength on. A multi-step model does the share `strength` of these steps.
         guidance_scale: guidance scale of a multi-step model.
         negative_prompt: negative prompt of a multi-step model.
     """
@@ -279,11 +284,9 @@ def _stock(kind: type, pipeline: DiffusionPipeline, sampling: Sampling) -> Diffu
     """A pipeline of diffusers of another kind, on the parts of `pipeline`."""
     _check_pipeline(pipeline)
     own = pipeline.scheduler
-    if is_one_step(own):
-        refuse_guidance(sampling.num_inference_steps)
     timestep_of(own, sampling.strength)
     steps = sampling.num_inference_steps
-    if steps > 1 and int(steps * sampling.strength) < 1:
+    if steps > 1 and not is_student(own) and int(steps * sampling.strength) < 1:
         raise WadiError(
             f"strength {sampling.strength:g}: leaves no step of {steps}; use at least {1 / steps:.3g}"
         )
@@ -324,14 +327,29 @@ def _call(
         "negative_prompt": None if negative is None else [negative] * len(prompts),
         "output_type": "pt",
     }
-    if sampling.num_inference_steps == 1:
-        one_step = OneStepPipeline(stock)
-        timestep = timestep_of(one_step.pipeline.scheduler, sampling.strength)
-        return one_step(prompts, strength=1.0, timesteps=[timestep], **options).float().cpu()
-    steps = {"strength": sampling.strength, "num_inference_steps": sampling.num_inference_steps}
+    count = sampling.num_inference_steps
+    if is_student(stock.scheduler) or count == 1:
+        student = StudentPipeline(stock)
+        student.check_steps(count)
+        begin = _begin(student.pipeline.scheduler, sampling.strength, count)
+        return student(prompts, num_inference_steps=count, **begin, **options).float().cpu()
+    steps = {"strength": sampling.strength, "num_inference_steps": count}
     output = stock(list(prompts), **steps, **options)
     tell_odd_output(output, [f"image of seed {each.initial_seed()}" for each in generators])
     return output.images.float().cpu()
+
+
+def _begin(scheduler: SchedulerMixin, strength: float, count: int) -> dict[str, Any]:
+    """What a call of a student needs to begin at a strength.
+
+    One step is taken at the strength's own timestep. Of several, those are taken that come from the one that
+    is nearest to it.
+    """
+    timestep = timestep_of(scheduler, strength)
+    if count == 1:
+        return {"strength": 1.0, "timesteps": [timestep]}
+    distances = (step_times(scheduler, count) - timestep).abs()
+    return {"strength": (count - int(distances.argmin())) / count}
 
 
 def _noised(

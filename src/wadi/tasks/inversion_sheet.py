@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from wadi.onestep import OneStepPipeline, labelled_grid, load_embedding, load_pipeline
+from wadi.onestep import StudentPipeline, labelled_grid, load_embedding, load_pipeline
 from wadi.onestep.arguments import own_size, seeded
 from wadi.tasks.exemplars import cropped, read_images
 from wadi.tasks.inversion import Inversion
@@ -70,7 +70,7 @@ def word_sheet(
     teacher.set_progress_bar_config(disable=True)
     student = None
     if adapter is not None:
-        student = OneStepPipeline.from_pretrained(config.model, adapter, dtype, config.device)
+        student = StudentPipeline.from_pretrained(config.model, adapter, dtype, config.device)
         student.load_embedding(embedding)
     size = own_size(teacher)
     exemplars = read_images(config.examples)[:COLUMNS]

@@ -72,7 +72,7 @@ def prepare_teacher(
         source = pipeline_folder(name)
         if (source / STUDENT_FILE).is_file():
             raise WadiError(
-                f"--teacher-lora {lora}: is fused into a teacher, but {name} is a one-step student already; "
+                f"--teacher-lora {lora}: is fused into a teacher, but {name} is a student already; "
                 "name the multi-step model, or omit the LoRA"
             )
     else:
