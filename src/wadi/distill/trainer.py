@@ -225,7 +225,7 @@ class Trainer:
             self.stream.synchronize()
 
     def close(self) -> None:
-        """Drop the recorded graphs: they hold the communicator of the processes, which must end after them."""
+        """Drop the recorded graphs: they hold the communicator of the processes, which ends after them."""
         self.synchronize()
         self.graphs.clear()
 
