@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.emoji.cases import synthetic_atlas
 from tests.tiny import tiny_pipeline
+from wadi.files import save_tensors
 from wadi.lorad import rotation
 
 torch.set_num_threads(1)
@@ -41,7 +43,7 @@ def pytest_collection_finish():
     """Let the collector of circles pass over what is imported; searching it took 40 % of the tests' time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(50_000, 20, 20)
     gc.enable()
 
 
@@ -76,6 +78,14 @@ def v_teacher_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "sd-v"
     tiny_pipeline(prediction_type="v_prediction").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def atlas(tmp_path_factory):
+    """The file of an atlas that needs no font; read only."""
+    path = tmp_path_factory.mktemp("atlas") / "atlas.safetensors"
+    save_tensors(path, {"atlas": synthetic_atlas()})
+    return path
 
 
 @pytest.fixture

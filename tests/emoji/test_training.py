@@ -15,17 +15,10 @@ from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.tokenizer import build_tokenizer
 from wadi.emoji.unet import UNet
 from wadi.errors import WadiError
-from wadi.files import load_tensors, save_tensors
+from wadi.files import load_tensors
 from wadi.metrics import feature_statistics, frechet_distance
 
 TINY = {"max_train_steps": 2, "train_batch_size": 4, "seconds": 1e9, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def atlas(tmp_path_factory):
-    path = tmp_path_factory.mktemp("atlas") / "atlas.safetensors"
-    save_tensors(path, {"atlas": synthetic_atlas()})
-    return path
 
 
 @pytest.fixture(scope="module")
