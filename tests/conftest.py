@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.emoji.cases import synthetic_atlas
-from tests.tiny import tiny_pipeline
+from tests.tiny import one_level_pipeline, tiny_pipeline
 from wadi.files import save_tensors
 from wadi.lorad import rotation
 
@@ -43,7 +43,7 @@ def pytest_collection_finish():
     """Let the collector of circles pass over what is imported; searching it took 40 % of the tests' time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
 
 
@@ -54,6 +54,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pass_over_what_is_imported():
+    """Also over what is imported when it is first used."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,8 +81,16 @@ def teacher_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_teacher_folder(tmp_path_factory):
+    """The same with a U-Net of half the blocks, for runs of many updates; read only."""
+    folder = tmp_path_factory.mktemp("teacher") / "small"
+    one_level_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def v_teacher_folder(tmp_path_factory):
-    """The same, predicting v."""
+    """The first, predicting v."""
     folder = tmp_path_factory.mktemp("teacher") / "sd-v"
     tiny_pipeline(prediction_type="v_prediction").save_pretrained(folder)
     return folder

@@ -116,6 +116,7 @@ def one_level_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipel
             "down_block_types": ("CrossAttnDownBlock2D",),
             "up_block_types": ("CrossAttnUpBlock2D",),
         }
+        del config["_use_default_values"]  # else diffusers takes its own default for what was one
         pipeline.unet = UNet2DConditionModel.from_config(config)
     return pipeline
 

@@ -149,15 +149,6 @@ def test_the_report_is_written(case):
     assert "num_inference_steps=1, guidance_scale=1.0" in html
 
 
-def test_prompts_are_encoded_ahead(case, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    command = ["prompts", "encode", "--teacher", case.teacher, "--prompts", tmp_path / "prompts.txt"]
-    command += ["--embeddings-dir", tmp_path / "cache", "--device", "cpu", "--mixed-precision", "no"]
-    assert cli.main([*map(str, command)]) == 0
-    shards = [load_tensors(file) for file in (tmp_path / "cache").glob("*/shard-000000.safetensors")]
-    assert sorted(len(tensors["encoder_hidden_states"]) for tensors in shards) == [1, 2]
-
-
 def test_a_student_is_no_teacher_and_takes_one_step(case, tmp_path, capsys):
     """The run's folder, its pipeline, and a folder that it was exported to."""
     (tmp_path / "prompts.txt").write_text("a cat\n")

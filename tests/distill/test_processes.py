@@ -136,6 +136,11 @@ def assert_same_to_rounding(run, other, first, last):
 
 
 @pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
+
+
+@pytest.fixture(scope="module")
 def one(teacher_folder, tmp_path_factory):
     return distill(config(teacher_folder, tmp_path_factory.mktemp("one")))
 

@@ -26,6 +26,11 @@ SMALL = 64 * PROMPT / 2**30
 LAST = "checkpoints/step-000008"
 
 
+@pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
+
+
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """Three steps of two prompts form a group."""

@@ -53,6 +53,11 @@ def distil_until(step, number, options):
 
 
 @pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
+
+
+@pytest.fixture(scope="module")
 def straight(teacher_folder, tmp_path_factory):
     return distill(config(teacher_folder, tmp_path_factory.mktemp("straight"), "run"))
 

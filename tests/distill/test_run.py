@@ -12,7 +12,7 @@ from peft import inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart
+from tests.tiny import PROMPTS, one_level_pipeline, tiny_pixart
 from wadi.backbones import UNetBackbone, student_config
 from wadi.distill import DistillConfig, distill
 from wadi.distill.loop import append_metrics
@@ -20,6 +20,11 @@ from wadi.distill.run import resolve
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep import OneStepPipeline, Student
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
 
 
 def options_of(teacher_folder, folder):
@@ -266,7 +271,7 @@ def test_adapters_that_the_student_cannot_start_from(options, first, tmp_path):
 
 def test_adapters_of_other_layers_are_refused(options, tmp_path):
     """Of another architecture, and of layers that the student does not turn."""
-    unet, transformer = tiny_pipeline().unet, tiny_pixart().transformer
+    unet, transformer = one_level_pipeline().unet, tiny_pixart().transformer
     for name, model, config, message in (
         ("transformer", transformer, student_config(transformer, 2), r"tensors are missing, such as down_"),
         (

@@ -148,7 +148,7 @@ def recogniser(judge):
     return Recogniser(judge, several, blemish(known_images("cpu", "zwx"), generator))
 
 
-def moved(seed, count=40):
+def moved(seed, count=60):
     """The shipped images turned, shifted and with another light: (count, 3, 64, 64), none of them fitted."""
     generator = torch.Generator().manual_seed(seed)
     images = shipped()[torch.arange(count) % 6]
