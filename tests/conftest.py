@@ -21,15 +21,17 @@ settings.load_profile("wadi")
 
 LONGEST = (
     "distill/test_regions.py",
-    "distill/test_processes.py",
-    "experiments/test_dreambooth.py",
-    "distill/test_resume.py",
-    "experiments/test_stacked.py",
-    "benchmarks/test_adapters.py",
-    "tests/test_package.py",
-    "experiments/test_editing.py",
+    "backbones/test_end_to_end.py",
+    "emoji/test_training.py",
     "emoji/test_subject.py",
-    "experiments/test_control.py",
+    "distill/test_trainer.py",
+    "distill/test_processes.py",
+    "backbones/test_stock.py",
+    "distill/test_objective.py",
+    "backbones/test_base.py",
+    "commands/test_dreambooth.py",
+    "distill/test_plan.py",
+    "experiments/test_stacked.py",
 )
 """Files that take long. They begin first, so that none of them is left to one worker at the end."""
 

@@ -1,4 +1,4 @@
-"""Processes of their own, which need not import torch again."""
+"""Processes of their own, forked by a server that has imported torch once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
-# A process that has used a GPU cannot be forked; elsewhere a fork has all that the tests have imported.
-FORKS = sys.platform == "linux" and not torch.cuda.is_available()
-CONTEXT = multiprocessing.get_context("fork" if FORKS else "forkserver")
-if not FORKS:
-    CONTEXT.set_forkserver_preload(["tests.tiny", "wadi.cli", "wadi.distill.run", "wadi.emoji.judge"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.tiny", "pytest", "wadi.cli", "wadi.distill.run", "wadi.emoji.judge"])
 
 
 class Process:
@@ -45,7 +41,7 @@ class Process:
         for path in self.files:
             path.touch()
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (environment or {})
-        self.process = CONTEXT.Process(target=_run, args=(self.files, environment, work, arguments))
+        self.process = SERVER.Process(target=_run, args=(self.files, environment, work, arguments))
         self.process.start()
 
     def communicate(self, timeout: float = 250) -> tuple[int, str, str]:
@@ -64,8 +60,7 @@ def _run(files: list[Path], environment: dict[str, str], work: Callable[..., Any
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of the tests is one process
-    gc.freeze()  # what was there before stays
+    gc.freeze()  # what the server has imported stays
     status = work(*arguments)
     if isinstance(status, int):
         sys.exit(status)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.files import full_disk, metrics
-from tests.processes import CONTEXT, Process, start_two
+from tests.processes import Process, start_two
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill, loop
 from wadi.distill import checkpoint as checkpoint_room
@@ -92,9 +92,8 @@ def distil(options):
 
 def launch(options):
     """Distil in two processes of the launcher's agent."""
-    config = LaunchConfig(
-        *(1, 1, 2), rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method=CONTEXT.get_start_method()
-    )
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, 2, start_method="fork", **place)
     elastic_launch(config, distil)(options)
 
 
