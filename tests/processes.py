@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -59,6 +60,7 @@ def _run(files: list[Path], environment: dict[str, str], work: Callable[..., Any
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported stays
     status = work(*arguments)
     if isinstance(status, int):
         sys.exit(status)

@@ -1,11 +1,11 @@
 """Files are written whole or not at all, whatever fails, and every failure is one line."""
 
-import errno
 import os
 
 import pytest
 import torch
 
+from tests.files import full_disk
 from wadi.errors import WadiError
 from wadi.files import (
     load_tensors,
@@ -15,10 +15,6 @@ from wadi.files import (
     write_json,
     write_text,
 )
-
-
-def full_disk(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def names(folder):

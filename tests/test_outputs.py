@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.files import full_disk
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep.grids import KINDS, image_output, save_image, write_image
 from wadi.outputs import MARKER, Output, remove_written
@@ -235,10 +236,6 @@ def test_below_a_file_there_is_no_folder(place):
 
 
 # --- failures ---
-
-
-def full_disk(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,23 @@ def tiny_pipeline(
     )
 
 
+def one_level_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """The tiny pipeline with a U-Net of half the blocks: three transformers and three residual blocks."""
+    pipeline = tiny_pipeline(prediction_type)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = {
+            **pipeline.unet.config,
+            "block_out_channels": (16,),
+            "mid_block_type": None,
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+        }
+        del config["_use_default_values"]  # else diffusers takes its own default for what was one
+        pipeline.unet = UNet2DConditionModel.from_config(config)
+    return pipeline
+
+
 def tiny_clip(
     kind: type, tokenizer: CLIPTokenizer, width: int
 ) -> CLIPTextModel | CLIPTextModelWithProjection:

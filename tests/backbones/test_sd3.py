@@ -8,6 +8,7 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
+from tests.files import edit
 from tests.tiny import tiny_pipeline, tiny_sd3
 from wadi import cli
 from wadi.backbones import SD3Backbone, load_backbone, load_prompt_encoder
@@ -92,10 +93,6 @@ def test_sides_end_where_the_network_has_no_places(side):
     )
     with pytest.raises(WadiError, match=f"--{side} 72: this model makes at most 64 pixels a side"):
         pipeline("a cat", seed=0, **{side: 72})
-
-
-def edit(file, **fields):
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 BROKEN = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.files import edit
 from tests.tiny import tiny_sdxl
 from wadi.backbones import SDXLBackbone, load_backbone, load_prompt_encoder
 from wadi.distill.presets import FITS, PRESETS
@@ -68,10 +69,6 @@ def test_latents_of_a_vae_with_statistics_are_decoded_as_by_the_stock_pipeline()
     image = pipeline("a cat", num_inference_steps=1, latents=latents).images[0]
     assert np.array_equal(backbone.decode(stock)[0], image)
     torch.testing.assert_close(backbone.scaled(backbone.unscaled(latents)), latents)
-
-
-def edit(file, **fields):
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 BROKEN = {

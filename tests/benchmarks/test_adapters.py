@@ -51,9 +51,17 @@ def test_plain_iteration_holds_three_networks():
 
 
 def test_tables(tmp_path, capsys, monkeypatch):
-    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+    small = {
+        "block_out_channels": (16,),
+        "mid_block_type": None,
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    }
     kind, config = NETWORKS["tiny"]
     monkeypatch.setitem(NETWORKS, "tiny", (kind, config | small))
+    monkeypatch.setattr(iteration, "CHAIN", 1)
     common = {"model": "tiny", "batch_sizes": (1,), "repeats": 1, "device": "cpu"}
     adapters.main(adapters.Options(methods=("lorad", "full"), out=tmp_path / "a.json", **common))
     report = json.loads((tmp_path / "a.json").read_text())

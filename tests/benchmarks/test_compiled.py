@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.compiled import WAYS, exact, measured, relative_error
-from tests.tiny import tiny_pipeline
+from tests.tiny import one_level_pipeline
 
 ROUNDING = {"no": 1e-4, "bf16": 0.5}
 """Most relative error of a gradient: float32's 6e-8 and bfloat16's 4e-3, amplified by 1 / alpha_T = 14.6, by
@@ -14,7 +14,7 @@ a difference of two predictions and by some twenty layers. A gradient of another
 def errors(device, precision, way):
     return {
         (when, role): relative_error(found[role], want)
-        for when, trainer, found in measured(tiny_pipeline(channels=(8, 16)), device, precision, way)
+        for when, trainer, found in measured(one_level_pipeline(), device, precision, way)
         for role, want in exact(trainer).items()
     }
 

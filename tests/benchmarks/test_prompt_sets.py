@@ -11,7 +11,7 @@ import torch
 def test_tiny_run(tmp_path, capsys):
     out = tmp_path / "sets.json"
     prompt_sets.main(
-        prompt_sets.Options(model="tiny", count=5000, updates=2, max_train_steps=20, batch_size=2, out=out)
+        prompt_sets.Options(model="tiny", count=5000, updates=1, max_train_steps=8, batch_size=2, out=out)
     )
     row = json.loads(out.read_text())["row"]
     shown = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")

@@ -10,6 +10,7 @@ def student(teacher_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     options = "--student-rank 4 --fake-rank 4 --train-batch-size 2 --max-train-steps 2 --logging-steps 1"
+    options += " --validation-seeds 0"
     arguments = ["--teacher", teacher_folder, "--prompts", folder / "prompts.txt", "--out", folder / "run"]
     assert run("distill", "--preset", "emoji", *arguments, *options.split()) == 0
     return folder / "run"

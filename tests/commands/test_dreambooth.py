@@ -19,7 +19,7 @@ from wadi.files import load_tensors, read_json, write_json
 from wadi.onestep import StudentPipeline
 
 QUICK = ["--max-train-steps", "2", "--train-batch-size", "1", "--num-class-images", "2", "--device", "cpu"]
-QUICK += ["--num-inference-steps", "2", "--samples", "4", "--rank", "2", "--learning-rate", "0.01"]
+QUICK += ["--num-inference-steps", "2", "--samples", "2", "--rank", "2", "--learning-rate", "0.01"]
 QUICK += ["--validation-prompts", "a zwx", "a cat"]
 
 
@@ -29,6 +29,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dreambooth") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreambooth, "VARIATIONS", 2)
+        patch.setattr(dreambooth, "BEFORE", 1)
+        patch.setattr(dreambooth, "NAMES", dreambooth.NAMES[::6])
         assert main(["dreambooth", str(examples_folder()), "--out", str(folder), *QUICK]) == 0
     return folder
 

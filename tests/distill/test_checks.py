@@ -41,11 +41,17 @@ def test_the_nearest_size_is_a_ratio(pixels, nearest):
         check_preset(config.replace(pretrained_model_name_or_path="mine"), pipeline)
 
 
+@pytest.fixture(scope="module")
+def teachers():
+    """Class and prediction -> a pipeline; read only."""
+    return {kind: build() for kind, build in TEACHERS.items()}
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_for_its_kind_of_teacher(preset, kind):
+def test_a_preset_is_for_its_kind_of_teacher(preset, kind, teachers):
     """The line that refuses names a preset that is taken; another size is told."""
-    pipeline, fit = TEACHERS[kind](), FITS[preset]
+    pipeline, fit = teachers[kind], FITS[preset]
     config = PRESETS[preset].replace(pretrained_model_name_or_path="mine")
     if (fit.pipeline, fit.prediction) == kind:
         with warnings.catch_warnings(record=True) as told:

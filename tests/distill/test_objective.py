@@ -1,7 +1,5 @@
 """Options of the objective that the paper does not have: each against its equation written out again."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from tests.distill.test_processes import config as launched
 from tests.distill.test_processes import two
 from tests.distill.test_resume import config as resumable
 from tests.distill.test_trainer import assert_losses_close, make, plain_epsilon, same, snapshot
+from tests.files import metrics
 from tests.tiny import tiny_pixart
 from wadi.distill import DistillConfig, distill, train
 from wadi.errors import WadiError
@@ -165,7 +164,7 @@ def test_transformer_trains_with_every_option(tmp_path):
     distill(DistillConfig.of(resume_from_checkpoint=str(run / "checkpoints/step-000002")))
     for name in names:
         assert same(first[name], load_tensors(last / name))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(run)
     assert len(rows) == 4
     assert all(row["skipped_steps"] == 0 and row.keys() >= LOSSES for row in rows)
 
@@ -199,7 +198,7 @@ def test_accumulation_equals_the_larger_batch_with_every_option():
 
 def test_metrics_have_every_term(tmp_path):
     train(everything(output_dir=str(tmp_path)))
-    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    row = metrics(tmp_path)[-1]
     assert {name for name in row if name.endswith("_loss")} == LOSSES
 
 
@@ -220,10 +219,7 @@ def test_two_processes_are_one_with_every_option(teacher_folder, tmp_path):
         for key in first:
             scale = float(first[key].abs().max())
             torch.testing.assert_close(first[key], second[key], rtol=3e-3, atol=3e-3 * scale + 1e-10)
-    rows = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, tmp_path / "run")
-    ]
+    rows = [metrics(run) for run in (one, tmp_path / "run")]
     for ours, theirs in zip(*rows, strict=True):
         for name in LOSSES:
             assert theirs[name] == pytest.approx(ours[name], rel=2e-2, abs=1e-4)

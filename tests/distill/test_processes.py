@@ -1,10 +1,10 @@
 """Two processes on the CPU (gloo), against one process with the same samples a step.
 
-Those that are interrupted are started by torch's own launcher, to which `accelerate launch --multi_gpu` hands
-over; it passes the signal on. The others know each other by the same variables.
+Those that are interrupted are started by the agent of torch's own launcher, to which
+`accelerate launch --multi_gpu` hands over; it passes the signal on. The others know each other by the same
+variables.
 """
 
-import errno
 import json
 import os
 import re
@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.processes import start_two
+from tests.files import full_disk, metrics
+from tests.processes import Process, start_two
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill, loop
 from wadi.distill import checkpoint as checkpoint_room
@@ -30,7 +32,6 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors
 from wadi.prompts import cache, read_prompts
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 RUN = """
 import sys
 import torch
@@ -59,26 +60,25 @@ def config(teacher, folder, **options):
         null_prompt_probability=0.5,
         student_learning_rate=1e-3,
         fake_learning_rate=1e-3,
-        max_train_steps=6,
+        max_train_steps=4,
         logging_steps=1,
         checkpointing_steps=1,
         checkpoints_total_limit=None,
-        validation_steps=3,
+        validation_steps=2,
         validation_seeds=(1,),
     )
     return base.replace(**options)
 
 
-def launch(options, folder, launcher=LAUNCH):
+def launch_on_two_gpus(options, folder):
     (folder / "run.py").write_text(RUN)
     options.save(folder / "options.yaml")
-    cpu = {"ACCELERATE_USE_CPU": "1"} if launcher is LAUNCH else {}
     return subprocess.Popen(
-        [*launcher, str(folder / "run.py"), str(folder / "options.yaml")],
+        [*ON_TWO_GPUS, str(folder / "run.py"), str(folder / "options.yaml")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | cpu,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -90,15 +90,18 @@ def distil(options):
         raise SystemExit(f"error: {error}") from None
 
 
+def launch(options):
+    """Distil in two processes of the launcher's agent."""
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, 2, start_method="fork", **place)
+    elastic_launch(config, distil)(options)
+
+
 def two(options, folder):
     """Distil in two processes: their exit statuses, and what both told."""
     processes = start_two(folder, distil, options)
     done = [process.communicate() for process in processes]
     return [code for code, _, _ in done], "".join(err for _, _, err in done)
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoint(run, step):
@@ -132,6 +135,11 @@ def assert_same_to_rounding(run, other, first, last):
 
 
 @pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
+
+
+@pytest.fixture(scope="module")
 def one(teacher_folder, tmp_path_factory):
     return distill(config(teacher_folder, tmp_path_factory.mktemp("one")))
 
@@ -142,8 +150,8 @@ def test_two_processes_are_one_with_the_same_samples(teacher_folder, tmp_path, o
     codes, err = two(options, tmp_path)
     assert codes == [0, 0], err
     run = tmp_path / "run"
-    assert json.loads((run / "checkpoints/step-000006/state.json").read_text())["batch"] == 4
-    assert_same_to_rounding(run, one, 1, 6)
+    assert json.loads((run / "checkpoints/step-000004/state.json").read_text())["batch"] == 4
+    assert_same_to_rounding(run, one, 1, 4)
     written = [sorted(p.name for p in folder.rglob("*") if "event" not in p.name) for folder in (run, one)]
     assert written[0] == written[1]
 
@@ -154,24 +162,24 @@ def test_two_gpus_are_one_with_the_same_samples(how, teacher_folder, tmp_path, o
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     options = config(teacher_folder, tmp_path, train_batch_size=2, **how)
-    process = launch(options, tmp_path, ON_TWO_GPUS)
+    process = launch_on_two_gpus(options, tmp_path)
     _, err = process.communicate(timeout=250)
     assert process.returncode == 0, err[-3000:]
-    assert_same_to_rounding(tmp_path / "run", one, 1, 6)
+    assert_same_to_rounding(tmp_path / "run", one, 1, 4)
 
 
 def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, one):
     options = config(
         teacher_folder, tmp_path, train_batch_size=2, max_train_steps=2000, checkpointing_steps=2000
     )
-    process = launch(options, tmp_path)
+    launcher = Process(tmp_path, launch, options, environment={"ACCELERATE_USE_CPU": "1"})
     run = tmp_path / "run"
     while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
+        assert launcher.process.is_alive(), launcher.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=250)
-    assert process.returncode not in (0, -signal.SIGKILL), err
+    os.kill(launcher.process.pid, signal.SIGINT)
+    code, out, err = launcher.communicate()
+    assert code not in (0, -signal.SIGKILL), err
     assert out.count(f"wadi distill --resume-from-checkpoint {run}") == 1
     (last,) = (run / "checkpoints").iterdir()
     step = int(last.name[-6:])
@@ -180,7 +188,7 @@ def test_interrupt_saves_once_and_one_process_goes_on(teacher_folder, tmp_path, 
     assert metrics(run)[-1]["step"] == step + 1
     saved = DistillConfig.load(run / "config.yaml")
     assert (saved.optimizer.train_batch_size, saved.optimizer.gradient_accumulation_steps) == (2, 2)
-    shared = min(step, 6)
+    shared = min(step, 4)
     for row, want in zip(metrics(run)[:shared], metrics(one)[:shared], strict=True):
         assert row["fake_loss"] == pytest.approx(want["fake_loss"], rel=1e-3)
 
@@ -189,11 +197,11 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
     """The checkpoint of one process goes on where it would have; then predictions that overflow stop both."""
     run = tmp_path / "run"
     shutil.copytree(one, run)
-    for step in range(3, 7):
+    for step in (3, 4):
         shutil.rmtree(run / f"checkpoints/step-{step:06d}")
     codes, err = two(DistillConfig.of(resume_from_checkpoint=str(run)), tmp_path)
     assert codes == [0, 0], err
-    assert_same_to_rounding(run, one, 3, 6)
+    assert_same_to_rounding(run, one, 3, 4)
 
     teacher = tmp_path / "teacher"
     shutil.copytree(teacher_folder, teacher)
@@ -213,7 +221,7 @@ def test_two_processes_go_on_from_one_and_stop_together(teacher_folder, tmp_path
 
 def full(*arguments, **rest):
     with explain_os_errors("file", "write it"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        full_disk()
 
 
 def spoil(trainer, step, usual=Trainer.step):

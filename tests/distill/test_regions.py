@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.distill.test_resume import config
 from tests.distill.test_trainer import make
-from tests.tiny import tiny_pipeline, tiny_pixart
+from tests.tiny import PROMPTS, one_level_pipeline, tiny_pixart
 from wadi.distill import DistillConfig, distill, regions
 from wadi.errors import WadiError
 from wadi.files import load_tensors
@@ -40,13 +40,12 @@ def graphs():
 
 def test_every_graph_is_made_in_the_first_step(graphs):
     """Equal blocks share one; later steps, another trainer and sample grids of another size make none."""
-    pipeline = tiny_pipeline(channels=(8, 16))
-    trainer = make(pipeline=pipeline, compile=True, fake_updates=1)
-    assert len(blocks(trainer.student)) == len(blocks(trainer.teacher)) == 12
+    trainer = make(compile=True, fake_updates=1)
+    assert len(blocks(trainer.student)) == len(blocks(trainer.teacher)) == 6
     trainer.step(0)
     made = graphs.frame_count
     # calls of a block: teacher; student; fake model with and without gradients
-    assert 0 < made < 4 * 12
+    assert 0 < made < 4 * 6
     for step in (1, 2):
         trainer.step(step)
     make(compile=True, fake_updates=1, seed=1).step(0)
@@ -62,11 +61,12 @@ def _three(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}],
+    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}],
 )
 def test_compiled_steps_are_the_eager_ones(graphs, changes):
-    eager, compiled = make(**changes), make(compile=True, **changes)
-    for step in range(3):
+    eager = make(**changes)
+    compiled = make(compile=True, **changes)
+    for step in range(2):
         expected, losses = eager.step(step), compiled.step(step)
         for name in expected:
             torch.testing.assert_close(losses[name], expected[name], rtol=1e-3, atol=1e-6)
@@ -84,7 +84,8 @@ def test_pixart_resumes_the_same_bits_with_sample_grids(graphs, tmp_path, monkey
         alpha_T_squared=0.0047,
         checkpointing_steps=1,
         validation_steps=1,
-        validation_seeds=(1, 2, 3),
+        validation_seeds=(1, 2),
+        validation_prompts=PROMPTS[:1],
     )
     whole = distill(options)
     half = distill(options.replace(output_dir=str(tmp_path / "half"), max_train_steps=1))
@@ -96,7 +97,7 @@ def test_pixart_resumes_the_same_bits_with_sample_grids(graphs, tmp_path, monkey
 
 
 def test_own_modules_and_names_stay(graphs):
-    pipeline = tiny_pipeline(channels=(8, 16))
+    pipeline = one_level_pipeline()
     plain, compiled = make(), make(pipeline=pipeline, compile=True)
     assert not any("forward" in vars(module) for module in pipeline.unet.modules())
     assert {p.data_ptr() for p in compiled.teacher.parameters()} == {
@@ -107,10 +108,10 @@ def test_own_modules_and_names_stay(graphs):
 
 
 def small_block():
-    """A transformer block with LoRaD on all its layers, no two sizes of weights and activations alike."""
+    """A transformer block with LoRaD on some layers, no two sizes of weights and activations alike."""
     torch.manual_seed(0)
     block = BasicTransformerBlock(32, 2, 16, cross_attention_dim=48).requires_grad_(False)
-    config = LoRaDConfig(r=2, init_weights=False, target_modules="all-linear")
+    config = LoRaDConfig(r=2, init_weights=False, target_modules=["to_q", "to_v", "net.2"])
     network = inject_adapter_in_model(config, torch.nn.Sequential(block))
     parameters = [p for p in network.parameters() if p.requires_grad]
     block = SimpleNamespace(network=network, parameters=parameters)

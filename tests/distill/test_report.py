@@ -216,7 +216,7 @@ def test_the_command_repeats_the_run_beside_it(run, pictures):
     assert again == config.values() | {"output_dir": f"{run}-again"}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["emoji", "sd15", "sdxl", "pixart-1024-paper", "sd3-medium", "flux-dev"])
 def test_the_command_line_gives_the_options_that_it_was_made_of(preset):
     config = PRESETS[preset].replace(
         pretrained_model_name_or_path="teacher",

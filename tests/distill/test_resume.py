@@ -1,12 +1,12 @@
 """A run that is killed or interrupted goes on as if nothing had happened: the same bits on the CPU."""
 
-import json
 import os
 import shutil
 import signal
 
 import pytest
 
+from tests.files import metrics
 from tests.processes import Process
 from tests.tiny import PROMPTS
 from wadi.distill import DistillConfig, distill
@@ -29,7 +29,7 @@ def config(teacher, folder, name, **options):
         fake_updates=2,
         student_learning_rate=1e-2,
         lr_decay_fraction=0.5,
-        max_train_steps=8,
+        max_train_steps=6,
         logging_steps=1,
         checkpointing_steps=2,
         checkpoints_total_limit=None,
@@ -52,9 +52,9 @@ def distil_until(step, number, options):
     distill(options)
 
 
-def metrics(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+@pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def straight(teacher_folder, tmp_path_factory):
 
 
 def assert_same_run(run, straight):
-    last = "checkpoints/step-000008"
+    last = "checkpoints/step-000006"
     for name in FILES:
         first, second = (load_tensors(folder / last / f"{name}.safetensors") for folder in (straight, run))
         assert first.keys() == second.keys()
@@ -108,7 +108,7 @@ def go_on(run, **options):
     return distill(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=4, **options))
 
 
-def edit(path):
+def change(path):
     tensors = load_tensors(path)
     tensors[min(tensors)].view(-1)[0] += 0.5
     save_tensors(path, tensors, {"format": "pt"})
@@ -138,9 +138,9 @@ def test_a_moved_run_of_moved_inputs_goes_on_with_the_same_bits(teacher_folder, 
 
 
 EDITS = {
-    "teacher": lambda folder: edit(folder / "teacher/unet/diffusion_pytorch_model.safetensors"),
+    "teacher": lambda folder: change(folder / "teacher/unet/diffusion_pytorch_model.safetensors"),
     "prompts": lambda folder: (folder / "prompts.txt").write_text("another prompt\n"),
-    "student-adapter": lambda folder: edit(folder / "start/adapter/adapter_model.safetensors"),
+    "student-adapter": lambda folder: change(folder / "start/adapter/adapter_model.safetensors"),
 }
 
 
@@ -149,9 +149,9 @@ def test_inputs_that_changed_are_noticed_by_name(teacher_folder, tmp_path):
     start = distill(one_step(teacher, tmp_path))
     start.rename(tmp_path / "start")
     run = distill(one_step(teacher, tmp_path, student_adapter=str(tmp_path / "start/adapter")))
-    for option, change in EDITS.items():
+    for option, changed in EDITS.items():
         kept = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-{option}")
-        change(tmp_path)
+        changed(tmp_path)
         with pytest.raises(WadiError, match=f"--{option}: its content is not what .* was started with"):
             go_on(run)
         shutil.rmtree(tmp_path)

@@ -12,7 +12,7 @@ from peft import inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart
+from tests.tiny import PROMPTS, one_level_pipeline, tiny_pixart
 from wadi.backbones import UNetBackbone, student_config
 from wadi.distill import DistillConfig, distill
 from wadi.distill.loop import append_metrics
@@ -22,13 +22,17 @@ from wadi.lorad import LoRaDConfig, save_adapter
 from wadi.onestep import Student, StudentPipeline
 
 
-@pytest.fixture
-def options(teacher_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+@pytest.fixture(scope="module")
+def teacher_folder(small_teacher_folder):
+    return small_teacher_folder
+
+
+def options_of(teacher_folder, folder):
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return DistillConfig.of(
         pretrained_model_name_or_path=str(teacher_folder),
-        prompts=str(tmp_path / "prompts.txt"),
-        output_dir=str(tmp_path / "run"),
+        prompts=str(folder / "prompts.txt"),
+        output_dir=str(folder / "run"),
         train_batch_size=1,
         student_rank=2,
         fake_rank=2,
@@ -39,6 +43,23 @@ def options(teacher_folder, tmp_path):
     )
 
 
+@pytest.fixture
+def options(teacher_folder, tmp_path):
+    return options_of(teacher_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first(teacher_folder, tmp_path_factory):
+    """A finished run; read only."""
+    return distill(options_of(teacher_folder, tmp_path_factory.mktemp("first")))
+
+
+@pytest.fixture
+def finished(first, tmp_path):
+    """A copy of it, with which a test may do what it likes."""
+    return Path(shutil.copytree(first, tmp_path / "run"))
+
+
 def refuses(options, message, tmp_path):
     """The run stops with one line and leaves no run folder."""
     with pytest.raises(WadiError, match=message) as error:
@@ -47,9 +68,8 @@ def refuses(options, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("alpha_T_squared", [None, 0.0047])
-def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha_T_squared):
-    run = distill(options.replace(report_to="tensorboard", alpha_T_squared=alpha_T_squared))
+def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options):
+    run = distill(options.replace(report_to="tensorboard", alpha_T_squared=0.0047))
     assert {p.name for p in run.iterdir()} >= {
         "config.yaml",
         "metrics.jsonl",
@@ -60,10 +80,10 @@ def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha
     }
     saved = DistillConfig.load(run / "config.yaml")
     assert saved.run.validation_prompts == tuple(PROMPTS[:4])
-    assert (saved.student.rank, saved.student.alpha_T_squared) == (2, alpha_T_squared)
+    assert (saved.student.rank, saved.student.alpha_T_squared) == (2, 0.0047)
     assert list(run.rglob("events.out.tfevents.*"))
     assert not list(run.rglob("*.bin")) + list(run.rglob("*.pt"))
-    assert Student.read(run / "adapter").alpha_T_squared == alpha_T_squared
+    assert Student.read(run / "adapter").alpha_T_squared == 0.0047
 
     stock = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)
     ours = StudentPipeline.from_pretrained(options.model.pretrained_model_name_or_path, run / "adapter")
@@ -74,19 +94,15 @@ def test_run_folder_describes_itself_and_loads_in_stock_diffusers(options, alpha
     assert not (pictures == teacher(PROMPTS[0], seed=3, output_type="np")).all()
 
 
-def test_v_prediction_trains(options, v_teacher_folder):
-    run = distill(options.replace(pretrained_model_name_or_path=str(v_teacher_folder)))
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_sample_grid_is_what_generate_draws(options, monkeypatch):
-    """The pictures of the grid, which the average draws, are those of the finished pipeline."""
+def test_sample_grid_is_what_generate_draws(options, v_teacher_folder, monkeypatch):
+    """The images of the grid, which the average draws, are those of the pipeline; the teacher predicts v."""
     drawn = []
     monkeypatch.setattr(
         "wadi.distill.loop.labelled_grid",
         lambda rows, headings: drawn.append(rows) or Image.new("RGB", (1, 1)),
     )
-    run = distill(options)
+    run = distill(options.replace(pretrained_model_name_or_path=str(v_teacher_folder)))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     pipeline = StudentPipeline.from_pretrained(run / "pipeline")
     for prompt, pictures in drawn[-1]:
         ours, theirs = (np.asarray(picture, int) for picture in (pictures[0], pipeline(prompt, seed=3)[0]))
@@ -153,31 +169,29 @@ def test_used_run_folder_is_refused(options, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("gone", [(), ("pipeline",), ("adapter", "pipeline")])
-def test_a_finished_run_goes_on_and_writes_its_student_again(options, gone):
+def test_a_finished_run_goes_on_and_writes_its_student_again(finished):
     """Also where it was killed before all of the student was written."""
-    run = distill(options)
-    first = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    for name in gone:
-        shutil.rmtree(run / name)
-    distill(
-        DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=options.run.max_train_steps + 1)
-    )
-    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != first
-    assert (run / "pipeline" / "model_index.json").is_file()
-    assert not [path for path in run.iterdir() if path.name.endswith((".tmp", ".old"))]
+    run = finished
+    for steps, gone in ((3, ()), (4, ("pipeline",)), (5, ("adapter", "pipeline"))):
+        before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in gone:
+            shutil.rmtree(run / name)
+        distill(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=steps))
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != before
+        assert (run / "pipeline" / "model_index.json").is_file()
+        assert not [path for path in run.iterdir() if path.name.endswith((".tmp", ".old"))]
 
 
-def test_a_file_of_the_user_in_the_student_s_folder_stops_a_resumed_run_at_once(options):
-    run = distill(options)
+def test_a_file_of_the_user_in_the_student_s_folder_stops_a_resumed_run_at_once(finished):
+    run = finished
     (run / "pipeline" / "notes.txt").write_text("mine")
     with pytest.raises(WadiError, match=r"pipeline: holds notes\.txt, which wadi distill did not write"):
         resolve(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=9))
     assert (run / "pipeline" / "notes.txt").read_text() == "mine"
 
 
-def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
-    run = distill(options)
+def test_resume_takes_the_runs_options_and_longer_training(finished, tmp_path):
+    run = finished
     config, checkpoint = resolve(DistillConfig.of(resume_from_checkpoint=str(run), max_train_steps=5))
     assert (config.run.max_train_steps, config.student.rank, config.run.output_dir) == (5, 2, str(run))
     assert checkpoint == run / "checkpoints/step-000002"
@@ -197,8 +211,8 @@ def test_resume_takes_the_runs_options_and_longer_training(options, tmp_path):
     )  # starts over, from (seed, step)
 
 
-def test_checkpoints_of_another_format_are_refused_before_their_options(options):
-    run = distill(options)
+def test_checkpoints_of_another_format_are_refused_before_their_options(finished):
+    run = finished
     state = run / "checkpoints/step-000002/state.json"
     state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "format"}))
     with (run / "config.yaml").open("a") as file:
@@ -214,9 +228,8 @@ def test_full_disk_while_logging_gives_one_line():
         append_metrics(Path("/dev/full"), {"step": 1})
 
 
-def test_student_goes_on_from_an_adapter(options, tmp_path):
+def test_student_goes_on_from_an_adapter(options, first, tmp_path):
     """With next to no learning rate the student stays the adapter that it started from."""
-    first = distill(options)
     onward = options.replace(
         output_dir=str(tmp_path / "onward"),
         student_adapter=str(first / "adapter"),
@@ -229,9 +242,8 @@ def test_student_goes_on_from_an_adapter(options, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
 
 
-def test_student_goes_on_with_another_rank(options, tmp_path):
+def test_student_goes_on_with_another_rank(options, first, tmp_path):
     """At a higher rank it generates the image that it generated before."""
-    first = distill(options)
     changes = {"student_rank": 5, "student_learning_rate": 1e-12}
     onward = {"output_dir": str(tmp_path / "onward"), "student_adapter": str(first / "adapter")}
     second = distill(options.replace(**changes, **onward))
@@ -246,12 +258,12 @@ def test_student_goes_on_with_another_rank(options, tmp_path):
     np.testing.assert_allclose(own, before, atol=1e-3)
 
 
-def test_adapters_that_the_student_cannot_start_from(options, tmp_path):
-    first = distill(options.replace(output_dir=str(tmp_path / "first")))
-    tensors = load_file(first / "adapter" / "adapter_model.safetensors")
+def test_adapters_that_the_student_cannot_start_from(options, first, tmp_path):
+    adapter = shutil.copytree(first / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith("lorad_A"))
-    save_file(tensors | {name: tensors[name][:-1]}, first / "adapter" / "adapter_model.safetensors")
-    other = options.replace(student_adapter=str(first / "adapter"))
+    save_file(tensors | {name: tensors[name][:-1]}, adapter / "adapter_model.safetensors")
+    other = options.replace(student_adapter=str(adapter))
     refuses(other, "--student-adapter: .*does not fit the adapter: .* has shape", tmp_path)
     missing = options.replace(student_adapter=str(tmp_path / "none"))
     refuses(missing, "none: no such folder", tmp_path)
@@ -259,7 +271,7 @@ def test_adapters_that_the_student_cannot_start_from(options, tmp_path):
 
 def test_adapters_of_other_layers_are_refused(options, tmp_path):
     """Of another architecture, and of layers that the student does not turn."""
-    unet, transformer = tiny_pipeline().unet, tiny_pixart().transformer
+    unet, transformer = one_level_pipeline().unet, tiny_pixart().transformer
     for name, model, config, message in (
         ("transformer", transformer, student_config(transformer, 2), r"tensors are missing, such as down_"),
         (

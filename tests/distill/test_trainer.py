@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from tests.tiny import PROMPTS, tiny_pipeline
+from tests.tiny import PROMPTS, one_level_pipeline
 from wadi.backbones import UNetBackbone
 from wadi.backbones.condition import repeat
 from wadi.distill import DistillConfig, Trainer, make_accelerator, train
@@ -43,7 +43,7 @@ CONFIG = DistillConfig.of(
 def make(prediction_type="epsilon", pipeline=None, **changes):
     config = CONFIG.replace(**changes)
     accelerator = make_accelerator(config)
-    pipeline = pipeline or tiny_pipeline(prediction_type, channels=(8, 16))
+    pipeline = pipeline or one_level_pipeline(prediction_type)
     torch.nn.Module.to(pipeline.unet, config.run.dtype)
     backbone = UNetBackbone(pipeline, accelerator.device)
     prompts = encode_prompts(backbone.text, PROMPTS, list(config.run.validation_prompts))
@@ -255,7 +255,7 @@ def test_base_never_changes():
 
 
 def test_two_trainers_share_a_backbone_and_do_not_disturb_each_other():
-    pipeline = tiny_pipeline(channels=(8, 16))
+    pipeline = one_level_pipeline()
     alone = make()
     first, second = make(pipeline=pipeline), make(pipeline=pipeline, seed=7)
     for step in range(2):
@@ -433,7 +433,7 @@ def test_half_precision_trains_with_loss_scaling():
 
 @pytest.mark.gpu
 def test_trainers_on_one_gpu_work_round_robin():
-    alone, pipeline = make(cuda_graphs=True), tiny_pipeline(channels=(8, 16))
+    alone, pipeline = make(cuda_graphs=True), one_level_pipeline()
     both = [make(pipeline=pipeline, cuda_graphs=True, seed=seed) for seed in (0, 7)]
     for step in range(4):
         alone.step(step)

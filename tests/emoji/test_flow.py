@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from tests.emoji.cases import synthetic_atlas
+from tests.files import metrics
 from tests.tiny import tiny_sd3
 from wadi.backbones import load_backbone, student_config
 from wadi.commands.distill import start_of
@@ -19,7 +19,6 @@ from wadi.emoji import prompts_file, teacher_folder, train_teacher
 from wadi.emoji.evaluate import EvaluateConfig, evaluated_pipeline, pipeline_generator
 from wadi.emoji.flow import Flow, encode_text, new_flow_transformer
 from wadi.errors import WadiError
-from wadi.files import save_tensors
 from wadi.onestep import StudentPipeline
 
 CAPTIONS = ["a cat", "a big dog on the left", "", "a cat and a dog"]
@@ -39,17 +38,16 @@ def networks(seed=0):
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(atlas, tmp_path_factory):
     """A function that trains two steps of a small flow, and returns the folder and figures."""
     folder = tmp_path_factory.mktemp("flow")
-    save_tensors(folder / "atlas.safetensors", {"atlas": synthetic_atlas()})
 
     def run(name, **options):
         sizes = {"max_train_steps": 2, "train_batch_size": 4, "seconds": 1e9, "pictures": 8, "captions": 60}
         config = train_teacher.TrainTeacherConfig(
             teacher_folder() / "vae",
             folder / name,
-            atlas=folder / "atlas.safetensors",
+            atlas=atlas,
             architecture="flow",
             device="cpu",
             **sizes | options,
@@ -258,7 +256,7 @@ def test_from_training_to_an_image_in_one_step(flow_folder, tmp_path):
     evaluated = EvaluateConfig(flow_folder, run / "adapter", device="cpu")
     judged = pipeline_generator(evaluated_pipeline(evaluated), 1, 1.0)(["a cat"], [3])
     assert np.abs(judged[0].permute(1, 2, 0).numpy() - 255 * expected[0]).max() < 1
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(run)
     assert rows[-1]["step"] == 2
     assert all(np.isfinite([row["student_loss"], row["fake_loss"]]).all() for row in rows)
 

@@ -12,19 +12,12 @@ from wadi.emoji import train_controlnet as room
 from wadi.emoji.captions import RELATIONS, is_held_out, parse_caption, stated
 from wadi.emoji.scenes import render, sample_scenes
 from wadi.errors import WadiError
-from wadi.files import load_tensors, save_tensors
+from wadi.files import load_tensors
 from wadi.onestep.loading import load_pipeline
 from wadi.tasks import load_controlnet
 from wadi.tasks.control import canny
 
 TINY = {"max_train_steps": 2, "train_batch_size": 2, "seconds": 1e9, "pictures": 4, "captions": 30}
-
-
-@pytest.fixture(scope="module")
-def atlas(tmp_path_factory):
-    path = tmp_path_factory.mktemp("atlas") / "atlas.safetensors"
-    save_tensors(path, {"atlas": synthetic_atlas()})
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,10 @@ from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.tokenizer import build_tokenizer
 from wadi.emoji.unet import UNet
 from wadi.errors import WadiError
-from wadi.files import load_tensors, save_tensors
+from wadi.files import load_tensors
 from wadi.metrics import feature_statistics, frechet_distance
 
 TINY = {"max_train_steps": 2, "train_batch_size": 4, "seconds": 1e9, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def atlas(tmp_path_factory):
-    path = tmp_path_factory.mktemp("atlas") / "atlas.safetensors"
-    save_tensors(path, {"atlas": synthetic_atlas()})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +26,7 @@ def vae_folder(atlas, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae") / "vae"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_vae, "MEASURED_BATCH", 4)
-        patch.setattr(train_vae, "sample_captions", lambda count, seed: sample_captions(50, seed))
+        patch.setattr(train_vae, "sample_captions", lambda count, seed: sample_captions(12, seed))
         figures = train_vae.train_vae(train_vae.TrainVAEConfig(out=folder, atlas=atlas, **TINY))
     assert 0 < figures["psnr"] < 20
     return folder
@@ -41,7 +34,7 @@ def vae_folder(atlas, tmp_path_factory):
 
 def test_vae_decoder_alone(vae_folder, atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "MEASURED_BATCH", 4)
-    monkeypatch.setattr(train_vae, "sample_captions", lambda count, seed: sample_captions(50, seed))
+    monkeypatch.setattr(train_vae, "sample_captions", lambda count, seed: sample_captions(12, seed))
     config = train_vae.TrainVAEConfig(tmp_path / "vae", vae_folder, decoder_only=True, atlas=atlas, **TINY)
     train_vae.train_vae(config)
     before, after = (AutoencoderKL.from_pretrained(f).state_dict() for f in (vae_folder, tmp_path / "vae"))
@@ -95,7 +88,7 @@ def test_share_of_the_first_weights_in_the_teacher(vae_folder, atlas, tmp_path):
 
     def unet(name, init=None, init_share=0.0):
         config = train_teacher.TrainTeacherConfig(
-            vae_folder, tmp_path / name, init, init_share, atlas=atlas, pictures=16, captions=60, **TINY
+            vae_folder, tmp_path / name, init, init_share, atlas=atlas, pictures=8, captions=30, **TINY
         )
         train_teacher.train_teacher(config)
         return UNet2DConditionModel.from_pretrained(tmp_path / name, subfolder="unet").state_dict()

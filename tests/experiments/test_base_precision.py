@@ -56,7 +56,9 @@ def test_errors_of_the_bases_are_those_of_their_bits(base):
     assert low < experiment.weight_error(network, exact, names) < high
 
 
-def test_a_student_is_trained_and_judged_on_the_full_base(tmp_path, capsys):
+def test_a_student_is_trained_and_judged_on_the_full_base(tmp_path, monkeypatch, capsys):
+    every = experiment.ablation.read_prompts
+    monkeypatch.setattr(experiment.ablation, "read_prompts", lambda source: every(source)[:8])
     base = "nf4, then float32"
     options = experiment.Options(
         bases=(base,), seeds=(1,), out=tmp_path, max_train_steps=3, train_batch_size=1, num_samples=4

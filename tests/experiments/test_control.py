@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.emoji.cases import synthetic_atlas
 from wadi.emoji import teacher_folder
 from wadi.emoji.captions import is_held_out, stated
 from wadi.emoji.judge import Reading
 from wadi.emoji.scenes import sample_scenes
 from wadi.emoji.train_controlnet import new_controlnet, open_captions, write_controlnet
-from wadi.files import read_json, save_tensors
+from wadi.files import read_json
 from wadi.onestep.loading import load_pipeline
 from wadi.outputs import Output
 
@@ -36,8 +35,7 @@ def test_errors_of_place_and_size_whatever_the_order():
 
 
 @pytest.fixture
-def options(tmp_path):
-    save_tensors(tmp_path / "atlas.safetensors", {"atlas": synthetic_atlas()})
+def options(atlas, tmp_path):
     output = Output(tmp_path / "controlnet", "emoji train-controlnet")
     write_controlnet(output, new_controlnet(load_pipeline(teacher_folder())))
     return control.Options(
@@ -45,7 +43,7 @@ def options(tmp_path):
         controlnet=tmp_path / "controlnet",
         scales=(0.0, 1.0),
         timed=1,
-        atlas=tmp_path / "atlas.safetensors",
+        atlas=atlas,
         device="cpu",
         out=tmp_path / "figures.json",
         picture=tmp_path / "picture.png",

@@ -5,9 +5,8 @@ import dataclasses
 import inversion
 from PIL import Image
 
-from tests.emoji.cases import synthetic_atlas
 from wadi.emoji.captions import is_held_out_pair
-from wadi.files import read_json, save_tensors
+from wadi.files import read_json
 
 TINY = inversion.Options(
     relations=("below", "diagonal"),
@@ -28,9 +27,8 @@ TINY = inversion.Options(
 )
 
 
-def test_figures_and_picture(tmp_path, capsys):
-    atlas, out, picture = (tmp_path / name for name in ("atlas.safetensors", "figures.json", "picture.png"))
-    save_tensors(atlas, {"atlas": synthetic_atlas()})
+def test_figures_and_picture(atlas, tmp_path, capsys):
+    out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
     inversion.main(dataclasses.replace(TINY, atlas=atlas, out=out, picture=picture))
     found = read_json(out)
     assert len(found["choice"]) == 2

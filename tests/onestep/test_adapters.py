@@ -68,6 +68,13 @@ def spoil(folder, value=float("nan")):
 
 
 @pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    """Kind -> the adapter of a student; read only."""
+    folder = tmp_path_factory.mktemp("students")
+    return {kind: write_adapter(folder / kind / "adapter", kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     return write_adapter(tmp_path_factory.mktemp("adapters") / "student")
 
@@ -86,10 +93,12 @@ def exported(teacher_folder, adapter):
 # --- another base ---
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_goes_on_its_own_base_alone(tmp_path, kind, base):
-    folder, pipeline = write_adapter(tmp_path / "adapter", kind), BASES[base]()
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [*(("lorad", base) for base in BASES), ("lora", "its own"), ("lora", "wider"), ("dora", "its own")],
+)
+def test_an_adapter_goes_on_its_own_base_alone(students, kind, base):
+    folder, pipeline = students[kind], BASES[base]()
     if base == "its own":
         assert merge_adapters(pipeline, folder) == Student.read(folder)
         return
@@ -97,10 +106,17 @@ def test_an_adapter_goes_on_its_own_base_alone(tmp_path, kind, base):
         merge_adapters(pipeline, folder)
 
 
-@pytest.mark.parametrize("base", ["wider text", "wider", "more layers", "transformer"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_a_record_every_tensor_must_find_its_place(tmp_path, kind, base):
-    folder = write_adapter(tmp_path / "adapter", kind, student=False)
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        *(("lorad", base) for base in ("wider text", "wider", "more layers", "transformer")),
+        ("lora", "wider text"),
+        ("dora", "more layers"),
+    ],
+)
+def test_without_a_record_every_tensor_must_find_its_place(students, tmp_path, kind, base):
+    folder = shutil.copytree(students[kind], tmp_path / "adapter")
+    (folder / "student.json").unlink()
     with pytest.raises(WadiError, match="adapter: the adapter does not fit the model") as error:
         merge_adapters(BASES[base](), folder)
     assert "\n" not in str(error.value)
@@ -114,10 +130,11 @@ def test_a_student_of_another_prediction_is_refused(v_teacher_folder, adapter):
 # --- numbers that are not finite ---
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_that_is_not_finite_is_named(tmp_path, teacher_folder, kind, value):
-    spoil(write_adapter(tmp_path / "bad", kind), value)
+@pytest.mark.parametrize(
+    ("kind", "value"), [("lorad", float("nan")), ("lora", float("inf")), ("dora", -float("inf"))]
+)
+def test_an_adapter_that_is_not_finite_is_named(students, tmp_path, teacher_folder, kind, value):
+    spoil(shutil.copytree(students[kind], tmp_path / "bad"), value)
     with pytest.raises(WadiError, match=rf"bad/{WEIGHTS}: 1 of \d+ tensors .* \(3 of its numbers\)"):
         StudentPipeline.from_pretrained(teacher_folder, tmp_path / "bad")
 
@@ -191,25 +208,25 @@ def test_only_what_is_not_known_to_be_a_student_is_told(teacher_folder, adapter,
         assert len([one for one in told if one.category is WadiWarning]) == 1
 
 
-@pytest.mark.parametrize("command", ["distill", "extract", "import", "export", "dreambooth", "invert"])
-def test_a_student_is_no_teacher(command, exported, adapter, tmp_path, capsys):
+def test_a_student_is_no_teacher(exported, adapter, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     weights = exported / "unet" / "diffusion_pytorch_model.safetensors"
     images = tmp_path / "images"
     images.mkdir()
     tiny_pipeline()("a", num_inference_steps=1).images[0].save(images / "0.png")
-    arguments = {
+    commands = {
         "distill": ["--teacher", exported, "--prompts", tmp_path / "prompts.txt", "--student-rank", 2],
         "extract": ["--teacher", exported, "--student", exported],
         "import": [weights, "--model", exported],
         "export": [adapter, "--model", exported],
         "dreambooth": [images, "--pretrained-model-name-or-path", exported],
         "invert": [images, "--model", exported],
-    }[command]
+    }
     before = sorted(exported.rglob("*"))
-    assert cli.main([command, *map(str, arguments), "--out", str(tmp_path / "out")]) == 2
-    assert "one-step student" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    for command, arguments in commands.items():
+        assert cli.main([command, *map(str, arguments), "--out", str(tmp_path / "out")]) == 2
+        assert "one-step student" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
     assert sorted(exported.rglob("*")) == before
 
 
@@ -256,8 +273,8 @@ def test_the_record_is_what_was_written(tmp_path, alpha_T_squared):
         {"base": None},
     ],
 )
-def test_a_broken_record_is_one_line(tmp_path, teacher_folder, change):
-    folder = write_adapter(tmp_path / "adapter")
+def test_a_broken_record_is_one_line(adapter, tmp_path, teacher_folder, change):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
     value = json.loads((folder / "student.json").read_text())
     (folder / "student.json").write_text(json.dumps(value | change))
     with pytest.raises(WadiError, match=r"student\.json: ") as error:
@@ -266,8 +283,8 @@ def test_a_broken_record_is_one_line(tmp_path, teacher_folder, change):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
-def test_a_record_that_is_no_object_is_one_line(tmp_path, teacher_folder, text):
-    folder = write_adapter(tmp_path / "adapter")
+def test_a_record_that_is_no_object_is_one_line(adapter, tmp_path, teacher_folder, text):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
     (folder / "student.json").write_text(text)
     with pytest.raises(WadiError, match=r"student\.json: "):
         StudentPipeline.from_pretrained(teacher_folder, folder)

@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from peft import get_peft_model
 from PIL import Image
 
-from tests.tiny import tiny_pipeline
+from tests.tiny import one_level_pipeline, tiny_pipeline
 from wadi import LoRaDConfig, WadiError, cli
 from wadi.onestep import StudentPipeline
 from wadi.onestep.fast import MAX_SHAPES, to_bytes
@@ -143,7 +143,7 @@ def test_only_so_many_embeddings_are_kept(fast, plain, monkeypatch):
     assert list(fast.fast._embeds) == ["c", "d"]
 
 
-def test_one_graph_no_break(teacher_folder, plain, monkeypatch):
+def test_one_graph_no_break(monkeypatch):
     """Dynamo traces U-Net and decoder whole: nothing of a call goes back to Python."""
     modes, compile_ = [], torch.compile
 
@@ -152,19 +152,20 @@ def test_one_graph_no_break(teacher_folder, plain, monkeypatch):
         return compile_(function, backend="eager", fullgraph=True, dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", trace)
-    fast = StudentPipeline.from_pretrained(teacher_folder).compile("max-autotune-no-cudagraphs")
+    plain = StudentPipeline(one_level_pipeline())
+    fast = StudentPipeline(one_level_pipeline()).compile("max-autotune-no-cudagraphs")
     assert differences(plain(PROMPTS, seed=3), fast(PROMPTS, seed=3)) <= 1
     assert modes == ["max-autotune-no-cudagraphs"] * 2
 
 
-def test_a_compiler_that_fails_is_one_line(teacher_folder, monkeypatch):
+def test_a_compiler_that_fails_is_one_line(monkeypatch):
     compile_ = torch.compile
 
     def no_compiler(graph, inputs):
         raise RuntimeError("no C++ compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compile_(f, backend=no_compiler))
-    fast = StudentPipeline.from_pretrained(teacher_folder).compile("default")
+    fast = StudentPipeline(one_level_pipeline()).compile("default")
     with pytest.raises(WadiError, match="mode='eager'") as caught:
         fast(PROMPTS, seed=3)
     assert "\n" not in str(caught.value)

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderTiny, ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from tests.files import edit
 from tests.tiny import tiny_pipeline
 from wadi.backbones import load_backbone, load_prompt_encoder
 from wadi.device import chosen_device
@@ -76,10 +77,6 @@ LOADERS = {
 }
 
 
-def edit(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 def rewrite(path, change):
     tensors = load_file(path)
     change(tensors)
@@ -123,8 +120,14 @@ BROKEN_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("change", BROKEN_TENSORS)
-@pytest.mark.parametrize("part", FILES)
+def everywhere(changes):
+    """Pairs of a part and a change: the U-Net with each change, and each other part with some of them."""
+    others = [part for part in FILES if part != "unet"]
+    pairs = [("unet", change) for change in changes]
+    return pairs + [(others[i % len(others)], change) for i, change in enumerate(changes)]
+
+
+@pytest.mark.parametrize(("part", "change"), everywhere(BROKEN_TENSORS))
 def test_weights_that_are_not_the_networks(model, part, change):
     rewrite(model / FILES[part], change)
     for loader in LOADERS[part]:
@@ -159,8 +162,7 @@ BROKEN_FILES = {
 }
 
 
-@pytest.mark.parametrize("change", BROKEN_FILES)
-@pytest.mark.parametrize("part", FILES)
+@pytest.mark.parametrize(("part", "change"), everywhere(BROKEN_FILES))
 def test_files_that_cannot_be_read(model, part, change):
     change(model / FILES[part])
     for loader in LOADERS[part]:

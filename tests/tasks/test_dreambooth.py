@@ -72,8 +72,7 @@ def test_loss_is_that_of_the_paper():
 # --- training ---
 
 
-@pytest.mark.parametrize("method", ["lorad", "lora"])
-@pytest.mark.parametrize("train_text_encoder", [False, True])
+@pytest.mark.parametrize(("method", "train_text_encoder"), [("lorad", False), ("lora", True)])
 def test_only_the_adapter_is_trained(config, method, train_text_encoder):
     config = dataclasses.replace(config, method=method, train_text_encoder=train_text_encoder)
     run = training(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -138,6 +139,7 @@ def options_type(start: DistillConfig | None = None, often: bool = False) -> typ
     return whole
 
 
+@functools.cache
 def _described(group: type) -> dict[str, str]:
     """The docstring of each option of a group, in one line."""
     found = docstring_parser.parse_from_object(group).params

@@ -135,6 +135,7 @@ def _own_options(kind: type[Options]) -> list[Place]:
     ]
 
 
+@functools.cache
 def _groups(kind: type[Options]) -> dict[str, type[Options]]:
     own = {place.field.name for place in _own_options(kind)}
     return {name: hint for name, hint in get_type_hints(kind).items() if name not in own}
