@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import PROMPTS, one_level_pipeline, tiny_pixart
-from wadi.backbones import UNetBackbone, student_config
+from wadi.backbones import Backbone, UNetBackbone, student_config
 from wadi.distill import DistillConfig, distill
 from wadi.distill.loop import append_metrics
 from wadi.distill.run import resolve
@@ -284,3 +284,16 @@ def test_adapters_of_other_layers_are_refused(options, tmp_path):
         save_adapter(inject_adapter_in_model(config, model), tmp_path / name)
         other = options.replace(student_adapter=str(tmp_path / name))
         refuses(other, f"--student-adapter: .*{name}.*does not fit the adapter: .*{message}", tmp_path)
+
+
+def test_prompts_are_encoded_before_the_base_comes_to_the_device(options, tmp_path, monkeypatch):
+    """A text encoder may be as large as the base, and a small GPU does not hold both."""
+    place, found, cache = Backbone.place, [], tmp_path / "embeddings"
+
+    def count(backbone, *arguments):
+        found.append(sum(1 for _ in cache.rglob("*.safetensors")))
+        return place(backbone, *arguments)
+
+    monkeypatch.setattr(Backbone, "place", count)
+    distill(options.replace(embeddings_dir=str(cache), validation_steps=0))
+    assert found[0] == 0 < found[1]

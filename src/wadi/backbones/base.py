@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from wadi.backbones.condition import Condition
-from wadi.backbones.storage import store_base
+from wadi.backbones.storage import check_storage, store_base
 from wadi.backbones.text import PromptEncoder
 from wadi.device import Precision
 from wadi.diffusion import Schedule
@@ -112,15 +112,33 @@ class Backbone(ABC):
             raise WadiError(f"{name_or_path}: holds a {name}; name a {cls.pipeline_class.__name__}")
         dtypes = {cls.network_name: dtype, "default": torch.float32}
         pipeline = load_pipeline(folder, dtypes, without=cls.text_class.parts)
-        if precision is not None:
-            network = getattr(pipeline, cls.network_name)
-            names = cls.layers(network, cls.student_pattern)
-            store_base(network, names, precision, device, folder / cls.network_name)
-        return cls(pipeline, device, folder, resolution)
+        backbone = cls(pipeline, "cpu", folder, resolution)
+        backbone.work_on(device)
+        backbone.place(device, precision)
+        return backbone
 
     def work_on(self, device: torch.device | str) -> None:
         """Let text encoders and VAE be used on another device; the network stays where it is."""
         self.device = self.text.device = torch.device(device)
+
+    def place(self, device: torch.device | str, precision: Precision | None = None) -> None:
+        """Move the network to a device; with a `precision`, see `store_base`, its layers are stored small.
+
+        Raises:
+            WadiError: as `store_base`.
+        """
+        if precision is not None:
+            store_base(self.network, self.student_layers(), precision, device, self._network_folder)
+        self.network.requires_grad_(False).eval().to(device)
+
+    def check_storage(self, precision: Precision | None, device: torch.device | str) -> None:
+        """Raise what `place` would raise; nothing is moved."""
+        if precision is not None:
+            check_storage(self.network, self.student_layers(), precision, device, self._network_folder)
+
+    @property
+    def _network_folder(self) -> Path | None:
+        return self.text.folder and self.text.folder / self.network_name
 
     @classmethod
     def drives(cls, network: nn.Module) -> bool:

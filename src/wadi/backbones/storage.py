@@ -47,20 +47,32 @@ def store_base(
         WadiError: nf4 without a GPU or without bitsandbytes, or the network is quantized already.
     """
     device, dtype = torch.device(device), network.dtype
-    if precision == "nf4":
-        _check_nf4(device)
+    check_storage(network, names, precision, device, folder)
     if precision == "bf16" and dtype == torch.bfloat16:
         return
     entries = {} if folder is None else _entries(network, folder)
     for name in names:
         layer = network.get_submodule(name)
-        _refuse_quantized(layer, name, precision, folder)
         if type(layer) is not nn.Linear:  # it may have another forward than a plain layer
             continue
         if (entry := entries.get(f"{name}.weight")) is not None:
             layer.weight = nn.Parameter(read_tensor(entry), requires_grad=False)
         layer.to(device)
         network.set_submodule(name, _small(layer, precision, dtype))
+
+
+def check_storage(
+    network: nn.Module,
+    names: Collection[str],
+    precision: Precision,
+    device: torch.device | str,
+    folder: Path | None = None,
+) -> None:
+    """Raise what `store_base` would raise with the same arguments; nothing is changed."""
+    if precision == "nf4":
+        _check_nf4(torch.device(device))
+    for name in names:
+        _refuse_quantized(network.get_submodule(name), name, precision, folder)
 
 
 def quantized_in_files(network: nn.Module) -> bool:

@@ -71,9 +71,9 @@ class Plan:
     def peaks(self) -> dict[str, int]:
         """Bytes at most, by what the run does."""
         found = self.rehearsal
-        base = 0 if self.config.run.shard_base else found.held["frozen base"]  # spread after the encoding
         return {
-            **({"encoding of prompts": base + self.encoding} if self.encoding else {}),
+            # the base comes to the device after it
+            **({"encoding of prompts": self.encoding} if self.encoding else {}),
             "update of the student": self.held + found.student,
             "update of the fake model": self.held + found.fake,
             **({"sample grid": self.held + self.grid} if self.grid else {}),

@@ -73,6 +73,9 @@ def distill(config: DistillConfig) -> Path:
         with together(hosts):
             if accelerator.is_main_process == main:
                 encoded = prepare_prompts(config, backbone.text, prompts, accelerator)
+    with together(hosts):
+        # only now: a text encoder may be as large. A base that will be spread may be too large for one device
+        backbone.place("cpu" if config.run.shard_base else device, config.run.base_precision)
     with contextlib.closing(encoded.embeddings):
         trainer = Trainer(config, backbone, encoded, accelerator, inputs)
         with together(hosts):
@@ -263,10 +266,9 @@ def _load(
     if (started := _read_run(run)) is not None:
         refuse_other_inputs(run, started, inputs, INPUTS)
     teacher = model.pretrained_model_name_or_path
-    # a base that will be spread may be too large for one device
-    device = "cpu" if config.run.shard_base else accelerator.device
-    backbone = load_backbone(folder, config.run.dtype, device, model.resolution, config.run.base_precision)
+    backbone = load_backbone(folder, config.run.dtype, "cpu", model.resolution)
     backbone.work_on(accelerator.device)
+    backbone.check_storage(config.run.base_precision, accelerator.device)
     torch.backends.cuda.enable_cudnn_sdp(backbone.cudnn_attention)
     check_teacher(teacher, backbone.pipeline.scheduler, backbone.network)
     if quantized_in_files(backbone.network):
