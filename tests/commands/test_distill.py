@@ -1,6 +1,7 @@
 """`wadi distill` and `wadi report`: the options, and what a run leaves."""
 
 import re
+from typing import Literal, get_origin
 
 import pytest
 
@@ -43,7 +44,8 @@ def test_every_option_has_a_flag_that_sets_it():
     """A flag is the name of its option, whatever group the help shows it in."""
     given = {bool: [], int: ["7"], float: ["0.5"]}
     defaults = DistillConfig().values()
-    named = [name for name in OPTIONS if type(defaults[name]) in given]
+    free = [name for name, place in OPTIONS.items() if get_origin(place.hint) is not Literal]
+    named = [name for name in free if type(defaults[name]) in given]
     assert len(named) > 30
     words = [[flag(name), *given[type(defaults[name])]] for name in named]
     options, _ = parse([word for pair in words for word in pair])

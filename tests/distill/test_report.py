@@ -203,6 +203,19 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
     assert "from diffusers import " + type(student.pipeline).__name__ in html
 
 
+def test_the_commands_load_a_pipeline_in_the_precision_of_its_files(run, pictures, teacher_folder):
+    for dtype, python, shell in (
+        (torch.bfloat16, ", torch_dtype=torch.bfloat16)", "--dtype bfloat16"),
+        (None, "", ""),
+    ):
+        half = StudentPipeline.from_pretrained(teacher_folder, torch_dtype=dtype)
+        half.save_pretrained(run / "pipeline", overwrite=True)
+        html = write_report(run, pictures).read_text()
+        assert python in snippet(html, "python")
+        assert shell in snippet(html, "shell")
+    assert "dtype" not in snippet(html, "python") + snippet(html, "shell")
+
+
 def parsed(command):
     """The options that `wadi distill` would have."""
     program, name, *arguments = shlex.split(command)

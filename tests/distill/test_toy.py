@@ -68,7 +68,7 @@ def test_a_student_learns_its_teachers_distribution(name, weighting):
     def predict(network, x_t, t, condition):
         return network(x_t, t)
 
-    student = Student(schedule, predict, line)
+    student = Student(schedule, predict, line, [schedule.last[None]])
     scores = Scores(config, schedule, predict, teacher, fake, {}, SHAPE)
     fake_model = FakeModel(config.fake, schedule, predict, fake, {}, SHAPE)
     (term,) = terms_of(config, schedule, SHAPE)

@@ -225,7 +225,7 @@ def test_a_student_is_no_teacher(exported, adapter, tmp_path, capsys):
     before = sorted(exported.rglob("*"))
     for command, arguments in commands.items():
         assert cli.main([command, *map(str, arguments), "--out", str(tmp_path / "out")]) == 2
-        assert "one-step student" in capsys.readouterr().err
+        assert "is a student already" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     assert sorted(exported.rglob("*")) == before
 

@@ -143,7 +143,7 @@ class FakeOptions(Options):
 class DenoisingOptions(Options):
     """The denoising term of the student's objective."""
 
-    weight: float = option(0.0, "denoising_weight", often=True, at_least=0)
+    weight: float = option(0.0, "denoising_weight", at_least=0)
     """Weight of the denoising term: the distance to what the unguided teacher makes of the student's image at
     little noise. It cleans the texture, which the distillation gradient leaves grainy. 0 omits the term."""
 

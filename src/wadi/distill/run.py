@@ -114,16 +114,17 @@ def plan(config: DistillConfig) -> None:
 def export(trainer: Trainer, run: Path) -> None:
     """Write the averaged student: adapter/ in PEFT format (LoRaD), pipeline/ merged into the teacher.
 
-    The pipeline has the dtypes of the teacher's files. A teacher that was quantized already gets none,
-    because merging would round it again.
+    The pipeline is in float32 after a training in float32, and else has the dtypes of the teacher's files. A
+    teacher that was quantized already gets none, because merging would round it again.
     """
     backbone, student = trainer.backbone, trainer.student
     options, name = trainer.config.student, trainer.config.model.pretrained_model_name_or_path
     teacher = backbone.text.folder or name
     steps = student_steps(trainer.config, backbone)
+    dtype = torch.float32 if trainer.config.run.mixed_precision == "no" else "auto"
     own = options.alpha_T_squared, trainer.config.model.resolution
     if options.method != "lorad":
-        pipeline = load_pipeline(teacher, "auto")
+        pipeline = load_pipeline(teacher, dtype)
         network = getattr(pipeline, backbone.network_name)
         with trainer.ema_weights():
             network.load_state_dict(merged_state(student, network.state_dict()))
@@ -138,7 +139,7 @@ def export(trainer: Trainer, run: Path) -> None:
         record = Student.of(backbone.network, backbone.pipeline.scheduler, *own, lora, steps)
         record.write(folder)
     if not quantized_in_files(backbone.network):
-        pipeline = StudentPipeline.from_pretrained(teacher, run / "adapter", torch_dtype="auto")
+        pipeline = StudentPipeline.from_pretrained(teacher, run / "adapter", torch_dtype=dtype)
         pipeline.write(part(run, "pipeline"))
 
 

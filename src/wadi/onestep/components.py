@@ -170,7 +170,7 @@ def load_module(kind: type[Module], folder: str | os.PathLike, torch_dtype: Dtyp
     if weights.variant not in (None, *PREFERRED_VARIANTS):
         tell(f"{folder}: has no plain weights; wadi loads the variant {weights.variant!r}")
     if torch_dtype == "auto":
-        torch_dtype = _widest(weights)
+        torch_dtype = widest_dtype(weights)
     try:
         with quiet():
             module, info = kind.from_pretrained(
@@ -206,7 +206,7 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _widest(weights: WeightFiles) -> torch.dtype:
+def widest_dtype(weights: WeightFiles) -> torch.dtype:
     """The widest floating dtype in files; float32 if they hold none of 16 or 32 bits."""
     held = {entry.dtype for entry in weights.entries.values()}
     return next((dtype for name, dtype in _WIDTHS.items() if name in held), torch.float32)
