@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="COMFYUI_PATH is not set: it names a checkout of ComfyUI (COMFYUI_PYTHON: its Python)",
 )
 SEED = 7
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +185,38 @@ def test_what_does_not_fit_gets_a_sentence(emoji, server):
     assert "predicts flow_prediction, and this model predicts epsilon" in message
 
 
-def test_example_workflows_are_of_nodes_that_are_there(server):
+def example(name):
+    return json.loads((ROOT / "integrations/comfyui/example_workflows/api" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["one_step", "four_steps"])
+def test_example_workflows_are_of_nodes_that_are_there(server, name):
     known = server.ask("object_info")
-    files = sorted(Path(__file__).parents[2].glob("integrations/comfyui/example_workflows/api/*.json"))
-    assert files
-    for file in files:
-        for entry in json.loads(file.read_text()).values():
-            inputs = known[entry["class_type"]]["input"]
-            required, optional = inputs["required"].keys(), inputs.get("optional", {}).keys()
-            assert required <= entry["inputs"].keys() <= required | optional
+    for entry in example(name).values():
+        inputs = known[entry["class_type"]]["input"]
+        required, optional = inputs["required"].keys(), inputs.get("optional", {}).keys()
+        assert required <= entry["inputs"].keys() <= required | optional
+
+
+def with_emoji(nodes, case, adapter):
+    """An example workflow with another checkpoint, the prompt of a case, and the latents as its result."""
+    nodes |= {"1": case.loaders["base"], "4": case.loaders["text"], "5": case.loaders["text"]}
+    nodes |= {"6": case.loaders["empty"]}
+    nodes["2"]["inputs"]["adapter"] = adapter
+    nodes["7"]["inputs"]["noise_seed"] = SEED
+    nodes["sample"] = nodes.pop("7")
+    return {key: value for key, value in nodes.items() if key not in ("8", "9")}
+
+
+def test_the_example_of_one_step_makes_the_image_of_the_student(emoji):
+    assert emoji.error(with_emoji(example("one_step"), emoji, emoji.adapter)) < 1e-5
+
+
+def test_the_example_of_four_steps_is_for_students_of_four(emoji, server):
+    assert "4 asked for" in failure(server, with_emoji(example("four_steps"), emoji, emoji.adapter))
+    four = server.folder / "models" / "lorad" / "four"
+    shutil.copytree(student_folder(), four)
+    record = json.loads((four / "student.json").read_text()) | {"steps": [1.0, 0.75, 0.5, 0.25]}
+    (four / "student.json").write_text(json.dumps(record))
+    error = emoji.error(with_emoji(example("four_steps"), emoji, "four/adapter_model.safetensors"))
+    assert 0.01 < error < 2  # another image of the same size, and no NaN
