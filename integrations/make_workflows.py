@@ -56,9 +56,9 @@ def nodes(steps: int) -> dict[int, Node]:
         4: ("CLIPTextEncode", (400, 210), {"clip": link(1, 1), "text": "a hedgehog on a bicycle"}),
         5: ("CLIPTextEncode", (400, 340), {"clip": link(1, 1), "text": ""}),
         6: ("EmptyLatentImage", (400, 470), {"width": 512, "height": 512, "batch_size": 1}),
-        7: ("SamplerCustom", (780, 230), sampled),
-        8: ("VAEDecode", (1160, 20), {"samples": link(7), "vae": link(1, 2)}),
-        9: ("SaveImage", (1160, 160), {"images": link(8), "filename_prefix": "lorad"}),
+        7: ("SamplerCustom", (1160, 20), sampled),
+        8: ("VAEDecode", (1540, 20), {"samples": link(7), "vae": link(1, 2)}),
+        9: ("SaveImage", (1540, 160), {"images": link(8), "filename_prefix": "lorad"}),
     }
 
 
@@ -131,9 +131,19 @@ def ui_form(found: dict[int, Node]) -> dict[str, Any]:
     return top | {"groups": [], "config": {}, "extra": {}, "version": 0.4}
 
 
+def lines_of(kind: str, inputs: dict[str, Any]) -> dict[str, int]:
+    """The line of every input: first those of links, beside the outputs, and then the widgets."""
+    joined = [name for name, value in inputs.items() if is_link(value)]
+    first = max(len(joined), len(OUTPUTS[kind]))
+    widgets = [name for name in inputs if name not in joined]
+    lines = {name: line for line, name in enumerate(joined)}
+    return lines | {name: first + line for line, name in enumerate(widgets)}
+
+
 def height_of(inputs: dict[str, Any], kind: str) -> int:
-    """Height of a node: a line for each input, or for each output if there are more."""
-    return HEAD + LINE * max(len(inputs), len(OUTPUTS[kind])) + 6
+    """Height of a node in pixels."""
+    lines = max([len(OUTPUTS[kind]), *(line + 1 for line in lines_of(kind, inputs).values())])
+    return HEAD + LINE * lines + 6
 
 
 def drawing(found: dict[int, Node]) -> Image.Image:
@@ -142,23 +152,23 @@ def drawing(found: dict[int, Node]) -> Image.Image:
     height = max(y + height_of(inputs, kind) for kind, (_, y), inputs in found.values()) + 20
     image = Image.new("RGB", (width, height), "#202020")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    for kind, (x, y), inputs in found.values():  # links first, so that they pass behind nodes
+        for name, line in lines_of(kind, inputs).items():
+            if is_link(value := inputs[name]):
+                _, (from_x, from_y), _ = found[int(value[0])]
+                start = (from_x + WIDTH, from_y + HEAD + LINE * value[1] + 8)
+                draw.line((start, (x, y + HEAD + LINE * line + 8)), fill="#e0b050", width=2)
     for number, (kind, (x, y), inputs) in found.items():
         box = (x, y, x + WIDTH, y + height_of(inputs, kind))
         own = kind in TITLES
         draw.rounded_rectangle(box, 8, fill="#35443a" if own else "#353535", outline="#606060")
         draw.text((x + 10, y + 8), f"{number}  {TITLES.get(kind, kind)}", fill="#ffffff", font=font)
-        for i, (name, value) in enumerate(inputs.items()):
-            text = name if is_link(value) else f"{name}: {value}"
-            draw.text((x + 14, y + HEAD + LINE * i), text, fill="#c0c0c0", font=font)
-        for i, type_ in enumerate(OUTPUTS[kind]):
-            place = (x + WIDTH - 12, y + HEAD + LINE * i)
+        for name, line in lines_of(kind, inputs).items():
+            text = name if is_link(inputs[name]) else f"{name}: {inputs[name]}"
+            draw.text((x + 14, y + HEAD + LINE * line), text, fill="#c0c0c0", font=font)
+        for line, type_ in enumerate(OUTPUTS[kind]):
+            place = (x + WIDTH - 12, y + HEAD + LINE * line)
             draw.text(place, type_, fill="#9fc5e8", font=font, anchor="ra")
-    for _, (x, y), inputs in found.values():
-        for i, value in enumerate(inputs.values()):
-            if is_link(value):
-                _, (from_x, from_y), _ = found[int(value[0])]
-                start = (from_x + WIDTH, from_y + HEAD + LINE * value[1] + 8)
-                draw.line((start, (x, y + HEAD + LINE * i + 8)), fill="#e0b050", width=2)
     return image
 
 
