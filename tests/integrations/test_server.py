@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from tests.integrations.cases import layout, turned_network
+from tests.integrations.cases import NETWORKS, layout, merged, turned_network
 from tests.integrations.server import Server
 from tests.tiny import tiny_sdxl
 from wadi.emoji import student_folder, teacher_folder
@@ -183,6 +183,28 @@ def test_what_does_not_fit_gets_a_sentence(emoji, server):
     nodes["lorad0"]["inputs"]["adapter"] = "other/adapter_model.safetensors"
     message = failure(server, nodes | one_step(model, ["lorad0", 1]))
     assert "predicts flow_prediction, and this model predicts epsilon" in message
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_comfyui_patches_every_family_as_diffusers_merges_it(server, tmp_path, family):
+    network = NETWORKS[family]().float()
+    save_file(
+        {key: value.contiguous() for key, value in layout(network).items()}, tmp_path / "base.safetensors"
+    )
+    save_adapter(turned_network(network)[0], server.folder / "models" / "lorad" / f"random-{family}")
+    adapter, result = f"random-{family}/adapter_model.safetensors", tmp_path / "result.safetensors"
+    nodes = {"base": node("TestWeights", file=str(tmp_path / "base.safetensors"))}
+    for i, strength in enumerate((0.25, 0.75)):
+        before = [f"lorad{i - 1}" if i else "base", 0]
+        nodes[f"lorad{i}"] = node("LoadLoRaD", model=before, adapter=adapter, strength=strength)
+    nodes["save"] = node("TestSaveWeights", model=["lorad1", 0], file=str(result))
+    history = server.run(nodes)
+    assert history["status"]["status_str"] == "success", messages(history)
+    merged(network)
+    found, expected = load_file(result), layout(network)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=5e-6, rtol=1e-5)
 
 
 def example(name):

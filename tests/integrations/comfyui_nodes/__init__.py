@@ -3,7 +3,8 @@
 import torch
 from comfy import model_detection, supported_models
 from comfy.model_patcher import ModelPatcher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 
 class Width(float):
@@ -81,4 +82,49 @@ class Condition:
         return ([[tensors["cond"], more]],)
 
 
-NODE_CLASS_MAPPINGS = {"TestModel": Model, "TestCondition": Condition}
+class Weights:
+    """A model that is nothing but its weights, of any family."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "load", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"file": ("STRING", {})}}
+
+    def load(self, file):
+        model = nn.Module()
+        for key, value in load_file(file).items():
+            *path, name = ["diffusion_model", *key.split(".")]
+            module = model
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        cpu = torch.device("cpu")
+        return (ModelPatcher(model, load_device=cpu, offload_device=cpu),)
+
+
+class SaveWeights:
+    """Patch a model as ComfyUI does before it samples, and save its weights."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "save", "tests", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "file": ("STRING", {})}}
+
+    def save(self, model, file):
+        for key in model.patches:
+            model.patch_weight_to_device(key)
+        tensors = model.model.state_dict().items()
+        save_file({key.removeprefix("diffusion_model."): value.contiguous() for key, value in tensors}, file)
+        return {"ui": {}}
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestModel": Model,
+    "TestCondition": Condition,
+    "TestWeights": Weights,
+    "TestSaveWeights": SaveWeights,
+}
