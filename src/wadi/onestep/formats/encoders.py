@@ -20,9 +20,9 @@ def clip_tensors(encoder: nn.Module, prefix: str) -> Tensors:
 
 
 def t5_tensors(encoder: nn.Module, prefix: str) -> Tensors:
-    """The tensors of a `T5EncoderModel`; its table of tokens has two names and is written once."""
+    """The tensors of a `T5EncoderModel`. Its table of tokens has two names, of which diffusers reads both."""
     state = encoder.state_dict()
-    return {prefix + name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
+    return {prefix + name: _apart(name, tensor) for name, tensor in state.items()}
 
 
 def open_clip_tensors(encoder: nn.Module, prefix: str) -> Tensors:
@@ -42,6 +42,10 @@ def open_clip_tensors(encoder: nn.Module, prefix: str) -> Tensors:
             name = name.replace(new, old)
         tensors[f"{prefix}transformer.{name}"] = tensor
     return tensors
+
+
+def _apart(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if name == "encoder.embed_tokens.weight" else tensor
 
 
 def _old(name: str) -> str:
