@@ -7,6 +7,7 @@ from tests.tiny import mark_student, tiny_pipeline, tiny_sd3, tiny_sdxl
 from tests.tiny_flows import tiny_flux
 from wadi import LoRaDConfig
 from wadi.onestep.student import network_of
+from wadi.tasks.dreambooth_training import TEXT_ENCODER_LAYERS
 
 
 def tiny_sd2():
@@ -42,7 +43,7 @@ def save_student(pipeline, folder, kind=LoRaDConfig, text=False, **options):
     mark_student(folder / "adapter", pipeline)
     parts = [("", network_of(pipeline), LAYERS)]
     if text:
-        parts.append(("text_encoder", pipeline.text_encoder, ["q_proj", "fc1"]))
+        parts.append(("text_encoder", pipeline.text_encoder, TEXT_ENCODER_LAYERS))
     for place, module, layers in parts:
         adapted = get_peft_model(module, kind(**{"r": 4, "target_modules": layers} | options))
         generator = torch.Generator().manual_seed(1)
