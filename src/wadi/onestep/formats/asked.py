@@ -48,7 +48,7 @@ class _Asked(dict):
     def __missing__(self, name: str) -> torch.Tensor:
         first = len(self.names) * ROWS
         self.names.append(name)
-        return torch.arange(first, first + ROWS)
+        return torch.arange(first, first + ROWS, device="cpu")
 
     def pop(self, name: str) -> torch.Tensor:
         return self[name]
