@@ -47,7 +47,8 @@ def export(
     import torch
 
     from wadi import emoji
-    from wadi.onestep import export_output, export_pipeline
+    from wadi.onestep import Student, export_output, export_pipeline
+    from wadi.onestep.adapters import adapter_folder
 
     adapters = [adapter, *subject_adapter]
     export_output(out, format, (model, *teacher_file.inputs), overwrite).check()
@@ -60,15 +61,17 @@ def export(
         if by_layer:
             print("\n".join(f"{share:8.3%}  {layer}" for layer, share in loss.by_layer().items()))
         print(f"rank {loss.rank} loses {loss.total:.3%} of the squared change of {len(loss.layers)} weights")
-    print(f"{out}: {_USES[format]}")
+    student = Student.read(adapter_folder(adapter))
+    most = 1 if student is None else len(student.steps)
+    print(f"{out}: {_USES[format].format(steps='1' if most == 1 else f'1 to {most}')}")
 
 
 _USES = {
-    "diffusers": "load it with diffusers, num_inference_steps=1, guidance_scale=1.0",
-    "single-file": "load it as a checkpoint; sampler lcm, 1 step, cfg 1",
-    "unet": "load the weights in it instead of the teacher's U-Net; sampler lcm, 1 step, cfg 1",
-    "transformer": "load the weights in it instead of the teacher's transformer; 1 step, cfg 1",
-    "lycoris-diff": "load it as a LoRA on the teacher, strength 1; sampler lcm, 1 step, cfg 1",
-    "lora": "load it as a LoRA on the teacher, strength 1; sampler lcm, 1 step, cfg 1",
+    "diffusers": "load it with diffusers, num_inference_steps={steps}, guidance_scale=1.0",
+    "single-file": "load it as a checkpoint; sampler lcm, steps {steps}, cfg 1",
+    "unet": "load the weights in it instead of the teacher's U-Net; sampler lcm, steps {steps}, cfg 1",
+    "transformer": "load the weights in it instead of the teacher's transformer; steps {steps}, cfg 1",
+    "lycoris-diff": "load it as a LoRA on the teacher, strength 1; sampler lcm, steps {steps}, cfg 1",
+    "lora": "load it as a LoRA on the teacher, strength 1; sampler lcm, steps {steps}, cfg 1",
 }
 """What to do with a format, in the words of the programs."""

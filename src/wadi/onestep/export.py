@@ -32,7 +32,6 @@ from wadi.onestep.formats.single_file import single_file_tensors
 from wadi.onestep.loading import load_pipeline
 from wadi.onestep.pipeline import OneStepPipeline
 from wadi.onestep.saving import forget_origin
-from wadi.onestep.scheduler import one_step_scheduler
 from wadi.onestep.student import Student, network_of
 from wadi.outputs import Output
 
@@ -168,7 +167,7 @@ def _tell_schedule(
         return
     if student.alpha_T_squared is None:
         return
-    own = float(one_step_scheduler(pipeline.scheduler).alphas_cumprod[-1])
+    own = float(pipeline.scheduler.alphas_cumprod[-1])  # flows have none, and their students no alpha
     if not math.isclose(own, student.alpha_T_squared, rel_tol=0.05):
         tell(
             f"the student was trained with alpha_T^2 {student.alpha_T_squared:.3g}, and programs take "

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.onestep.formats.cases import FAMILIES, save_student
 from tests.teachers.original import save_original
-from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart
+from tests.tiny import PROMPTS, tiny_pipeline, tiny_pixart, tiny_t5
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep import export_pipeline, load_pipeline
 from wadi.onestep.formats.asked import transformer_tensors
@@ -69,9 +69,24 @@ def test_the_header_says_what_the_student_is(tmp_path):
     assert header["wadi.teacher"] == "teacher"
     assert header["wadi.steps"] == "1"
     assert header["modelspec.license"] == "openrail"
-    assert header["modelspec.architecture"] == "stable-diffusion-v1"
+    assert "modelspec.architecture" not in header  # no program runs so small a network as Stable Diffusion 1
     assert json.loads(header["wadi.student"])["prediction"] == "epsilon"
     assert str(tmp_path) not in str(header)
+
+
+@pytest.mark.parametrize(
+    ("named", "told"), [("owner/model-1.5", "owner/model-1.5"), ("/home/somebody/models/mine", "mine")]
+)
+def test_the_header_names_the_teacher_that_the_adapter_names(named, told, tmp_path):
+    folder, file = save_student(tiny_pipeline(), tmp_path), tmp_path / "a.safetensors"
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    (folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": named})
+    )
+    export_pipeline(folder / "teacher", folder / "adapter", file, format="lycoris-diff")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["wadi.teacher"] == told
+        assert told in opened.metadata()["modelspec.title"]
 
 
 def test_flux_rows_lie_where_the_published_file_has_them():
@@ -98,6 +113,21 @@ def test_marks_tell_that_a_student_of_sdxl_predicts_v():
 def test_a_family_without_a_layout_is_refused(tmp_path):
     pipeline = tiny_pixart()
     with pytest.raises(WadiError, match="--format transformer for ComfyUI"):
+        single_file_tensors(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: one.unet.register_to_config(layers_per_block=[1, 1]), "layers_per_block"),
+        (lambda one: setattr(one, "vae", AutoencoderTiny()), "is for an AutoencoderKL"),
+        (lambda one: setattr(one, "text_encoder", tiny_t5(16)["encoder"]), "is for a CLIP"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(change, said):
+    pipeline = tiny_pipeline()
+    change(pipeline)
+    with pytest.raises(WadiError, match=said):
         single_file_tensors(pipeline)
 
 

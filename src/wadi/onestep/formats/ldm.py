@@ -42,6 +42,11 @@ def unet_tensors(unet: nn.Module) -> Tensors:
     """
     state = unet.state_dict()
     layers = unet.config.layers_per_block
+    if not isinstance(layers, int):
+        raise WadiError(
+            "--format single-file: the original layout has the same number of layers in every block, and "
+            f"this U-Net has layers_per_block {layers}; choose --format diffusers"
+        )
     attended = {name.split(".")[1] for name in state if re.match(r"up_blocks\.\d+\.attentions\.", name)}
     tensors = {
         LDM_UNET_KEY + (_OUTSIDE.get(name) or _in_block(name, layers, attended)): tensor

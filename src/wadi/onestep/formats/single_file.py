@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from wadi.errors import WadiError, tell
 from wadi.onestep.formats.asked import transformer_tensors
@@ -36,6 +37,12 @@ def single_file_tensors(pipeline: DiffusionPipeline) -> Tensors:
         raise WadiError(
             f"--format single-file: the original layout is for an AutoencoderKL, and the model has a "
             f"{type(pipeline.vae).__name__}; choose --format diffusers"
+        )
+    encoder = pipeline.text_encoder
+    if not isinstance(encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
+        raise WadiError(
+            "--format single-file: the original layout is for a CLIP, and the model's text encoder is a "
+            f"{type(encoder).__name__}; choose --format diffusers"
         )
     return layout(pipeline)
 
