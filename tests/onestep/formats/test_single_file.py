@@ -75,6 +75,17 @@ def test_the_header_says_what_the_student_is(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "card", ["no card", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nname: a\n---\n"]
+)
+def test_a_card_without_a_licence_is_no_error(card, tmp_path):
+    folder, file = save_student(tiny_pipeline(), tmp_path), tmp_path / "a.safetensors"
+    (folder / "adapter" / "README.md").write_text(card)
+    export_pipeline(folder / "teacher", folder / "adapter", file, format="lycoris-diff")
+    with safe_open(file, "pt") as opened:
+        assert "modelspec.license" not in opened.metadata()
+
+
+@pytest.mark.parametrize(
     ("named", "told"), [("owner/model-1.5", "owner/model-1.5"), ("/home/somebody/models/mine", "mine")]
 )
 def test_the_header_names_the_teacher_that_the_adapter_names(named, told, tmp_path):

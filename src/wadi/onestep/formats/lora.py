@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from wadi.device import chosen_device
 from wadi.errors import WadiError
 from wadi.files import load_tensors
 from wadi.onestep.adapters import TEXT_ENCODER_FOLDER, adapter_folder
@@ -114,22 +115,22 @@ def approximated(
     Raises:
         WadiError: a bias has changed, or nothing has.
     """
-    found, loss = [], Loss(rank)
+    found, loss, device = [], Loss(rank), chosen_device()
     for change in changed:
         if change.parameter != "weight" or change.difference.ndim < 2:
             raise WadiError(
                 f"--format lora: the adapter changes the {change.parameter} of {change.layer}, which a LoRA "
                 "cannot; choose --format lycoris-diff"
             )
-        matrix = change.difference.flatten(1)
+        matrix = change.difference.flatten(1).to(device)
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         kept = min(rank, len(S))
         root = S[:kept].sqrt()
-        up = (U[:, :kept] * root).to(dtype or change.dtype)
-        down = (root[:, None] * V[:kept]).to(dtype or change.dtype)
+        up = (U[:, :kept] * root).to("cpu", dtype or change.dtype)
+        down = (root[:, None] * V[:kept]).to("cpu", dtype or change.dtype)
         lost = (matrix - up.to(matrix) @ down.to(matrix)).square().sum()
         loss.layers[f"{change.part}.{change.layer}"] = matrix.square().sum().item(), lost.item()
-        loss.spectrum.append(S.square())
+        loss.spectrum.append(S.square().cpu())
         found.append(_shaped(change, down, up))
     if not found:
         raise WadiError("--format lora: the adapter changes no weight; name a student's adapter")

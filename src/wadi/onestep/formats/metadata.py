@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub.repocard import metadata_load
 from peft.utils import CONFIG_NAME
@@ -94,7 +95,7 @@ def _licence(folders: list[Path]) -> str | None:
         card = folder / "README.md"
         try:
             found = (metadata_load(card) or {}).get("license") if card.is_file() else None
-        except (OSError, ValueError, AttributeError):  # a card that is no card
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # a text that is no card
             found = None
         if found is not None:
             return str(found)
