@@ -30,8 +30,7 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import StudentPipeline, load_pipeline
 from wadi.onestep.arguments import size_arguments
-from wadi.onestep.components import find_weights, widest_dtype
-from wadi.onestep.loading import guidance_arguments, stock_arguments
+from wadi.onestep.loading import guidance_arguments, stock_arguments, stored_dtype
 from wadi.onestep.scheduler import STEP_COUNTS, last_alpha_squared
 from wadi.progress import progress
 from wadi.teachers import prepare_teacher
@@ -275,7 +274,7 @@ def in_python(run_folder: str | Path, comparison: Comparison) -> str:
     It runs in any directory, because it names the run folder by its whole path.
     """
     arguments = "".join(f", {name}={value!r}" for name, value in comparison.arguments.items())
-    dtype = _stored_dtype(run_folder)
+    dtype = stored_dtype(_pipeline(run_folder))
     own = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
     return f"""\
 import torch
@@ -293,20 +292,13 @@ image.save("image.png")"""
 def in_shell(run_folder: str | Path, comparison: Comparison) -> str:
     """The command that makes the same image as `in_python`."""
     words = ["wadi", "generate", comparison.prompts[0], "--model", str(_pipeline(run_folder))]
-    if (dtype := _stored_dtype(run_folder)) != torch.float32:
+    if (dtype := stored_dtype(_pipeline(run_folder))) != torch.float32:
         words += ["--dtype", str(dtype).removeprefix("torch.")]
     return shlex.join([*words, "--seed", str(comparison.seeds[0]), "-n", "1", "--out", "image.png"])
 
 
 def _pipeline(run_folder: str | Path) -> Path:
     return Path(run_folder).absolute() / "pipeline"
-
-
-def _stored_dtype(run_folder: str | Path) -> torch.dtype:
-    """The dtype of the student's network in the files of its pipeline."""
-    folders = [_pipeline(run_folder) / part for part in ("unet", "transformer")]
-    weights = next((found for folder in folders if (found := find_weights(folder, "diffusers"))), None)
-    return torch.float32 if weights is None else widest_dtype(weights)
 
 
 def _again(config: DistillConfig, run: Path) -> str:

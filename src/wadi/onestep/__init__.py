@@ -2,7 +2,7 @@
 
 from wadi.onestep.average import average_students
 from wadi.onestep.embedding import load_embedding
-from wadi.onestep.export import export_pipeline
+from wadi.onestep.export import export_output, export_pipeline
 from wadi.onestep.fast import FastPath
 from wadi.onestep.grids import check_image_path, image_grid, labelled_grid, save_image
 from wadi.onestep.importing import import_weights
@@ -17,6 +17,7 @@ __all__ = [
     "StudentPipeline",
     "average_students",
     "check_image_path",
+    "export_output",
     "export_pipeline",
     "image_grid",
     "import_weights",

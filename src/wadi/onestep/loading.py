@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wadi.errors import WadiError, tell
 from wadi.files import read_json
-from wadi.onestep.components import Dtype, first_line, load_module
+from wadi.onestep.components import Dtype, find_weights, first_line, load_module, widest_dtype
 from wadi.onestep.student import STUDENT_FILE
 from wadi.onestep.supported import UNUSED, check_parts, networks
 from wadi.torch_files import TORCH_SUFFIXES, UNSAFE, unsafe_message
@@ -104,6 +104,12 @@ def load_denoiser(pretrained_model_name_or_path: str | os.PathLike) -> tuple[tor
     except Exception as error:  # a broken folder fails in many ways
         raise WadiError(f"{folder}: could not load the scheduler: {first_line(error)}") from error
     return load_module(kind, folder / part, torch.float32), {**scheduler.config, "_class_name": name}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the U-Net or transformer in the files of a pipeline folder; float32 if it has none."""
+    found = (find_weights(folder / part) for part in ("unet", "transformer"))
+    return next((widest_dtype(weights) for weights in found if weights is not None), torch.float32)
 
 
 def pipeline_folder(name_or_path: str | os.PathLike) -> Path:

@@ -267,8 +267,8 @@ class StudentPipeline:
         origin = self.pipeline.config.get("_name_or_path")
         self.write(Output(folder, "export", inputs=(origin or None,), overwrite=overwrite))
 
-    def write(self, output: Output) -> None:
-        """`save_pretrained` for a command that has an `Output` of its own."""
+    def write(self, output: Output, max_shard_size: str | None = None) -> None:
+        """`save_pretrained` for a command that has an `Output` of its own; see `save_pipeline` for shards."""
         output.check()
         if self.fast is not None:
             raise WadiError(f"{output.path}: a compiled pipeline cannot be saved; save it before compile()")
@@ -278,7 +278,7 @@ class StudentPipeline:
         if "is_distilled" in stock.config:  # FLUX.2-klein: its default call is then not guided
             stock.register_to_config(is_distilled=True)
         with output.writing() as temporary:
-            save_pipeline(stock, temporary)
+            save_pipeline(stock, temporary, max_shard_size)
             lora = FusedLoRA.in_folder(stock.name_or_path)
             own = self.alpha_T_squared, self.resolution, lora, self.steps
             Student.of(network_of(stock), stock.scheduler, *own).write(temporary)

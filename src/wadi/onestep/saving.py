@@ -27,19 +27,24 @@ from wadi.onestep.components import (
 _WEIGHTS = ("*.safetensors*", "*.bin", "*.bin.index*", "*.msgpack", "*.onnx*", "*.h5", "*.ckpt", "*.pt")
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, max_shard_size: str | None = None) -> None:
     """Write a pipeline into an existing, empty folder. Stock diffusers loads it.
 
     A part that is unchanged since `load_pipeline` read it is copied file by file, so that programs of other
     versions read it too. Files of a variant get the plain names. In a changed part the weights keep the names
     that they had in the old file. The path of the teacher is not written.
+
+    Args:
+        pipeline: to write.
+        folder: existing and empty.
+        max_shard_size: of the weight files of changed parts, such as "5GB"; ``None`` for that of the library.
     """
     source = Path(getattr(pipeline, "name_or_path", None) or ".")
     for name, part in pipeline.components.items():
         if part is None:
             continue
         if isinstance(part, torch.nn.Module):
-            _save_module(part, source / name, folder / name)
+            _save_module(part, source / name, folder / name, max_shard_size)
         elif isinstance(part, PreTrainedTokenizerBase):
             _save_tokenizer(part, source / name, folder / name)
         else:
@@ -75,14 +80,15 @@ def _copy_weights(weights: WeightFiles, folder: Path) -> None:
         write_json(folder / weights.index.name.replace(infix, "", 1), index)
 
 
-def _save_module(module: torch.nn.Module, source: Path, folder: Path) -> None:
+def _save_module(module: torch.nn.Module, source: Path, folder: Path, max_shard_size: str | None) -> None:
     library = type(module).__module__.partition(".")[0]
     weights = find_weights(source, library) if library in STEMS else None
     names = {} if weights is None else _names(weights.entries, module.state_dict())
     if weights is not None and names and _unchanged(weights, names, module.state_dict()):
         copy_part(source, folder)
         return
-    module.save_pretrained(folder, safe_serialization=True)
+    sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    module.save_pretrained(folder, safe_serialization=True, **sizes)
     theirs = {name: key for key, name in names.items() if key != name}
     written = find_weights(folder, library)
     if theirs and written is not None and written.index is None:
