@@ -169,13 +169,17 @@ def snippet(html, name):
     return unescape(text)
 
 
-@pytest.mark.parametrize(("kind", "method"), [("sd", "lorad"), ("pixart", "full")])
+@pytest.mark.parametrize(
+    ("kind", "method", "dtype"),
+    [("sd", "lorad", torch.float32), ("sd", "lorad", torch.float16), ("pixart", "full", torch.float32)],
+)
 def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
-    run, tmp_path, teacher_folder, monkeypatch, kind, method
+    run, tmp_path, teacher_folder, monkeypatch, kind, method, dtype
 ):
-    """Names and prompts that need quoting; another directory than the run's."""
+    """Names and prompts that need quoting; another directory than the run's; files in half precision."""
     teacher = tmp_path / "teacher"
-    (load_pipeline(teacher_folder) if kind == "sd" else tiny_pixart()).save_pretrained(teacher)
+    pipeline = load_pipeline(teacher_folder) if kind == "sd" else tiny_pixart()
+    pipeline.to(dtype).save_pretrained(teacher)
     prompts = ('it\'s "1 < 2" & a\\b\nc', "a red cat")
     config = DistillConfig.load(run / "config.yaml")
     changes = {"validation_prompts": prompts, "student_method": method}
@@ -183,7 +187,7 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
         changes["student_adapter"] = "old & <new>"
     config.replace(pretrained_model_name_or_path=str(teacher), **changes).save(run / "config.yaml")
     run = run.rename(tmp_path / 'my run\'s "first"')
-    StudentPipeline.from_pretrained(teacher).save_pretrained(run / "pipeline")
+    StudentPipeline.from_pretrained(teacher, torch_dtype="auto").save_pretrained(run / "pipeline")
     monkeypatch.chdir(tmp_path)
     html = report(run.name, steps=2).read_text()
     student = StudentPipeline.from_pretrained(run / "pipeline")

@@ -42,4 +42,7 @@ def export(
     student = Student.read(out)
     most = 1 if student is None else len(student.steps)
     steps = "1" if most == 1 else f"1 to {most}"
-    print(f"{out}: load it with diffusers, num_inference_steps={steps}, guidance_scale=1.0")
+    print(
+        f"{out}: load it with diffusers and a torch_dtype, such as torch.float32; call it with "
+        f"num_inference_steps={steps}, guidance_scale=1.0"
+    )

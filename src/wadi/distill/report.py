@@ -278,7 +278,9 @@ def in_python(run_folder: str | Path, comparison: Comparison) -> str:
 import torch
 from diffusers import {comparison.pipeline_class}
 
-pipeline = {comparison.pipeline_class}.from_pretrained({str(_pipeline(run_folder))!r})
+pipeline = {comparison.pipeline_class}.from_pretrained(
+    {str(_pipeline(run_folder))!r}, torch_dtype=torch.float32
+)
 image = pipeline(
     prompt={comparison.prompts[0]!r},
     generator=torch.Generator().manual_seed({comparison.seeds[0]}),
