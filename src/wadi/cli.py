@@ -23,17 +23,17 @@ from wadi._version import __version__
 from wadi.errors import WadiError, WadiWarning
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("wadi.commands.generate:generate", "make images of a prompt in one step"),
+    "generate": ("wadi.commands.generate:generate", "make images of a prompt in one step or a few"),
     "control": (
         "wadi.commands.control:control",
         "make images that keep to the edges of an image, or to a condition map",
     ),
     "image-to-image": (
         "wadi.commands.image_to_image:image_to_image",
-        "make images of a prompt that start from an image, in one step",
+        "make images of a prompt that start from an image",
     ),
-    "inpaint": ("wadi.commands.inpaint:inpaint", "repaint a part of an image in one step"),
-    "distill": ("wadi.commands.distill:distill", "train a one-step student of a multi-step model"),
+    "inpaint": ("wadi.commands.inpaint:inpaint", "repaint a part of an image"),
+    "distill": ("wadi.commands.distill:distill", "train a student of one step or a few"),
     "demo": (
         "wadi.commands.demo:demo",
         "train a student of the built-in teacher in minutes, and write a report",
@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "extract": (
         "wadi.commands.extract:extract",
-        "find the adapter that turns a teacher into its one-step student",
+        "find the adapter that turns a teacher into its student",
     ),
     "evaluate": (
         "wadi.commands.evaluate:evaluate",
@@ -240,9 +240,10 @@ def _overview() -> str:
     commands = _lines_of_help(COMMANDS, width)
     return (
         "usage: wadi COMMAND [OPTIONS]\n\n"
-        "Train and use one-step diffusion models (WaDi). A teacher is a multi-step text-to-image model. Its\n"
-        "student makes an image in one step. Commands that make images use the built-in models if you name\n"
-        "none; distill needs a teacher and prompts.\n\n"
+        "Train and use diffusion models of one step or a few (WaDi). A teacher is a multi-step model, which\n"
+        "makes images of prompts. Its student makes them in one step, or in up to 4 if it was trained for\n"
+        "that. Commands that make images use the built-in models if you name none; distill needs a teacher\n"
+        "and prompts.\n\n"
         f"commands:\n{commands}\n\n"
         f"options:\n  {'--help':{width}}show this overview; after a command, its options\n"
         f"  {'--version':{width}}show the version\n\n"

@@ -8,15 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.teachers.loras import random_lora, save_diffusers
 from wadi import emoji
 from wadi.cli import main
-from wadi.commands.dreambooth import SubjectConfig, of_resumed_run
+from wadi.commands.dreambooth import SubjectConfig, of_resumed_run, with_teacher_file
+from wadi.commands.teacher_file import TeacherFile
 from wadi.emoji import dreambooth
 from wadi.emoji.dreambooth import with_built_in, word_of
 from wadi.emoji.subject import examples_folder
 from wadi.errors import WadiError
 from wadi.files import load_tensors, read_json, write_json
-from wadi.onestep import StudentPipeline
+from wadi.onestep import StudentPipeline, load_pipeline
 
 QUICK = ["--max-train-steps", "2", "--train-batch-size", "1", "--num-class-images", "2", "--device", "cpu"]
 QUICK += ["--num-inference-steps", "2", "--samples", "2", "--rank", "2", "--learning-rate", "0.01"]
@@ -85,6 +87,21 @@ def test_a_resumed_run_has_its_own_model(tmp_path):
     teacher = str(emoji.teacher_folder())
     write_json(tmp_path / "config.json", options | {"pretrained_model_name_or_path": teacher})
     assert of_resumed_run(resumed).pretrained_model_name_or_path is None
+
+
+def test_a_lora_is_fused_once_also_when_a_run_is_resumed(tmp_path):
+    """A resumed run that names the LoRA again has the model of the first, with no second LoRA in it."""
+    pipeline = load_pipeline(emoji.teacher_folder())
+    save_diffusers(random_lora(pipeline, ("unet",)), tmp_path / "lora.safetensors")
+    lora = TeacherFile(teacher_lora=str(tmp_path / "lora.safetensors"))
+    run = tmp_path / "run"
+    first = with_teacher_file(SubjectConfig(examples_folder(), run, teacher_file=lora))
+    run.mkdir()
+    write_json(run / "config.json", dataclasses.asdict(first))
+    for named in (lora, TeacherFile()):
+        again = SubjectConfig(examples_folder(), run, resume=True, teacher_file=named)
+        model = of_resumed_run(with_teacher_file(again)).pretrained_model_name_or_path
+        assert model == first.pretrained_model_name_or_path
 
 
 def test_a_resumed_run_has_its_own_options_where_none_are_given(tmp_path):

@@ -169,13 +169,17 @@ def snippet(html, name):
     return unescape(text)
 
 
-@pytest.mark.parametrize(("kind", "method"), [("sd", "lorad"), ("pixart", "full")])
+@pytest.mark.parametrize(
+    ("kind", "method", "dtype"),
+    [("sd", "lorad", torch.float32), ("sd", "lorad", torch.float16), ("pixart", "full", torch.float32)],
+)
 def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
-    run, tmp_path, teacher_folder, monkeypatch, kind, method
+    run, tmp_path, teacher_folder, monkeypatch, kind, method, dtype
 ):
-    """Names and prompts that need quoting; another directory than the run's."""
+    """Names and prompts that need quoting; another directory than the run's; files in half precision."""
     teacher = tmp_path / "teacher"
-    (load_pipeline(teacher_folder) if kind == "sd" else tiny_pixart()).save_pretrained(teacher)
+    pipeline = load_pipeline(teacher_folder) if kind == "sd" else tiny_pixart()
+    pipeline.to(dtype).save_pretrained(teacher)
     prompts = ('it\'s "1 < 2" & a\\b\nc', "a red cat")
     config = DistillConfig.load(run / "config.yaml")
     changes = {"validation_prompts": prompts, "student_method": method}
@@ -183,7 +187,7 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
         changes["student_adapter"] = "old & <new>"
     config.replace(pretrained_model_name_or_path=str(teacher), **changes).save(run / "config.yaml")
     run = run.rename(tmp_path / 'my run\'s "first"')
-    StudentPipeline.from_pretrained(teacher).save_pretrained(run / "pipeline")
+    StudentPipeline.from_pretrained(teacher, torch_dtype="auto").save_pretrained(run / "pipeline")
     monkeypatch.chdir(tmp_path)
     html = report(run.name, steps=2).read_text()
     student = StudentPipeline.from_pretrained(run / "pipeline")
@@ -203,17 +207,14 @@ def test_the_commands_run_anywhere_and_make_the_image_of_the_report(
     assert "from diffusers import " + type(student.pipeline).__name__ in html
 
 
-def test_the_commands_load_a_pipeline_in_the_precision_of_its_files(run, pictures, teacher_folder):
-    for dtype, python, shell in (
-        (torch.bfloat16, ", torch_dtype=torch.bfloat16)", "--dtype bfloat16"),
-        (None, "", ""),
-    ):
-        half = StudentPipeline.from_pretrained(teacher_folder, torch_dtype=dtype)
-        half.save_pretrained(run / "pipeline", overwrite=True)
+def test_the_commands_load_a_pipeline_in_the_precision_of_the_training(run, pictures):
+    config = DistillConfig.load(run / "config.yaml")
+    for precision, python, shell in (("no", "torch.float32", None), ("bf16", "torch.bfloat16", "bfloat16")):
+        config.replace(mixed_precision=precision).save(run / "config.yaml")
         html = write_report(run, pictures).read_text()
-        assert python in snippet(html, "python")
-        assert shell in snippet(html, "shell")
-    assert "dtype" not in snippet(html, "python") + snippet(html, "shell")
+        assert f"torch_dtype={python}" in snippet(html, "python")
+        assert ("--dtype" in snippet(html, "shell")) == (shell is not None)
+        assert shell is None or f"--dtype {shell}" in snippet(html, "shell")
 
 
 def parsed(command):

@@ -197,7 +197,7 @@ def test_from_training_to_a_picture_in_one_step(dit_folder, tmp_path):
             validation_seeds=(3,),
         )
     )
-    stock = PixArtAlphaPipeline.from_pretrained(run / "pipeline")
+    stock = PixArtAlphaPipeline.from_pretrained(run / "pipeline", torch_dtype=torch.float32)
     picture = stock(
         "a cat",
         num_inference_steps=1,
@@ -207,14 +207,15 @@ def test_from_training_to_a_picture_in_one_step(dit_folder, tmp_path):
         output_type="np",
     ).images
     assert picture.shape == (1, 64, 64, 3)
-    ours = StudentPipeline.from_pretrained(dit_folder, run / "adapter")
+    ours = StudentPipeline.from_pretrained(run / "pipeline")
     assert np.array_equal(picture, ours("a cat", seed=3, output_type="np"))
     student, teacher = (
         pipeline_generator(evaluated_pipeline(EvaluateConfig(dit_folder, adapter, device="cpu")), 1, 1.0)
         for adapter in (run / "adapter", None)
     )
     judged = student(["a cat"], [3])
-    assert np.array_equal(judged[0].permute(1, 2, 0).numpy(), (picture[0] * 255).round().astype("uint8"))
+    # the merged weights of the folder are rounded to the teacher's half precision
+    assert np.abs(judged[0].permute(1, 2, 0).numpy() - 255 * picture[0]).max() < 2
     assert not torch.equal(judged, teacher(["a cat"], [3]))
     config = EvaluateConfig(dit_folder, num_inference_steps=2, device="cpu")
     assert pipeline_generator(evaluated_pipeline(config), 2, 2.0)(["a cat"] * 2, [3, 4]).shape == (

@@ -14,7 +14,7 @@ from diffusers import (
 from peft import get_peft_model
 from PIL import Image
 
-from tests.tiny import mark_student, tiny_pixart
+from tests.tiny import mark_student, tiny_pipeline, tiny_pixart
 from wadi import LoRaDConfig, WadiError
 from wadi.onestep import (
     StudentPipeline,
@@ -25,6 +25,7 @@ from wadi.onestep import (
     save_image,
 )
 from wadi.onestep.pipeline import load_for_steps
+from wadi.onestep.scheduler import fractions
 
 PROMPT = "a red cat"
 
@@ -277,3 +278,11 @@ def test_a_student_in_several_steps_is_refused(teacher, adapter):
     assert not isinstance(load_for_steps(teacher, None, 4).scheduler, LCMScheduler)
     with pytest.raises(WadiError, match="a one-step student takes 1 step, not 4; omit the adapter"):
         load_for_steps(teacher, [adapter], 4)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_student_that_is_loaded_for_evaluation_is_not_guided(count, tmp_path):
+    """Its images would be measured as they never are: guidance was built in by distillation."""
+    StudentPipeline(tiny_pipeline(), steps=fractions(4)).save_pretrained(tmp_path / "student")
+    with pytest.raises(WadiError, match=r"guidance_scale 2: a student cannot be guided"):
+        load_for_steps(tmp_path / "student", None, count, guidance_scale=2.0)

@@ -8,9 +8,11 @@ import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
 from tests.tiny import mark_student, tiny_pipeline, tiny_sd3
+from wadi.diffusion import Schedule
 from wadi.errors import WadiError, WadiWarning
 from wadi.onestep import Student, StudentPipeline, load_pipeline
 from wadi.onestep.loading import load_denoiser
+from wadi.onestep.scheduler import check_places, fractions, steps_of, student_scheduler
 from wadi.onestep.student import check_teacher, is_student, network_of, student_of
 
 KINDS = {
@@ -71,6 +73,27 @@ def test_a_record_for_another_prediction_than_the_schedulers_is_told(exported, t
     change(folder, prediction=other)
     with pytest.raises(WadiError, match=f"says that the student predicts {other}, and its scheduler is for"):
         StudentPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("steps", [[1.0], [1.0, 0.5]])
+def test_a_record_of_other_steps_than_the_schedulers_is_told(steps, tmp_path):
+    StudentPipeline(tiny_pipeline(), steps=fractions(4)).save_pretrained(tmp_path / "pipeline")
+    change(tmp_path / "pipeline", steps=steps)
+    with pytest.raises(WadiError, match=rf"takes {len(steps)} steps at most, and its scheduler is for 4"):
+        student_of(load_pipeline(tmp_path / "pipeline"))
+
+
+def test_the_steps_of_a_flow_are_where_its_scheduler_takes_them():
+    """Only the last of them makes the scheduler; another one that was changed would be ignored."""
+    pipeline = tiny_sd3()
+    steps = steps_of(pipeline.scheduler, Schedule.from_config(pipeline.scheduler), 4, even=False)
+    assert StudentPipeline(pipeline, steps=steps).steps == steps
+    with pytest.raises(WadiError, match=r"student\.json: its steps are 1, 0\.9, .* takes them at"):
+        StudentPipeline(pipeline, steps=(1.0, 0.9, 0.8, steps[-1]))
+    tiny = (1.0, 1e-9)
+    scheduler = student_scheduler(pipeline.scheduler, None, tiny, even=True)
+    with pytest.raises(WadiError, match=r"student\.json: its steps are 1, 1e-09, .* takes them at"):
+        check_places(scheduler, tiny, even=True)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "flow", None, 1])

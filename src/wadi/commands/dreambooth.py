@@ -49,12 +49,7 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     Prints for the built-in model the shares of its images that are right, before and after the training.
     """
     whole_number("--samples", config.samples, 0)
-    config = of_resumed_run(config)
-    if config.teacher_file != DEFAULT or config.pretrained_model_name_or_path is not None:
-        if not config.resume:
-            run_output(config).check()
-        named = config.pretrained_model_name_or_path or emoji.teacher_folder()
-        config = replace(config, pretrained_model_name_or_path=config.teacher_file.folder(named))
+    config = of_resumed_run(with_teacher_file(config))
     built_in = config.pretrained_model_name_or_path is None
     if built_in:
         config = with_built_in(config)
@@ -76,6 +71,22 @@ def dreambooth(config: SubjectConfig) -> dict[str, float]:
     figures = judged(config, run, config.samples)
     write_json(run / "figures.json", figures)
     return figures
+
+
+def with_teacher_file(config: SubjectConfig) -> SubjectConfig:
+    """The options with the folder that is made of a single file or of a model with a LoRA.
+
+    The saved model of a run is this folder, so it comes before `of_resumed_run`.
+
+    Raises:
+        WadiError: the model cannot be read, or the run folder may not be written.
+    """
+    if config.teacher_file == DEFAULT and config.pretrained_model_name_or_path is None:
+        return config
+    if not config.resume:
+        run_output(config).check()
+    named = config.pretrained_model_name_or_path or emoji.teacher_folder()
+    return replace(config, pretrained_model_name_or_path=config.teacher_file.folder(named))
 
 
 def of_resumed_run(config: SubjectConfig) -> SubjectConfig:

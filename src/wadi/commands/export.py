@@ -64,13 +64,13 @@ def export(
         print(f"rank {loss.rank} loses {loss.total:.3%} of the squared change of {len(loss.layers)} weights")
     student = Student.read(adapter_folder(adapter))
     most = 1 if student is None else len(student.steps)
-    steps, own = "1" if most == 1 else f"1 to {most}", stored_dtype(out)
-    half = "" if own == torch.float32 else f"torch_dtype={own}, "
-    print(f"{out}: {_USES[format].format(steps=steps, dtype=half)}")
+    steps = "1" if most == 1 else f"1 to {most}"
+    print(f"{out}: {_USES[format].format(steps=steps, dtype=stored_dtype(out))}")
 
 
 _USES = {
-    "diffusers": "load it with diffusers, {dtype}num_inference_steps={steps}, guidance_scale=1.0",
+    "diffusers": "load it with diffusers, torch_dtype={dtype}, and call it with num_inference_steps={steps}, "
+    "guidance_scale=1.0",
     "single-file": "load it as a checkpoint; sampler lcm, steps {steps}, cfg 1",
     "unet": "load the weights in it instead of the teacher's U-Net; sampler lcm, steps {steps}, cfg 1",
     "transformer": "load the weights in it instead of the teacher's transformer; steps {steps}, cfg 1",

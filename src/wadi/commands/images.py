@@ -127,6 +127,7 @@ class ImageOptions:
             self.num_inference_steps,
             self.torch_dtype,
             self.chosen_device,
+            self.guidance_scale,
         )
         tell_larger(pipeline, self.height, self.width)
         return pipeline

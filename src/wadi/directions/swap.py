@@ -52,7 +52,7 @@ def swap_rows(
     With ``take="norms"`` every row is w' |w| / |w'|, and with ``take="directions"`` it is w |w'| / |w|, where
     w is the teacher's row and w' the student's. Rows that are zero in either weight, and tensors without
     rows, stay the student's. The rest of the pipeline is copied from the student, or from the teacher if the
-    student is a file or an adapter; with an adapter it gets the scheduler for one step. Weights are read and
+    student is a file or an adapter; with an adapter it gets the student's scheduler. Weights are read and
     written one after the other, in several files if they are larger than `SHARD_BYTES`.
 
     Args:

@@ -74,9 +74,8 @@ def check_compiler(device: torch.device) -> None:
 def compiling() -> Iterator[None]:
     """The settings for calls of compiled regions.
 
-    - Common subexpressions of forward and backward are not merged. Backward computes angles and turned
-      weights again from W, A and B, and merging would keep them in memory until then.
-    - The graph is not split for DDP, because a region is smaller than one of its buckets.
+    Common subexpressions of forward and backward are not merged. Backward computes angles and turned weights
+    again from W, A and B, and merging would keep them in memory until then.
 
     Raises:
         WadiError: the compiler does not work here; the message says why.
@@ -84,10 +83,7 @@ def compiling() -> Iterator[None]:
     limit = (
         "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
     )  # torch < 2.7
-    with (
-        dynamo_config.patch({limit: GRAPHS_PER_KIND, "optimize_ddp": False}),
-        functorch_config.patch(cse=False),
-    ):
+    with dynamo_config.patch({limit: GRAPHS_PER_KIND}), functorch_config.patch(cse=False):
         try:
             yield
         except TorchDynamoException as error:

@@ -30,7 +30,7 @@ from wadi.errors import WadiError
 from wadi.files import explain_os_errors, write_json, write_text
 from wadi.onestep import StudentPipeline, load_pipeline
 from wadi.onestep.arguments import size_arguments
-from wadi.onestep.loading import guidance_arguments, stock_arguments, stored_dtype
+from wadi.onestep.loading import guidance_arguments, stock_arguments
 from wadi.onestep.scheduler import STEP_COUNTS, last_alpha_squared
 from wadi.progress import progress
 from wadi.teachers import prepare_teacher
@@ -274,13 +274,14 @@ def in_python(run_folder: str | Path, comparison: Comparison) -> str:
     It runs in any directory, because it names the run folder by its whole path.
     """
     arguments = "".join(f", {name}={value!r}" for name, value in comparison.arguments.items())
-    dtype = stored_dtype(_pipeline(run_folder))
-    own = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    dtype = _dtype(run_folder)
     return f"""\
 import torch
 from diffusers import {comparison.pipeline_class}
 
-pipeline = {comparison.pipeline_class}.from_pretrained({str(_pipeline(run_folder))!r}{own})
+pipeline = {comparison.pipeline_class}.from_pretrained(
+    {str(_pipeline(run_folder))!r}, torch_dtype={dtype}
+)
 image = pipeline(
     prompt={comparison.prompts[0]!r},
     generator=torch.Generator().manual_seed({comparison.seeds[0]}),
@@ -292,13 +293,18 @@ image.save("image.png")"""
 def in_shell(run_folder: str | Path, comparison: Comparison) -> str:
     """The command that makes the same image as `in_python`."""
     words = ["wadi", "generate", comparison.prompts[0], "--model", str(_pipeline(run_folder))]
-    if (dtype := stored_dtype(_pipeline(run_folder))) != torch.float32:
+    if (dtype := _dtype(run_folder)) != torch.float32:
         words += ["--dtype", str(dtype).removeprefix("torch.")]
     return shlex.join([*words, "--seed", str(comparison.seeds[0]), "-n", "1", "--out", "image.png"])
 
 
 def _pipeline(run_folder: str | Path) -> Path:
     return Path(run_folder).absolute() / "pipeline"
+
+
+def _dtype(run_folder: str | Path) -> torch.dtype:
+    """The dtype in which the networks of a run computed."""
+    return DistillConfig.load(Path(run_folder) / "config.yaml").run.dtype
 
 
 def _again(config: DistillConfig, run: Path) -> str:

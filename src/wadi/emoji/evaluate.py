@@ -45,7 +45,7 @@ class EvaluateConfig:
     num_inference_steps: int = 1
     """Number of denoising steps. With 1, and with a student, the student's scheduler is used."""
     guidance_scale: float = 1.0
-    """Guidance scale of a multi-step pipeline."""
+    """Guidance scale of a multi-step pipeline. A student, and one step, are not guided."""
     num_samples: int = 10_000
     """Number of images."""
     prompts: Literal["selection", "test", "held-out"] = "test"
@@ -221,7 +221,8 @@ def pipeline_generator(
 def evaluated_pipeline(config: EvaluateConfig) -> DiffusionPipeline:
     """The pipeline that the options name, in float32 on its device, with the right scheduler."""
     folder = config.pipeline or teacher_folder()
-    return load_for_steps(folder, config.adapter, config.num_inference_steps, device=config.device)
+    steps, scale = config.num_inference_steps, config.guidance_scale
+    return load_for_steps(folder, config.adapter, steps, device=config.device, guidance_scale=scale)
 
 
 def evaluated_images(config: EvaluateConfig, captions: Sequence[Caption]) -> torch.Tensor:

@@ -41,7 +41,7 @@ class EvaluateConfig:
     num_inference_steps: int = 1
     """Number of denoising steps. With 1, and with a student, the student's scheduler is used."""
     guidance_scale: float = 1.0
-    """Guidance scale of a multi-step pipeline."""
+    """Guidance scale of a multi-step pipeline. A student, and one step, are not guided."""
     seed: int = 0
     """Seed of the first image; the next images have the next seeds."""
     resolution: int | None = None

@@ -100,6 +100,7 @@ def generate(config: EvaluateConfig, tasks: Sequence[Task], state: PartialState)
         config.num_inference_steps,
         getattr(torch, config.dtype),
         config.device or str(state.device),
+        config.guidance_scale,
     )
     pipeline.set_progress_bar_config(disable=True)
     bar = progress(total=len(tasks), initial=len(tasks) - len(missing), desc="images", unit="image")

@@ -67,14 +67,14 @@ def export_pipeline(
 
     A folder of the format "diffusers" holds stock classes, and needs neither wadi nor peft:
 
-        pipeline = StableDiffusionPipeline.from_pretrained(out)
+        pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
         pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 
     A student of several steps takes more: ``num_inference_steps=4``. In float32 its images equal those of
     `StudentPipeline` bit for bit, except that most pipelines of flows draw the noise between two steps from
     torch's global generator. Merging computes in float32; weights that are written in half precision are
-    rounded once. Load such a folder with its dtype (``torch_dtype=torch.float16``); then the stock scheduler
-    computes x0 in it too.
+    rounded once. Give a ``torch_dtype`` for such a folder, because the libraries' defaults mix dtypes; with
+    ``torch.float16`` the stock scheduler computes x0 in it too.
 
     Args:
         teacher: folder or hub id of the teacher's pipeline; its other components are written unchanged.

@@ -34,6 +34,7 @@ from wadi.onestep.loading import (
 from wadi.onestep.output import tell_odd_output
 from wadi.onestep.saving import save_pipeline
 from wadi.onestep.scheduler import (
+    check_places,
     gives_sigmas,
     seed_steps,
     stepping_in_float32,
@@ -80,6 +81,7 @@ class StudentPipeline:
         steps = scheduled_steps(pipeline.scheduler) if steps is None else steps
         own = steps, gives_sigmas(type(pipeline))
         scheduler = student_scheduler(pipeline.scheduler, alpha_T_squared, *own)
+        check_places(scheduler, *own)
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = stepping_in_float32(scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -253,8 +255,9 @@ class StudentPipeline:
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the whole pipeline as a folder of stock classes, whole or not at all.
 
-        `StableDiffusionPipeline.from_pretrained(folder)` makes images of it without wadi. See `save_pipeline`
-        for which files are copied as they are. Its `student.json` (see `Student`) says what it is.
+        `StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)` makes images of it
+        without wadi. See `save_pipeline` for which files are copied as they are. Its `student.json` (see
+        `Student`) says what it is.
 
         Args:
             folder: new or empty.
@@ -331,6 +334,7 @@ def load_for_steps(
     num_inference_steps: int = 1,
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    guidance_scale: float = 1.0,
 ) -> DiffusionPipeline:
     """The stock pipeline for so many steps: a student's for one and for as many as it takes, or a teacher's.
 
@@ -343,13 +347,15 @@ def load_for_steps(
             `wadi.tasks.dreambooth.load_with_adapters`.
         torch_dtype: of all modules; float32 when ``None``.
         device: where it works.
+        guidance_scale: of its calls; only 1.0 for one step, and for a student.
 
     Raises:
-        WadiError: more steps than the student takes, or several with another adapter; and as
-            `load_pipeline` and `StudentPipeline.from_pretrained`.
+        WadiError: more steps than the student takes, or several with another adapter, or guidance of a
+            student; and as `load_pipeline` and `StudentPipeline.from_pretrained`.
     """
     adapters = as_list(adapter)
     if num_inference_steps == 1:
+        refuse_guidance(guidance_scale)
         return StudentPipeline.from_pretrained(model, adapter, torch_dtype, device=device).pipeline
     pipeline = load_pipeline(model, torch_dtype).to(device)
     student = merge_adapters(pipeline, adapters)
@@ -363,6 +369,7 @@ def load_for_steps(
             f"{adapters[0] if adapters else model}: {_takes(most)}, not {num_inference_steps}; {instead} the "
             "multi-step teacher, or ask for fewer steps"
         )
+    refuse_guidance(guidance_scale)
     return StudentPipeline.of(pipeline, student).pipeline
 
 

@@ -35,6 +35,8 @@ TIMESTEP_SCALING = 1e6
 a student's scheduler from others."""
 _SHIFTS = 64
 """Shifts of few steps are multiples of 1 / 64, so that float32 has the first sigma as exactly 1."""
+_NEAR = 1e-5
+"""Sigmas that differ by less are the same: `steps_of` rounds them to six digits."""
 
 
 def gives_sigmas(kind: type[DiffusionPipeline]) -> bool:
@@ -184,6 +186,31 @@ def step_times(scheduler: SchedulerMixin, count: int, even: bool = False) -> tor
     return own.sigmas[:-1]
 
 
+def check_places(scheduler: SchedulerMixin, steps: Sequence[float], even: bool) -> None:
+    """Raise if the steps of a flow's student are not where its scheduler takes them.
+
+    Args:
+        scheduler: from `student_scheduler`, made for these steps.
+        steps: of the student.
+        even: as it was made with.
+
+    Raises:
+        WadiError: the steps are elsewhere, as in a `student.json` that was changed by hand.
+    """
+    if len(steps) == 1 or isinstance(scheduler, LCMScheduler):
+        return
+    taken = step_times(scheduler, len(steps), even).tolist()
+    if any(abs(step - place) > _NEAR for step, place in zip(steps, taken, strict=True)):
+        raise WadiError(
+            f"student.json: its steps are {_listed(steps)}, but a student whose last step is there takes "
+            f"them at {_listed(taken)}; fetch or export the student again"
+        )
+
+
+def _listed(steps: Sequence[float]) -> str:
+    return ", ".join(f"{step:.6g}" for step in steps)
+
+
 def _flow(timesteps: int, steps: Sequence[float], even: bool) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a flow whose last of N steps is at the sigma ``steps[-1]``."""
     count, last = len(steps), steps[-1]
@@ -192,7 +219,7 @@ def _flow(timesteps: int, steps: Sequence[float], even: bool) -> FlowMatchEulerD
     # the pipeline's 1 / N is shifted to the last sigma; the scheduler's 1 / timesteps is shifted twice
     odds = last / (1 - last)
     shift = (count - 1) * odds if even else math.sqrt((timesteps - 1) * odds)
-    shift = round(_SHIFTS * shift) / _SHIFTS
+    shift = max(1, round(_SHIFTS * shift)) / _SHIFTS
     return FlowMatchEulerDiscreteScheduler(
         timesteps, shift=shift, use_exponential_sigmas=not even, stochastic_sampling=True
     )

@@ -243,7 +243,8 @@ def student_of(pipeline: DiffusionPipeline) -> Student | None:
     """What a loaded pipeline is, by its folder's `student.json` or by its scheduler; ``None`` for a teacher.
 
     Raises:
-        WadiError: its `student.json` is broken, or its scheduler is for another prediction.
+        WadiError: its `student.json` is broken, or its scheduler is for another prediction or number of
+            steps.
     """
     folder = pipeline.name_or_path
     if folder and (found := Student.read(folder)):
@@ -251,6 +252,12 @@ def student_of(pipeline: DiffusionPipeline) -> Student | None:
             raise WadiError(
                 f"{folder}: its {STUDENT_FILE} says that the student predicts {found.prediction}, and its "
                 f"scheduler is for {own}; fetch or export the student again"
+            )
+        if is_student(pipeline.scheduler) and scheduled_steps(pipeline.scheduler) != found.steps:
+            raise WadiError(
+                f"{folder}: its {STUDENT_FILE} says that the student takes {len(found.steps)} steps at most, "
+                f"and its scheduler is for {len(scheduled_steps(pipeline.scheduler))}; fetch or export the "
+                "student again"
             )
         return found
     if is_student(pipeline.scheduler):
