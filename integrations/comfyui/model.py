@@ -113,11 +113,12 @@ def sampled_as(
         A clone of the model with the student's noise schedule, the sampler, and the sigmas (steps + 1,).
 
     Raises:
-        ValueError: the model predicts something else than the student.
+        ValueError: the model predicts something else than the student, has another kind of noise schedule, or
+            takes no `alpha_T_squared` or not so many steps.
     """
     own = model.model.model_sampling
     flow = isinstance(own, CONST)
-    if not flow and not (isinstance(own, EPS) and hasattr(own, "sigmas")):
+    if not flow and not (isinstance(own, EPS) and isinstance(own, ModelSamplingDiscrete)):
         raise ValueError("this model has another kind of noise schedule than the students of wadi")
     if student is None:
         student = Student(_predicted(own))
@@ -126,6 +127,8 @@ def sampled_as(
             f"the student predicts {student.prediction}, and this model predicts {_predicted(own)}; load the "
             "checkpoint that it was distilled from"
         )
+    if flow and alpha_T_squared is not None:
+        raise ValueError("alpha_T_squared: this model is a flow, whose last alpha is 0; set it to 0")
     steps = chosen(student.steps, count, flow)
     sampler = KSAMPLER(sample)
     if flow:
