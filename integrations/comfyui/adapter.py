@@ -92,11 +92,17 @@ def read_student(path: str | Path) -> Student | None:
         path: the adapter's folder, or its file of weights.
 
     Raises:
-        ValueError: the record cannot be read, or says something that no student has.
+        ValueError: the record cannot be read, says something that no student has, or is beside several
+            adapters.
     """
-    file = weights_file(path).with_name(STUDENT_FILE)
+    weights = weights_file(path)
+    file = weights.with_name(STUDENT_FILE)
     if not file.is_file():
         return None
+    if others := sorted(other.name for other in weights.parent.glob("*.safetensors") if other != weights):
+        raise ValueError(
+            f"{file}: may belong to {weights.name} or to {others[0]}; give every adapter a folder of its own"
+        )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from comfy.model_sampling import CONST, EPS, V_PREDICTION, ModelSamplingDiscrete
-from comfy.samplers import sampler_object
+from comfy.samplers import KSAMPLER
 from comfy.weight_adapter import WeightAdapterBase
 
 from .adapter import Factors, Student
@@ -62,6 +62,42 @@ def with_angles(model: Any, layers: dict[str, Factors], strength: float, name: s
     return patched
 
 
+def sample(
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """Predict the clean latent at every noise level, and add fresh noise to it for the next one.
+
+    ComfyUI's own "lcm" does the same, but in some versions its first fresh noise on the CPU is the noise
+    that it started from. Here the noise goes on where that ended, on the CPU: as in diffusers with a
+    generator of this seed, and on every device alike.
+
+    Args:
+        model: what predicts the clean latent from noisy ones and their noise levels (batch,).
+        x: noisy latents, (batch, ...).
+        sigmas: noise levels, the last of them 0.
+        extra_args: of the model; its "seed" is that of the noise.
+        callback: is told of every step.
+        disable: whether there is no progress bar; there is none here.
+    """
+    extra_args = extra_args or {}
+    generator = torch.Generator().manual_seed(extra_args.get("seed") or 0)
+    torch.randn(x.shape, generator=generator)  # what x was made of
+    for i, sigma in enumerate(sigmas[:-1]):
+        denoised = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        x = denoised
+        if sigmas[i + 1] > 0:
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            x = model.inner_model.inner_model.model_sampling.noise_scaling(sigmas[i + 1], noise, x)
+    return x
+
+
 def sampled_as(
     model: Any, student: Student | None, count: int = 0, alpha_T_squared: float | None = None
 ) -> tuple[Any, Any, torch.Tensor]:
@@ -77,11 +113,12 @@ def sampled_as(
         A clone of the model with the student's noise schedule, the sampler, and the sigmas (steps + 1,).
 
     Raises:
-        ValueError: the model predicts something else than the student.
+        ValueError: the model predicts something else than the student, has another kind of noise schedule, or
+            takes no `alpha_T_squared` or not so many steps.
     """
     own = model.model.model_sampling
     flow = isinstance(own, CONST)
-    if not flow and not (isinstance(own, EPS) and hasattr(own, "sigmas")):
+    if not flow and not (isinstance(own, EPS) and isinstance(own, ModelSamplingDiscrete)):
         raise ValueError("this model has another kind of noise schedule than the students of wadi")
     if student is None:
         student = Student(_predicted(own))
@@ -90,8 +127,10 @@ def sampled_as(
             f"the student predicts {student.prediction}, and this model predicts {_predicted(own)}; load the "
             "checkpoint that it was distilled from"
         )
+    if flow and alpha_T_squared is not None:
+        raise ValueError("alpha_T_squared: this model is a flow, whose last alpha is 0; set it to 0")
     steps = chosen(student.steps, count, flow)
-    sampler = sampler_object("lcm")
+    sampler = KSAMPLER(sample)
     if flow:
         return model.clone(), sampler, flow_sigmas(steps)
 

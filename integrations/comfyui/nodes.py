@@ -87,7 +87,7 @@ class OneStepSampling:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI: the inputs of the node."""
-        alpha = {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.00001, "round": False}
+        alpha = {"default": 0.0, "min": 0.0, "max": 0.99, "step": 0.00001, "round": False}
         return {
             "required": {
                 "model": ("MODEL",),

@@ -99,3 +99,12 @@ def test_a_record_that_is_no_json_gets_a_sentence(tmp_path):
     (tmp_path / STUDENT_FILE).write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         read_student(tmp_path)
+
+
+def test_a_record_beside_two_adapters_is_refused(tmp_path):
+    for name in ("one", "two"):
+        save_file(factors(), tmp_path / f"{name}.safetensors")
+    assert read_student(tmp_path / "one.safetensors") is None
+    (tmp_path / STUDENT_FILE).write_text(json.dumps(GOOD))
+    with pytest.raises(ValueError, match=r"belong to one.safetensors or to two.safetensors"):
+        read_student(tmp_path / "one.safetensors")
