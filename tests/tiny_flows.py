@@ -20,12 +20,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
+from encoders import gemma_tokenizer, qwen_tokenizer
 from transformers import (
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -35,7 +34,6 @@ from transformers import (
 )
 
 from tests.tiny import tiny_clip, tiny_flow_vae, tiny_t5, tiny_tokenizer
-from wadi.backbones.sana import INSTRUCTION
 
 FLUX_SHIFT = {
     "shift": 3.0,
@@ -80,22 +78,11 @@ def tiny_flux(dev: bool = True, seed: int = 0) -> FluxPipeline:
         )
 
 
-def tiny_gemma_tokenizer() -> GemmaTokenizer:
-    """One token a character, and one for each word of Sana's long instruction."""
-    letters = [chr(i) for i in range(33, 127)]
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *letters]
-    tokens += [f"<0x{i:02X}>" for i in range(256)]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=[], model_max_length=2048)
-    tokenizer.add_tokens(sorted({word for word in " ".join(INSTRUCTION).split() if len(word) > 3}))
-    return tokenizer
-
-
 def tiny_sana(seed: int = 0) -> SanaPipeline:
     """Build a `SanaPipeline` with the published scheduler, 2x2 latents and 64x64 images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = tiny_gemma_tokenizer()
+        tokenizer = gemma_tokenizer()
         config = Gemma2Config(
             vocab_size=len(tokenizer),
             hidden_size=16,
@@ -147,19 +134,6 @@ def tiny_sana(seed: int = 0) -> SanaPipeline:
         )
 
 
-def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte, with a chat template."""
-    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    )
-    return tokenizer
-
-
 def tiny_qwen(kind: type, layers: int, tokenizer: Qwen2Tokenizer) -> Qwen3Model | Qwen3ForCausalLM:
     """A Qwen3 of either class, whose states have 16 numbers."""
     config = Qwen3Config(
@@ -179,7 +153,7 @@ def tiny_klein(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
     """Build a `Flux2KleinPipeline` of 4 pixels a latent with FLUX.1's scheduler."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = tiny_qwen_tokenizer()
+        tokenizer = qwen_tokenizer()
         transformer = Flux2Transformer2DModel(
             in_channels=128,
             num_layers=1,
@@ -215,7 +189,7 @@ def tiny_z_image(seed: int = 0) -> ZImagePipeline:
     """Build a `ZImagePipeline` of 2 pixels a latent with the published scheduler."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = tiny_qwen_tokenizer()
+        tokenizer = qwen_tokenizer()
         transformer = ZImageTransformer2DModel(
             in_channels=16,
             dim=32,
@@ -242,7 +216,7 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
     """Build a `QwenImagePipeline` of 8 pixels a latent with the published scheduler."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = tiny_qwen_tokenizer()
+        tokenizer = qwen_tokenizer()
         text = {
             "vocab_size": len(tokenizer),
             "hidden_size": 16,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
 )
+from published import make_network
 
 from integrations.comfyui.adapter import read_angles
 from integrations.comfyui.keys import fitted, locate
@@ -61,32 +61,10 @@ def test_the_built_in_student_is_the_merged_one():
     assert_same(patched(base, read_angles(student_folder())), layout(network))
 
 
-def published_unet(**options):
+@pytest.mark.parametrize(("name", "count"), [("sd15", 686), ("sd21", 686), ("sdxl", 1680)])
+def test_every_weight_of_a_published_unet_is_where_diffusers_converts_it_from(name, count):
     with torch.device("meta"):
-        return UNet2DConditionModel(sample_size=64, layers_per_block=2, **options)
-
-
-SD = {"cross_attention_dim": 768}
-SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
-@pytest.mark.parametrize(
-    ("options", "count"), [(SD, 686), (SD2, 686), (SDXL, 1680)], ids=["1.5", "2.1", "xl"]
-)
-def test_every_weight_of_a_published_unet_is_where_diffusers_converts_it_from(options, count):
-    network = published_unet(**options)
+        network = make_network(name)
     state, names = network.state_dict(), ldm_names(network)
     # the conversion only moves what it is given, so that names do for tensors
     moved = convert_ldm_unet_checkpoint({PREFIX + name: name for name in names.values()}, network.config)

@@ -60,20 +60,6 @@ class Condition:
     def INPUT_TYPES(cls):
         return {"required": {"file": ("STRING", {}), "size": ("INT", {})}}
 
-    @staticmethod
-    def _widths(tensors):
-        """Widths of the levels in units of the first; ComfyUI's own detection takes whole numbers only."""
-        first, ends = len(tensors["input_blocks.0.0.weight"]), []
-        for i in range(1, 100):
-            norm = tensors.get(f"input_blocks.{i}.0.out_layers.0.weight")
-            if norm is None and f"input_blocks.{i}.0.op.weight" not in tensors:
-                return [Width(width / first) for width in ends]
-            if norm is None or i == 1:
-                ends.append(0)
-            if norm is not None:
-                ends[-1] = len(norm)
-        return None
-
     def load(self, file, size):
         tensors = load_file(file)
         more = {"width": size, "height": size, "target_width": size, "target_height": size}
